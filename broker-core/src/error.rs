@@ -1,0 +1,233 @@
+//! The one error type of the contract.
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A `Result` whose error is [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, by kind; match on it, never on the text.
+///
+/// ```
+/// use broker_core::{ErrorKind, Topic};
+///
+/// let error = Topic::new("orders..created").unwrap_err();
+/// assert_eq!(error.kind(), ErrorKind::Invalid);
+/// assert!(!error.is_retryable());
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The caller's input does not parse or is out of range.
+    Invalid,
+    /// The message exceeds the broker's limit.
+    TooLarge,
+    /// A topic, group or subscription does not exist.
+    NotFound,
+    /// It exists with other settings.
+    Conflict,
+    /// Credentials are missing, wrong or not sufficient.
+    Unauthorized,
+    /// The broker, publisher or subscription was closed.
+    Closed,
+    /// Not done within its time; the outcome may be unknown.
+    Timeout,
+    /// Not possible right now: unreachable, full or shedding load.
+    Unavailable,
+    /// No group or subscription matches, and the publisher asked for one.
+    Unroutable,
+    /// This broker cannot do this; [`Capabilities`](crate::Capabilities) says so.
+    Unsupported,
+    /// Bytes from outside could not be decoded, or a value could not be encoded.
+    Codec,
+    /// Anything else the server behind an adapter answered.
+    Backend,
+}
+
+impl ErrorKind {
+    /// The kind in the words of the HTTP interface and of logs.
+    ///
+    /// ```
+    /// assert_eq!(broker_core::ErrorKind::TooLarge.as_str(), "too large");
+    /// ```
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Invalid => "invalid",
+            Self::TooLarge => "too large",
+            Self::NotFound => "not found",
+            Self::Conflict => "conflict",
+            Self::Unauthorized => "unauthorized",
+            Self::Closed => "closed",
+            Self::Timeout => "timeout",
+            Self::Unavailable => "unavailable",
+            Self::Unroutable => "unroutable",
+            Self::Unsupported => "unsupported",
+            Self::Codec => "codec",
+            Self::Backend => "backend",
+        }
+    }
+}
+
+impl fmt::Display for ErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// The error of every operation: a [kind](ErrorKind), a sentence that says what to do next, and
+/// the source if there is one.
+///
+/// One pointer wide and cheap to clone, so that a `Result` on the hot path stays small. No
+/// credential is ever part of it: adapters strip URLs before they make one.
+///
+/// ```
+/// use broker_core::{Error, ErrorKind};
+///
+/// let error = Error::unavailable("group billing@orders.> is full").with_retry_after(std::time::Duration::from_secs(1));
+/// assert_eq!(error.kind(), ErrorKind::Unavailable);
+/// assert!(error.is_retryable());
+/// assert_eq!(error.to_string(), "unavailable: group billing@orders.> is full");
+/// ```
+#[derive(Clone)]
+pub struct Error(Arc<Inner>);
+
+#[derive(Clone)]
+struct Inner {
+    kind: ErrorKind,
+    message: String,
+    retryable: bool,
+    retry_after: Option<Duration>,
+    source: Option<Arc<dyn StdError + Send + Sync>>,
+}
+
+macro_rules! constructors {
+    ($($(#[$doc:meta])* $name:ident => $kind:ident;)*) => {$(
+        $(#[$doc])*
+        pub fn $name(message: impl Into<String>) -> Self {
+            Self::new(ErrorKind::$kind, message)
+        }
+    )*};
+}
+
+impl Error {
+    /// An error of `kind`; `message` is lower case, without a full stop, and says what to do next.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self(Arc::new(Inner {
+            kind,
+            message: message.into(),
+            retryable: matches!(kind, ErrorKind::Timeout | ErrorKind::Unavailable),
+            retry_after: None,
+            source: None,
+        }))
+    }
+
+    constructors! {
+        /// An [`ErrorKind::Invalid`] error.
+        invalid => Invalid;
+        /// An [`ErrorKind::TooLarge`] error.
+        too_large => TooLarge;
+        /// An [`ErrorKind::NotFound`] error.
+        not_found => NotFound;
+        /// An [`ErrorKind::Conflict`] error.
+        conflict => Conflict;
+        /// An [`ErrorKind::Unauthorized`] error.
+        unauthorized => Unauthorized;
+        /// An [`ErrorKind::Closed`] error.
+        closed => Closed;
+        /// An [`ErrorKind::Timeout`] error.
+        timeout => Timeout;
+        /// An [`ErrorKind::Unavailable`] error.
+        unavailable => Unavailable;
+        /// An [`ErrorKind::Unroutable`] error.
+        unroutable => Unroutable;
+        /// An [`ErrorKind::Unsupported`] error.
+        unsupported => Unsupported;
+        /// An [`ErrorKind::Codec`] error.
+        codec => Codec;
+        /// An [`ErrorKind::Backend`] error.
+        backend => Backend;
+    }
+
+    /// Adds the error this one was made from.
+    ///
+    /// ```
+    /// use std::error::Error as _;
+    /// let error = broker_core::Error::backend("read the answer").with_source(std::io::Error::other("reset"));
+    /// assert_eq!(error.source().map(ToString::to_string).as_deref(), Some("reset"));
+    /// ```
+    #[must_use]
+    pub fn with_source(self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        self.alter(|inner| inner.source = Some(Arc::from(source.into())))
+    }
+
+    /// Says whether trying again may help, where the kind alone would say otherwise.
+    #[must_use]
+    pub fn with_retryable(self, retryable: bool) -> Self {
+        self.alter(|inner| inner.retryable = retryable)
+    }
+
+    /// Adds how long to wait before trying again; makes the error retryable.
+    #[must_use]
+    pub fn with_retry_after(self, after: Duration) -> Self {
+        self.alter(|inner| {
+            inner.retry_after = Some(after);
+            inner.retryable = true;
+        })
+    }
+
+    /// Puts `context` before the message: `"publish to orders.created: …"`.
+    #[must_use]
+    pub fn context(self, context: impl fmt::Display) -> Self {
+        self.alter(|inner| inner.message = format!("{context}: {}", inner.message))
+    }
+
+    fn alter(mut self, change: impl FnOnce(&mut Inner)) -> Self {
+        change(Arc::make_mut(&mut self.0));
+        self
+    }
+
+    /// What went wrong, by kind.
+    pub fn kind(&self) -> ErrorKind {
+        self.0.kind
+    }
+
+    /// The sentence without the kind.
+    pub fn message(&self) -> &str {
+        &self.0.message
+    }
+
+    /// Whether the same call may succeed later, unchanged.
+    pub fn is_retryable(&self) -> bool {
+        self.0.retryable
+    }
+
+    /// How long the broker asks to wait before the next try.
+    pub fn retry_after(&self) -> Option<Duration> {
+        self.0.retry_after
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.0.kind, self.0.message)
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut out = f.debug_struct("Error");
+        out.field("kind", &self.0.kind).field("message", &self.0.message);
+        if let Some(source) = &self.0.source {
+            out.field("source", source);
+        }
+        out.finish()
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.0.source.as_deref().map(|source| source as _)
+    }
+}

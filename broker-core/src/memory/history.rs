@@ -1,0 +1,90 @@
+//! What a topic retains for who comes later.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::entry::Entry;
+use crate::Timestamp;
+
+/// How much of its past every topic retains, so that a group can start earlier than now. The first
+/// bound that is reached counts. By default a broker retains nothing.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> broker_core::Result<()> {
+/// use broker_core::{Broker, BrokerExt, GroupOptions, MemoryBroker, MemoryOptions, Message, Retention, StartAt, Subscribe, Topic};
+///
+/// let broker = MemoryBroker::with_options(MemoryOptions::new().with_retention(Retention::messages(100)));
+/// let topic = Topic::new("orders")?;
+/// broker.publish(&topic, Message::new("before anybody came")).await?;
+///
+/// let earliest = GroupOptions::new().with_start(StartAt::Earliest);
+/// let mut late = broker.subscribe(&(&topic).into(), Subscribe::new().with_options(earliest)).await?;
+/// let delivery = late.next().await?.expect("open");
+/// assert_eq!(delivery.message().payload().as_ref(), b"before anybody came");
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Retention {
+    /// Messages a topic retains at most.
+    pub max_messages: usize,
+    /// Bytes of messages a topic retains at most.
+    pub max_bytes: u64,
+    /// How long a message is retained at most.
+    pub max_age: Duration,
+}
+
+impl Retention {
+    /// So many messages a topic, 16 MiB and any age at most.
+    pub fn messages(max_messages: usize) -> Self {
+        Self { max_messages, max_bytes: 16 << 20, max_age: Duration::MAX }
+    }
+
+    /// Sets how many bytes a topic retains at most.
+    #[must_use]
+    pub fn with_max_bytes(mut self, max_bytes: u64) -> Self {
+        self.max_bytes = max_bytes;
+        self
+    }
+
+    /// Sets how long a message is retained at most.
+    #[must_use]
+    pub fn with_max_age(mut self, max_age: Duration) -> Self {
+        self.max_age = max_age;
+        self
+    }
+}
+
+/// One topic's past, oldest first, with the time each message was published.
+#[derive(Default)]
+pub(super) struct History {
+    entries: VecDeque<(Timestamp, Arc<Entry>)>,
+    bytes: u64,
+}
+
+impl History {
+    pub(super) fn push(&mut self, entry: Arc<Entry>, retention: &Retention) {
+        let now = Timestamp::now();
+        self.bytes += entry.size;
+        self.entries.push_back((now, entry));
+        while self.entries.len() > retention.max_messages
+            || self.bytes > retention.max_bytes
+            || self.entries.front().is_some_and(|(time, _)| now.since(*time) > retention.max_age)
+        {
+            match self.entries.pop_front() {
+                Some((_, oldest)) => self.bytes -= oldest.size,
+                None => return,
+            }
+        }
+    }
+
+    /// What was published at `time` or later.
+    pub(super) fn since(&self, time: Timestamp) -> impl Iterator<Item = &(Timestamp, Arc<Entry>)> {
+        self.entries.iter().filter(move |(published, _)| *published >= time)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+}
