@@ -280,13 +280,15 @@ impl Shared {
             if self.is_closed() || self.is_drained() {
                 break true;
             }
+            if Instant::now() >= deadline {
+                break false;
+            }
             // What expires meanwhile is told by nobody, so that it is looked for now and then.
             let look = Instant::now() + Duration::from_millis(50);
-            if timeout_at(deadline.min(look), progress).await.is_err() && Instant::now() >= deadline {
-                break self.is_drained();
+            if timeout_at(deadline.min(look), progress).await.is_ok() {
+                // One look for many settlements.
+                sleep(Duration::from_millis(1)).await;
             }
-            // One look for many settlements.
-            sleep(Duration::from_millis(1)).await;
         };
         self.end(complete)
     }

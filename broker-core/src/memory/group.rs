@@ -325,7 +325,7 @@ impl Group {
         state.wake_one(&mut after);
         let last = state.members.is_empty();
         self.finish(state, after);
-        self.shared.progress.notify_waiters();
+        self.tell_drain();
         last
     }
 
@@ -568,6 +568,7 @@ impl Group {
         self.apply(change, &mut after);
         self.rest(&state);
         self.finish(state, after);
+        self.tell_drain();
     }
 
     /// Settles one delivery in full view: all but the ack of a group without order.
@@ -617,6 +618,7 @@ impl Group {
         self.apply(change, &mut after);
         self.rest(&state);
         self.finish(state, after);
+        self.tell_drain();
     }
 
     fn put_back(&self, state: &mut State, mut queued: Queued, wait: Option<Duration>, change: &mut Change) {
@@ -725,6 +727,10 @@ impl Group {
         }
         after.wakers.into_iter().for_each(Waker::wake);
         after.resume.into_iter().for_each(|topic| topic.resume(&self.shared));
+    }
+
+    /// A drain may have waited for this.
+    fn tell_drain(&self) {
         if self.shared.is_closing() {
             self.shared.progress.notify_waiters();
         }
