@@ -1,0 +1,144 @@
+# shellcheck shell=bash
+# RabbitMQ for the tests: one node of our own, from Debian's package, known to nobody but an epmd of
+# its own; everything on loopback and in .servers/amqp. Sourced by tests/servers.
+
+AMQP_DIR="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/.servers/amqp"
+
+amqp_up() {
+    if [ -n "${AMQP_URL:-}" ]; then
+        echo "AMQP_URL=$AMQP_URL"
+        return
+    fi
+    _amqp_install >&2
+    [ -f "$AMQP_DIR/environment" ] || _amqp_prepare
+    _amqp_launch >&2
+    cat "$AMQP_DIR/environment"
+}
+
+amqp_down() {
+    amqp_stop
+    _amqp_env epmd -kill >/dev/null 2>&1 || true
+    rm -rf "$AMQP_DIR"
+}
+
+amqp_stop() {
+    local pid
+    pid=$(_amqp_pid) || return 0
+    kill "$pid"
+    _amqp_await 60 _amqp_gone || kill -9 "$pid"
+    rm -f "$AMQP_DIR/pid"
+}
+
+amqp_start() {
+    _amqp_launch
+}
+
+# Above its memory watermark the server stops reading from connections that publish.
+amqp_block() {
+    _amqp_ctl set_vm_memory_high_watermark absolute 1MB
+}
+
+amqp_unblock() {
+    _amqp_ctl set_vm_memory_high_watermark 0.4
+}
+
+amqp_close_connections() {
+    _amqp_ctl close_all_connections "the tests close every connection"
+}
+
+# --- how -------------------------------------------------------------------------------------------
+
+_amqp_install() {
+    [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && return
+    local root=()
+    [ "$(id -u)" -eq 0 ] || root=(sudo)
+    echo "installing rabbitmq-server"
+    "${root[@]}" apt-get update -qq
+    # RUNLEVEL keeps the package from starting a node of the system's own.
+    "${root[@]}" env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq rabbitmq-server
+}
+
+_amqp_prepare() {
+    local ports port dist epmd
+    ports=$(_amqp_free_ports 3)
+    read -r port dist epmd <<<"$ports"
+    mkdir -p "$AMQP_DIR/data" "$AMQP_DIR/log"
+    printf 'port=%s\ndist=%s\nepmd=%s\n' "$port" "$dist" "$epmd" >"$AMQP_DIR/ports"
+    printf 'listeners.tcp.1 = 127.0.0.1:%s\nlog.console = false\n' "$port" >"$AMQP_DIR/rabbitmq.conf"
+    echo '[].' >"$AMQP_DIR/plugins"
+    echo "AMQP_URL=amqp://guest:guest@127.0.0.1:$port" >"$AMQP_DIR/environment"
+}
+
+_amqp_launch() {
+    if ! _amqp_pid >/dev/null; then
+        # A session of its own, and nothing of the caller's open: nobody waits for it by accident.
+        _amqp_env setsid --fork /usr/lib/rabbitmq/bin/rabbitmq-server </dev/null >"$AMQP_DIR/log/output" 2>&1
+    fi
+    if ! _amqp_await 90 _amqp_answers; then
+        echo "RabbitMQ did not start:" >&2
+        tail -n 20 "$AMQP_DIR/log/output" >&2
+        return 1
+    fi
+    _amqp_ctl await_startup --timeout 90
+}
+
+# Runs a command in the node's environment.
+_amqp_env() {
+    (
+        # shellcheck source=/dev/null
+        . "$AMQP_DIR/ports"
+        # shellcheck disable=SC2154
+        exec env \
+            HOME="$AMQP_DIR" \
+            RABBITMQ_NODENAME="suite-$port@localhost" \
+            RABBITMQ_MNESIA_BASE="$AMQP_DIR/data" \
+            RABBITMQ_LOG_BASE="$AMQP_DIR/log" \
+            RABBITMQ_CONFIG_FILE="$AMQP_DIR/rabbitmq.conf" \
+            RABBITMQ_ENABLED_PLUGINS_FILE="$AMQP_DIR/plugins" \
+            RABBITMQ_PID_FILE="$AMQP_DIR/pid" \
+            RABBITMQ_DIST_PORT="$dist" \
+            RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS="-kernel inet_dist_use_interface {127,0,0,1}" \
+            ERL_EPMD_PORT="$epmd" \
+            ERL_EPMD_ADDRESS=127.0.0.1 \
+            "$@"
+    )
+}
+
+_amqp_ctl() {
+    _amqp_env /usr/lib/rabbitmq/bin/rabbitmqctl --quiet "$@" </dev/null
+}
+
+# The node's pid, if it is still our node: pids are used again.
+_amqp_pid() {
+    local pid
+    pid=$(cat "$AMQP_DIR/pid" 2>/dev/null) && [ -n "$pid" ] || return 1
+    tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -F rabbit >/dev/null && echo "$pid"
+}
+
+_amqp_gone() {
+    ! _amqp_pid >/dev/null
+}
+
+_amqp_answers() {
+    local port
+    # shellcheck source=/dev/null
+    port=$(. "$AMQP_DIR/ports" && echo "$port")
+    (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null
+}
+
+# Repeats a command until it succeeds; gives up after so many seconds.
+_amqp_await() {
+    local end=$((SECONDS + $1))
+    until "$2"; do
+        [ "$SECONDS" -lt "$end" ] || return 1
+        sleep 0.2
+    done
+}
+
+_amqp_free_ports() {
+    python3 -c '
+import socket, sys
+held = [socket.socket() for _ in range(int(sys.argv[1]))]
+for one in held: one.bind(("127.0.0.1", 0))
+print(*(one.getsockname()[1] for one in held))' "$1"
+}
