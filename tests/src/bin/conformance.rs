@@ -1,0 +1,123 @@
+//! Runs the conformance suite against brokers by their URLs.
+//!
+//! Exit status: 0 if every check passed or was refused as declared, 1 if one failed or could not be
+//! brought about, 2 for wrong arguments.
+
+use std::collections::BTreeSet;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use broker_core::Connectors;
+use broker_tests::{CHECKS, Form, Report, Suite, json, markdown, summary, url};
+use clap::Parser;
+
+/// Shows whether a broker keeps the contract: runs every check against each URL.
+#[derive(Debug, Parser)]
+#[command(name = "conformance")]
+struct Arguments {
+    /// Brokers, as in memory: or http://127.0.0.1:2757.
+    #[arg(required_unless_present = "list")]
+    urls: Vec<String>,
+    /// Only these checks: ids or letters, as in A1,B.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// How the checks see the broker: value, box, arc, wrapper or all.
+    #[arg(long, default_value = "arc")]
+    form: String,
+    /// So many checks of a run at a time.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
+    jobs: u16,
+    /// The whole run so many times at once.
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    stress: u16,
+    /// Writes every report to a file, as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Writes one table, checks by brokers, to a file.
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+    /// Lists the checks.
+    #[arg(long)]
+    list: bool,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    if arguments.list {
+        for check in CHECKS {
+            say(&format!("{:<4}{}", check.id, check.title));
+        }
+        return ExitCode::SUCCESS;
+    }
+    match run(&arguments).await {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "conformance: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// The kinds of broker this program knows.
+fn connectors() -> Connectors {
+    Connectors::new()
+}
+
+/// A line on standard output; a reader that left early is no failure of a broker.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+async fn run(arguments: &Arguments) -> Result<bool, String> {
+    let forms = match arguments.form.as_str() {
+        "all" => Form::ALL.to_vec(),
+        form => vec![form.parse().map_err(|error| format!("{error}, or all"))?],
+    };
+    for wanted in &arguments.only {
+        if !CHECKS.iter().any(|check| check.id == wanted || check.id.starts_with(wanted) && wanted.len() == 1) {
+            let letters: BTreeSet<&str> = CHECKS.iter().filter_map(|check| check.id.get(..1)).collect();
+            let letters: Vec<&str> = letters.into_iter().collect();
+            return Err(format!(
+                "--only {wanted:?}: it is a check's id (see --list) or a letter: {}",
+                letters.join(", ")
+            ));
+        }
+    }
+    let connectors = connectors();
+    let mut suites = Vec::new();
+    for url in &arguments.urls {
+        // The error names no URL: one may hold a password. Its place tells which it was.
+        let suite = url::suite(&connectors, url).map_err(|error| format!("broker {}: {error}", suites.len() + 1))?;
+        let suite = suite.parallel(arguments.jobs.into());
+        suites.push(if arguments.only.is_empty() { suite } else { suite.only(&arguments.only) });
+    }
+    let mut reports = Vec::new();
+    for suite in &suites {
+        for form in &forms {
+            reports.extend(run_suite(&suite.clone().form(*form), arguments.stress).await);
+        }
+    }
+    if let Some(file) = &arguments.json {
+        write(file, &json(&reports).map_err(|error| error.to_string())?)?;
+    }
+    if let Some(file) = &arguments.markdown {
+        write(file, &markdown(&reports))?;
+    }
+    for suite in &suites {
+        say(&summary(suite.name(), &reports));
+    }
+    Ok(reports.iter().all(Report::is_good))
+}
+
+/// Runs a suite `times` at once, and prints each report as it is known.
+async fn run_suite(suite: &Suite, times: u16) -> Vec<Report> {
+    let runs = (0..times).map(|_| suite.run(|report| say(&format!("{report} ({} ms)", report.millis))));
+    futures_util::future::join_all(runs).await.into_iter().flatten().collect()
+}
+
+fn write(file: &Path, text: &str) -> Result<(), String> {
+    std::fs::write(file, text).map_err(|error| format!("{}: {error}", file.display()))
+}
