@@ -1,0 +1,88 @@
+//! The daemon and its command line; see `broker-http --help`.
+
+mod config;
+mod output;
+mod publish;
+mod serve;
+mod stdin;
+mod subscribe;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use broker_core::Connectors;
+use clap::{Parser, Subcommand};
+
+/// Pub/sub from one binary: any program publishes with an HTTP POST and subscribes by giving a URL
+/// to push to.
+///
+/// Without a command it serves: `broker-http` alone listens on 127.0.0.1:2757 and keeps messages in
+/// memory; it prints the curl lines to try.
+#[derive(Debug, Parser)]
+#[command(name = "broker-http", version, max_term_width = 100, after_help = AFTER_HELP)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const AFTER_HELP: &str = "\
+Try, each in a terminal of its own:
+  broker-http
+      serves on 127.0.0.1:2757
+  broker-http sub 'orders.>'
+      shows every message on orders.…
+  broker-http pub orders.created '{\"id\": 42}'
+      publishes one; so does
+  curl http://127.0.0.1:2757/topics/orders.created -d '{\"id\": 42}'
+";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve the HTTP interface (the default command)
+    Serve(serve::Args),
+    /// Publish messages: an argument, a file, or every line of standard input
+    Pub(publish::Args),
+    /// Print the messages of a topic or of many
+    Sub(subscribe::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse_from(with_default_command(std::env::args_os().collect()));
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("broker-http: cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let code = runtime.block_on(async {
+        match cli.command {
+            Command::Serve(args) => serve::run(args).await,
+            Command::Pub(args) => publish::run(args).await,
+            Command::Sub(args) => subscribe::run(args).await,
+        }
+    });
+    // What still runs was given its time.
+    runtime.shutdown_background();
+    code
+}
+
+/// `serve` goes without saying: clap's own way to do it would take options from the environment
+/// for options of another command.
+fn with_default_command(mut args: Vec<OsString>) -> Vec<OsString> {
+    let said = match args.get(1).map(|arg| arg.to_string_lossy().into_owned()) {
+        None => false,
+        Some(first) => !first.starts_with('-') || ["-h", "--help", "-V", "--version"].contains(&first.as_str()),
+    };
+    if !said {
+        args.insert(1.min(args.len()), "serve".into());
+    }
+    args
+}
+
+/// Every kind of broker this binary knows.
+pub(crate) fn connectors() -> Connectors {
+    let mut connectors = Connectors::new();
+    connectors.add(["http"], broker_http::client::connector());
+    connectors
+}

@@ -1,0 +1,17 @@
+#![doc = include_str!("../README.md")]
+
+// What a message looks like over HTTP.
+pub mod event;
+
+// What a subscription looks like in JSON.
+mod attributes;
+mod spec;
+
+// The interface, the engine behind it, and the way back.
+pub mod client;
+pub mod push;
+mod server;
+
+pub use attributes::AttributeFilter;
+pub use server::{Limits, Server, ServerOptions};
+pub use spec::{Batch, Endpoint, Mode, Secret, Signing, StatusVerdict, SubscriptionSpec};

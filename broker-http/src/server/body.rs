@@ -1,0 +1,146 @@
+//! Reading a request's body: bounded in bytes and time, and kind to the sender of one too large.
+
+use std::pin::pin;
+use std::time::Duration;
+
+use axum::body::Body;
+use broker_core::ErrorKind;
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, StatusCode, header};
+use http_body::Body as _;
+use http_body_util::BodyExt;
+use tokio::time::{Instant, timeout_at};
+
+use super::inflate::{Encoding, inflate};
+use super::limits::Limits;
+use super::problem::{Answer, Problem};
+
+/// Bytes up to which a body is copied out of the connection's read buffer, so that a small message
+/// in a backlog does not keep a large buffer alive.
+const COPIED_BYTES: usize = 16 << 10;
+
+/// Reads a body of at most `limit` bytes, after inflation.
+///
+/// # Errors
+///
+/// 413 beyond, 415 for an encoding we do not know, 408 if it does not arrive in time, 400 if it
+/// breaks off.
+pub(crate) async fn collect(headers: &HeaderMap, body: Body, limit: usize, limits: &Limits) -> Answer<Bytes> {
+    let encoding = match Encoding::of(headers) {
+        Ok(encoding) => encoding,
+        Err(problem) => return Err(refuse(headers, body, limits, problem).await),
+    };
+    if body.size_hint().lower() > limit as u64 {
+        let problem = too_large(limit, body.size_hint().lower());
+        return Err(refuse(headers, body, limits, problem).await);
+    }
+    let bytes = read(headers, body, limit, limits).await?;
+    match encoding {
+        None if bytes.len() <= COPIED_BYTES => Ok(Bytes::copy_from_slice(&bytes)),
+        None => Ok(bytes),
+        Some(encoding) => inflate(encoding, bytes, limit).await,
+    }
+}
+
+async fn read(headers: &HeaderMap, mut body: Body, limit: usize, limits: &Limits) -> Answer<Bytes> {
+    let expected = usize::try_from(body.size_hint().lower()).unwrap_or(limit).min(limit);
+    let deadline = Instant::now() + limits.body_timeout;
+    let mut first = Bytes::new();
+    let mut collected = BytesMut::new();
+    while let Some(data) = next_data(&mut body, deadline).await? {
+        if first.len() + collected.len() + data.len() > limit {
+            let problem = too_large(limit, 0);
+            return Err(refuse(headers, body, limits, problem).await);
+        }
+        // Most bodies are one piece, which is then not copied together.
+        if first.is_empty() && collected.is_empty() {
+            first = data;
+            continue;
+        }
+        if collected.is_empty() {
+            collected.reserve(expected.max(first.len() + data.len()));
+            collected.extend_from_slice(&std::mem::take(&mut first));
+        }
+        collected.extend_from_slice(&data);
+    }
+    Ok(if collected.is_empty() { first } else { collected.freeze() })
+}
+
+/// The next piece of a body, until `deadline`; trailers are read and dropped.
+pub(crate) async fn next_data(body: &mut Body, deadline: Instant) -> Answer<Option<Bytes>> {
+    loop {
+        let frame = match timeout_at(deadline, body.frame()).await {
+            Err(_) => {
+                return Err(Problem::new(
+                    StatusCode::REQUEST_TIMEOUT,
+                    ErrorKind::Timeout,
+                    "the body did not arrive in time; send it faster or in smaller requests",
+                )
+                .closing());
+            }
+            Ok(None) => return Ok(None),
+            Ok(Some(Err(error))) => {
+                return Err(Problem::invalid(format!("the body broke off: {error}")).closing());
+            }
+            Ok(Some(Ok(frame))) => frame,
+        };
+        if let Ok(data) = frame.into_data()
+            && !data.is_empty()
+        {
+            return Ok(Some(data));
+        }
+    }
+}
+
+fn too_large(limit: usize, announced: u64) -> Problem {
+    let what = if announced > 0 { format!("a body of {announced} bytes") } else { "the body".to_owned() };
+    Problem::too_large(format!("{what} is over the limit of {limit} bytes"))
+}
+
+/// Reads and drops a refused body for a while: closing on a sender that still writes would reset
+/// the connection, and with it lose the answer. A sender that asked first has not begun.
+pub(crate) async fn refuse(headers: &HeaderMap, body: Body, limits: &Limits, problem: Problem) -> Problem {
+    if headers.contains_key(header::EXPECT) {
+        return problem.closing();
+    }
+    let deadline = Instant::now() + limits.body_timeout.min(Duration::from_secs(10));
+    if body.size_hint().lower() > limits.refused_body_bytes {
+        return problem.closing();
+    }
+    let mut body = pin!(body);
+    let mut dropped = 0;
+    loop {
+        match timeout_at(deadline, body.frame()).await {
+            Ok(None) => return problem,
+            Ok(Some(Ok(frame))) => dropped += frame.data_ref().map_or(0, |data| data.len() as u64),
+            Ok(Some(Err(_))) | Err(_) => return problem.closing(),
+        }
+        if dropped > limits.refused_body_bytes {
+            return problem.closing();
+        }
+    }
+}
+
+/// Reads the JSON of a request; an empty body is `None`.
+pub(crate) async fn json<T: serde::de::DeserializeOwned>(
+    headers: &HeaderMap,
+    body: Body,
+    limits: &Limits,
+) -> Answer<Option<T>> {
+    let bytes = collect(headers, body, limits.json_body_bytes, limits).await?;
+    if bytes.is_empty() {
+        return Ok(None);
+    }
+    // An array would be taken for the fields in their order.
+    if bytes.trim_ascii_start().first() == Some(&b'[') {
+        return Err(Problem::invalid("the JSON: an object is expected"));
+    }
+    let mut reader = serde_json::Deserializer::from_slice(&bytes);
+    let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+        let path = error.path().to_string();
+        let why = error.into_inner();
+        Problem::invalid(if path == "." { format!("the JSON: {why}") } else { format!("{path}: {why}") })
+    })?;
+    reader.end().map_err(|error| Problem::invalid(format!("the JSON: {error}")))?;
+    Ok(Some(value))
+}

@@ -1,0 +1,123 @@
+//! The groups that subscriptions of this server share, and what each was set up with.
+
+use std::collections::HashMap;
+
+use broker_core::{Broker, ErrorKind, Group, GroupOptions, GroupSettings, Result};
+use parking_lot::Mutex;
+
+use crate::SubscriptionSpec;
+
+/// Groups by name and filter. Calls that change one come one at a time; see
+/// [`Registry`](super::registry::Registry).
+#[derive(Debug, Default)]
+pub(crate) struct Groups(Mutex<HashMap<Group, Joined>>);
+
+#[derive(Clone, Debug)]
+struct Joined {
+    settings: GroupSettings,
+    subscriptions: usize,
+}
+
+/// What a subscription's JSON asks of its group, and nothing else.
+fn asked(spec: &SubscriptionSpec) -> GroupOptions {
+    let mut options = GroupOptions::new();
+    options.start.clone_from(&spec.start);
+    options.ordered = spec.ordered;
+    options.backlog = spec.backlog;
+    options.retry = spec.retry;
+    options.dead_letter.clone_from(&spec.dead_letter);
+    options
+}
+
+/// What a group made here has where nothing is asked: a full one refuses publishers, if its broker
+/// can.
+pub(crate) fn with_defaults(broker: &dyn Broker, mut options: GroupOptions) -> GroupOptions {
+    if options.backlog.is_none() && broker.capabilities().overflow_reject.is_some() {
+        options.backlog = Some(SubscriptionSpec::default_backlog());
+    }
+    options
+}
+
+/// Makes a group with our defaults, or takes it as it is if it stands with others.
+pub(crate) async fn ensure(broker: &dyn Broker, group: &Group, asked: GroupOptions) -> Result<()> {
+    match broker.create_group(group, with_defaults(broker, asked.clone())).await {
+        Err(error) if error.kind() == ErrorKind::Conflict => broker.create_group(group, asked).await.map(drop),
+        made => made.map(drop),
+    }
+}
+
+impl Groups {
+    /// Counts one more subscription in, making the group if it is the first.
+    ///
+    /// # Errors
+    ///
+    /// That the group has other settings than are asked for, or cannot be made.
+    pub(crate) async fn join(&self, broker: &dyn Broker, group: &Group, spec: &SubscriptionSpec) -> Result<()> {
+        let asked = asked(spec);
+        let settings = match self.settings(group) {
+            Some(settings) => {
+                asked.check_joins(group, &settings)?;
+                settings
+            }
+            None => {
+                let settings = with_defaults(broker, asked.clone()).resolve(Some(&group.name))?;
+                ensure(broker, group, asked).await?;
+                settings
+            }
+        };
+        self.0.lock().entry(group.clone()).or_insert(Joined { settings, subscriptions: 0 }).subscriptions += 1;
+        Ok(())
+    }
+
+    /// Brings a group to what a changed subscription asks. What it leaves out goes back to the
+    /// default if it is the group's only subscription, and stays if it shares the group.
+    pub(crate) async fn alter(&self, broker: &dyn Broker, group: &Group, spec: &SubscriptionSpec) -> Result<()> {
+        let Some(joined) = self.0.lock().get(group).cloned() else { return Ok(()) };
+        let have = joined.settings;
+        let asked = if joined.subscriptions > 1 {
+            asked(spec)
+        } else {
+            let defaults = with_defaults(broker, asked(spec)).resolve(Some(&group.name))?;
+            let mut all = GroupOptions::new()
+                .with_ordered(defaults.ordered)
+                .with_backlog(defaults.backlog)
+                .with_retry(defaults.retry);
+            all.dead_letter = defaults.dead_letter;
+            all
+        };
+        let mut changes = GroupOptions::new();
+        changes.ordered = asked.ordered.filter(|ordered| *ordered != have.ordered);
+        changes.backlog = asked.backlog.filter(|backlog| *backlog != have.backlog);
+        changes.retry = asked.retry.filter(|retry| *retry != have.retry);
+        changes.dead_letter = asked.dead_letter.filter(|topic| Some(topic) != have.dead_letter.as_ref());
+        if changes == GroupOptions::new() {
+            return Ok(());
+        }
+        broker.alter_group(group, changes.clone()).await?;
+        if let Some(joined) = self.0.lock().get_mut(group) {
+            let settings = &mut joined.settings;
+            settings.ordered = changes.ordered.unwrap_or(settings.ordered);
+            settings.backlog = changes.backlog.unwrap_or(settings.backlog);
+            settings.retry = changes.retry.unwrap_or(settings.retry);
+            settings.dead_letter = changes.dead_letter.or_else(|| settings.dead_letter.take());
+        }
+        Ok(())
+    }
+
+    /// Counts a subscription out; true if it was the last.
+    pub(crate) fn leave(&self, group: &Group) -> bool {
+        let mut groups = self.0.lock();
+        let Some(joined) = groups.get_mut(group) else { return false };
+        joined.subscriptions -= 1;
+        let last = joined.subscriptions == 0;
+        if last {
+            groups.remove(group);
+        }
+        last
+    }
+
+    /// What a group was set up with.
+    pub(crate) fn settings(&self, group: &Group) -> Option<GroupSettings> {
+        self.0.lock().get(group).map(|joined| joined.settings.clone())
+    }
+}

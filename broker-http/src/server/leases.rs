@@ -1,0 +1,300 @@
+//! Deliveries lent to pullers: one table with one timer structure, so that a lease costs an entry
+//! and not a task. What is not settled in time goes back as a retry.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use broker_core::{Delivery, Error, Failure, Settle, Settlement};
+use futures_util::FutureExt;
+use parking_lot::Mutex;
+use rustc_hash::FxBuildHasher;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+/// Names a lease: 128 random bits, so that nobody settles what was not lent to them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct LeaseId(u128);
+
+impl fmt::Display for LeaseId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut text = [0; 22];
+        let written = URL_SAFE_NO_PAD.encode_slice(self.0.to_be_bytes(), &mut text).unwrap_or(0);
+        f.write_str(text.get(..written).and_then(|text| std::str::from_utf8(text).ok()).unwrap_or_default())
+    }
+}
+
+impl FromStr for LeaseId {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let mut bytes = [0; 18];
+        match URL_SAFE_NO_PAD.decode_slice(text, &mut bytes) {
+            Ok(16) => bytes.first_chunk().map(|bytes| Self(u128::from_be_bytes(*bytes))).ok_or(()),
+            _ => Err(()),
+        }
+        .map_err(|()| Error::invalid("it is none of ours"))
+    }
+}
+
+/// Who may settle a set of leases: one life of one pull subscription.
+#[derive(Debug, Default)]
+pub(crate) struct Holder {
+    leased: AtomicUsize,
+    /// Told when a lease ends, for a pull that waits for room.
+    pub(crate) room: Notify,
+}
+
+impl Holder {
+    /// Leases held, and places kept for leases about to be made.
+    pub(crate) fn leased(&self) -> usize {
+        self.leased.load(Ordering::Acquire)
+    }
+
+    fn release(&self, places: usize) {
+        if places > 0 {
+            self.leased.fetch_sub(places, Ordering::AcqRel);
+            self.room.notify_waiters();
+        }
+    }
+}
+
+/// Every lease of the server.
+pub(crate) struct Leases {
+    table: Mutex<Table>,
+    /// Told when an earlier deadline than all others came in.
+    sooner: Arc<Notify>,
+    held: AtomicUsize,
+    max: usize,
+    watched: AtomicBool,
+}
+
+#[derive(Default)]
+struct Table {
+    held: HashMap<LeaseId, Lease, FxBuildHasher>,
+    due: BTreeSet<(Instant, LeaseId)>,
+}
+
+struct Lease {
+    delivery: Delivery,
+    holder: Arc<Holder>,
+    deadline: Instant,
+}
+
+/// Places for leases, kept free while deliveries are awaited; given back when dropped.
+pub(crate) struct Places {
+    leases: Arc<Leases>,
+    holder: Arc<Holder>,
+    count: usize,
+}
+
+impl Leases {
+    pub(crate) fn new(max: usize) -> Arc<Self> {
+        Arc::new(Self {
+            table: Mutex::default(),
+            sooner: Arc::default(),
+            held: AtomicUsize::new(0),
+            max,
+            watched: AtomicBool::new(false),
+        })
+    }
+
+    /// Leases held in all.
+    pub(crate) fn held(&self) -> usize {
+        self.held.load(Ordering::Acquire)
+    }
+
+    /// Whether the table is full.
+    pub(crate) fn is_full(&self) -> bool {
+        self.held() >= self.max
+    }
+
+    /// Keeps up to `wanted` places free, of the table's and of the `allowed` ones of the holder.
+    pub(crate) fn reserve(self: &Arc<Self>, holder: &Arc<Holder>, wanted: usize, allowed: usize) -> Places {
+        let own = take(&holder.leased, wanted, allowed);
+        let count = take(&self.held, own, self.max);
+        holder.release(own - count);
+        Places { leases: Arc::clone(self), holder: Arc::clone(holder), count }
+    }
+
+    /// Lends deliveries for `hold`; they must not be more than the places kept.
+    pub(crate) fn grant(
+        self: &Arc<Self>,
+        mut places: Places,
+        deliveries: Vec<Delivery>,
+        hold: Duration,
+    ) -> Result<Vec<LeaseId>, Error> {
+        let ids = random_ids(deliveries.len())?;
+        places.count = places.count.saturating_sub(deliveries.len());
+        let deadline = Instant::now() + hold;
+        let mut table = self.table.lock();
+        let earliest = table.due.first().copied();
+        for (id, delivery) in ids.iter().zip(deliveries) {
+            let holder = Arc::clone(&places.holder);
+            table.held.insert(*id, Lease { delivery, holder, deadline });
+            table.due.insert((deadline, *id));
+        }
+        let sooner = table.due.first().copied() != earliest;
+        drop(table);
+        self.watch();
+        if sooner {
+            self.sooner.notify_one();
+        }
+        Ok(ids)
+    }
+
+    /// Ends a lease and gives its delivery back to be settled, if it still holds.
+    pub(crate) fn take(&self, holder: &Arc<Holder>, id: LeaseId) -> Option<Delivery> {
+        let mut table = self.table.lock();
+        if !Arc::ptr_eq(&table.held.get(&id)?.holder, holder) {
+            return None;
+        }
+        let lease = table.held.remove(&id)?;
+        table.due.remove(&(lease.deadline, id));
+        drop(table);
+        Some(self.ended(lease))
+    }
+
+    /// Lets a lease hold for `hold` from now; false if it holds no longer.
+    pub(crate) fn extend(&self, holder: &Arc<Holder>, id: LeaseId, hold: Duration) -> bool {
+        let deadline = Instant::now() + hold;
+        let mut table = self.table.lock();
+        let Some(lease) = table.held.get_mut(&id).filter(|lease| Arc::ptr_eq(&lease.holder, holder)) else {
+            return false;
+        };
+        let before = std::mem::replace(&mut lease.deadline, deadline);
+        table.due.remove(&(before, id));
+        table.due.insert((deadline, id));
+        let sooner = table.due.first() == Some(&(deadline, id));
+        drop(table);
+        if sooner {
+            self.sooner.notify_one();
+        }
+        true
+    }
+
+    /// Ends every lease of a holder that is gone; its messages are due again at once.
+    pub(crate) fn release_all(&self, holder: &Arc<Holder>) {
+        let mut table = self.table.lock();
+        let ended: Vec<_> = table.held.extract_if(|_, lease| Arc::ptr_eq(&lease.holder, holder)).collect();
+        for (id, lease) in &ended {
+            table.due.remove(&(lease.deadline, *id));
+        }
+        drop(table);
+        for (_, lease) in ended {
+            detach(self.ended(lease).settle(Settlement::Retry { after: Some(Duration::ZERO), failure: None }));
+        }
+    }
+
+    fn ended(&self, lease: Lease) -> Delivery {
+        self.held.fetch_sub(1, Ordering::AcqRel);
+        lease.holder.release(1);
+        lease.delivery
+    }
+
+    /// Gives back what is due; tells when the next is.
+    fn expire(&self) -> Option<Instant> {
+        let now = Instant::now();
+        let mut expired = Vec::new();
+        let mut table = self.table.lock();
+        let next = loop {
+            match table.due.first().copied() {
+                Some((deadline, id)) if deadline <= now => {
+                    table.due.remove(&(deadline, id));
+                    expired.extend(table.held.remove(&id));
+                }
+                next => break next.map(|(deadline, _)| deadline),
+            }
+        };
+        drop(table);
+        for lease in expired {
+            let failure = Some(Failure::new("lease expired"));
+            detach(self.ended(lease).settle(Settlement::Retry { after: None, failure }));
+        }
+        next
+    }
+
+    /// Starts the one task that watches the deadlines, with the first lease: it needs a runtime,
+    /// and making a server does not.
+    fn watch(self: &Arc<Self>) {
+        if self.watched.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let (leases, sooner) = (Arc::downgrade(self), Arc::clone(&self.sooner));
+        tokio::spawn(async move {
+            while let Some(next) = leases.upgrade().map(|leases| leases.expire()) {
+                match next {
+                    Some(deadline) => drop(tokio::time::timeout_at(deadline, sooner.notified()).await),
+                    None => sooner.notified().await,
+                }
+            }
+        });
+    }
+}
+
+impl Drop for Leases {
+    fn drop(&mut self) {
+        self.sooner.notify_one();
+    }
+}
+
+impl fmt::Debug for Leases {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Leases").field("held", &self.held()).finish_non_exhaustive()
+    }
+}
+
+impl Places {
+    /// How many places there are.
+    pub(crate) fn count(&self) -> usize {
+        self.count
+    }
+}
+
+impl Drop for Places {
+    fn drop(&mut self) {
+        self.leases.held.fetch_sub(self.count, Ordering::AcqRel);
+        self.holder.release(self.count);
+    }
+}
+
+/// Adds up to `wanted` to a count that is not to pass `max`; tells how many.
+fn take(count: &AtomicUsize, wanted: usize, max: usize) -> usize {
+    let mut have = count.load(Ordering::Acquire);
+    loop {
+        let taken = wanted.min(max.saturating_sub(have));
+        match count.compare_exchange_weak(have, have + taken, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => return taken,
+            Err(now) => have = now,
+        }
+    }
+}
+
+/// One call to the system's generator for all of them.
+fn random_ids(count: usize) -> Result<Vec<LeaseId>, Error> {
+    let mut bytes = vec![0; count * 16];
+    getrandom::fill(&mut bytes)
+        .map_err(|error| Error::unavailable("the system gives no random numbers for leases").with_source(error))?;
+    let (chunks, _) = bytes.as_chunks::<16>();
+    Ok(chunks.iter().map(|chunk| LeaseId(u128::from_be_bytes(*chunk))).collect())
+}
+
+/// Lets a settlement nobody waits for finish.
+pub(crate) fn detach(settle: Settle) {
+    let told = |result: Result<(), Error>| {
+        if let Err(error) = result {
+            tracing::warn!(%error, "a settlement was not taken; the message comes back");
+        }
+    };
+    if settle.is_ready() {
+        // In-process it is done already, and no task is needed.
+        settle.now_or_never().into_iter().for_each(told);
+    } else {
+        tokio::spawn(async move { told(settle.await) });
+    }
+}

@@ -1,0 +1,196 @@
+//! NDJSON with `Accept: application/x-ndjson`: one result a line as it is known, while the body is
+//! still being read, so that a file of any length takes constant memory.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::response::Response;
+use broker_core::Error;
+use bytes::{Buf, Bytes, BytesMut};
+use futures_util::stream;
+use http::{HeaderMap, HeaderValue, header};
+use tokio::time::Instant;
+
+use super::inflate::Encoding;
+use super::problem::{Answer, Problem};
+use super::publish::{ends_stream, publish_all, write_problem, write_result};
+use super::publishers::Published;
+use super::{Shared, body};
+use crate::event::{LINES_TYPE, Options, ndjson};
+
+/// Lines published in one go.
+const LINES_AT_ONCE: usize = 512;
+
+/// Whether the sender wants results as they are known.
+pub(crate) fn wants_stream(headers: &HeaderMap) -> bool {
+    headers.get_all(header::ACCEPT).iter().any(|value| {
+        let text = value.to_str().unwrap_or_default();
+        text.split(',').any(|range| range.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case(LINES_TYPE))
+    })
+}
+
+/// Answers at once, then reads, publishes and tells, piece by piece. A sender that does not read
+/// the results is not read from either.
+pub(crate) async fn stream(
+    shared: &Arc<Shared>,
+    published: Arc<Published>,
+    options: Options,
+    headers: &HeaderMap,
+    body: Body,
+    has_key: bool,
+) -> Answer {
+    let problem = if has_key {
+        Some(Problem::invalid("idempotency-key: the answer to a stream of lines is not kept; give each line a dedup"))
+    } else if Encoding::of(headers)?.is_some() {
+        Some(Problem::invalid(
+            "content-encoding: a stream of lines is sent as it is; collect the results to send it compressed",
+        ))
+    } else {
+        options.check_many().err().map(Problem::from)
+    };
+    if let Some(problem) = problem {
+        return Err(body::refuse(headers, body, shared.limits(), problem).await);
+    }
+    let lines = Lines {
+        shared: Arc::clone(shared),
+        published,
+        options,
+        body,
+        buffer: BytesMut::new(),
+        pending: VecDeque::new(),
+        skipping: false,
+        ended: false,
+    };
+    let results = stream::unfold(lines, |mut lines| async move { Some((Ok::<_, Error>(lines.next().await?), lines)) });
+    let mut response = Response::new(Body::from_stream(results));
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(LINES_TYPE));
+    Ok(response)
+}
+
+struct Lines {
+    shared: Arc<Shared>,
+    published: Arc<Published>,
+    options: Options,
+    body: Body,
+    /// What was read and is no whole line yet.
+    buffer: BytesMut,
+    /// Whole lines, or what is wrong in their place.
+    pending: VecDeque<Result<Bytes, Problem>>,
+    /// Within a line that is too long.
+    skipping: bool,
+    ended: bool,
+}
+
+impl Lines {
+    /// The next results, or `None` at the end.
+    async fn next(&mut self) -> Option<Bytes> {
+        while self.pending.is_empty() {
+            if self.ended {
+                return None;
+            }
+            self.read().await;
+        }
+        let mut out = Vec::new();
+        let lines = self.pending.len().min(LINES_AT_ONCE);
+        let mut messages = Vec::with_capacity(lines);
+        for line in self.pending.drain(..lines) {
+            match line {
+                Ok(line) => messages.push(ndjson::decode(&line, &self.options)),
+                Err(problem) => {
+                    // It stands alone or last: what came before is published first, in order.
+                    publish_lines(
+                        &self.shared,
+                        &self.published,
+                        &self.options,
+                        std::mem::take(&mut messages),
+                        &mut out,
+                    )
+                    .await
+                    .then(|| self.ended = true);
+                    write_problem(&mut out, &problem);
+                    out.push(b'\n');
+                }
+            }
+        }
+        if publish_lines(&self.shared, &self.published, &self.options, messages, &mut out).await {
+            self.pending.clear();
+            self.ended = true;
+        }
+        Some(out.into())
+    }
+
+    async fn read(&mut self) {
+        let deadline = Instant::now() + self.shared.limits().body_timeout;
+        match body::next_data(&mut self.body, deadline).await {
+            Ok(Some(data)) => self.split(&data),
+            Ok(None) => {
+                self.ended = true;
+                let last = self.buffer.split().freeze();
+                if !self.skipping && !last.trim_ascii().is_empty() {
+                    self.pending.push_back(Ok(last));
+                }
+            }
+            Err(problem) => {
+                self.ended = true;
+                self.pending.push_back(Err(problem));
+            }
+        }
+    }
+
+    fn split(&mut self, data: &[u8]) {
+        let max = self.shared.limits().message_body_bytes * 2;
+        let mut rest = data;
+        while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+            let (head, tail) = rest.split_at(end);
+            rest = tail.get(1..).unwrap_or_default();
+            if std::mem::take(&mut self.skipping) {
+                continue;
+            }
+            self.buffer.extend_from_slice(head);
+            let line = self.buffer.split().freeze();
+            if line.len() > max {
+                self.pending.push_back(Err(too_long(max)));
+            } else if !line.trim_ascii().is_empty() {
+                self.pending.push_back(Ok(line));
+            }
+        }
+        if self.skipping {
+            return;
+        }
+        self.buffer.extend_from_slice(rest);
+        if self.buffer.len() > max {
+            self.buffer.advance(self.buffer.len());
+            self.skipping = true;
+            self.pending.push_back(Err(too_long(max)));
+        }
+    }
+}
+
+/// Publishes lines and appends their results; true if no further one could be published.
+async fn publish_lines(
+    shared: &Shared,
+    published: &Published,
+    options: &Options,
+    messages: Vec<Result<broker_core::Message, Error>>,
+    out: &mut Vec<u8>,
+) -> bool {
+    if messages.is_empty() {
+        return false;
+    }
+    let results = match publish_all(shared, published, options, messages).await {
+        Ok(results) => results,
+        Err(error) => vec![Err(error)],
+    };
+    let mut ends = false;
+    for result in results {
+        ends |= result.as_ref().is_err_and(ends_stream);
+        write_result(out, published.topic(), result);
+        out.push(b'\n');
+    }
+    ends
+}
+
+fn too_long(max: usize) -> Problem {
+    Problem::too_large(format!("a line is over the limit of {max} bytes"))
+}

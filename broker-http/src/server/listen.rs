@@ -1,0 +1,253 @@
+//! Connections: accepted up to a number, held to times and sizes, drained at the end.
+
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::serve::Listener;
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::{Frame, SizeHint};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tower_service::Service as _;
+
+use super::Shared;
+use super::limits::Limits;
+
+/// What is written to a connection over the limit, without reading from it: a sender that sees it
+/// knows more than one whose connection was reset.
+const TOO_MANY: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\n\
+    content-type: application/problem+json\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 114\r\n\r\n\
+    {\"title\":\"Service Unavailable\",\"status\":503,\"detail\":\"too many connections; try again later\",\"kind\":\"unavailable\"}";
+
+/// The connections of a server, over all its listeners.
+#[derive(Debug)]
+pub(crate) struct Connections {
+    /// Ends accepting, and each connection after the request it is at.
+    closing: CancellationToken,
+    /// Ends every connection at once.
+    cut: CancellationToken,
+    tasks: TaskTracker,
+    free: Arc<Semaphore>,
+}
+
+impl Connections {
+    pub(crate) fn new(max: usize) -> Self {
+        Self {
+            closing: CancellationToken::new(),
+            cut: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+            free: Arc::new(Semaphore::new(max.min(Semaphore::MAX_PERMITS))),
+        }
+    }
+
+    /// Accepts until the server closes.
+    pub(crate) async fn accept<L>(&self, shared: &Arc<Shared>, mut listener: L, router: Router)
+    where
+        L: Listener<Io: AsyncRead + AsyncWrite + Unpin + Send + 'static>,
+    {
+        let builder = Arc::new(builder(shared.limits()));
+        loop {
+            let stream = tokio::select! {
+                () = self.closing.cancelled() => return,
+                (stream, _) = listener.accept() => stream,
+            };
+            shared.metrics.connection();
+            match Arc::clone(&self.free).try_acquire_owned() {
+                Ok(permit) => {
+                    let connection = Connection {
+                        builder: Arc::clone(&builder),
+                        router: router.clone(),
+                        idle: shared.limits().header_timeout,
+                        closing: self.closing.clone(),
+                        cut: self.cut.clone(),
+                        _permit: permit,
+                    };
+                    self.tasks.spawn(connection.serve(stream));
+                }
+                Err(_) => {
+                    shared.metrics.connection_refused();
+                    self.tasks.spawn(refuse(stream));
+                }
+            }
+        }
+    }
+
+    /// Connections open now.
+    pub(crate) fn open(&self) -> usize {
+        self.tasks.len()
+    }
+
+    /// Ends the connections, each after the request it is at; cuts those that take longer.
+    pub(crate) async fn close(&self, patience: Duration) {
+        self.closing.cancel();
+        self.tasks.close();
+        if timeout(patience, self.tasks.wait()).await.is_err() {
+            self.cut.cancel();
+            self.tasks.wait().await;
+        }
+    }
+}
+
+impl Drop for Connections {
+    fn drop(&mut self) {
+        self.cut.cancel();
+    }
+}
+
+fn builder(limits: &Limits) -> Builder<TokioExecutor> {
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.header_timeout)
+        .max_headers(limits.headers)
+        .max_buf_size(limits.header_bytes.max(8 << 10));
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_header_list_size(u32::try_from(limits.header_bytes).unwrap_or(u32::MAX))
+        .max_concurrent_streams(limits.streams_per_connection)
+        // A peer that opens and resets streams as fast as it can is cut off (CVE-2023-44487).
+        .max_pending_accept_reset_streams(64)
+        .max_local_error_reset_streams(256)
+        .keep_alive_interval(limits.header_timeout)
+        .adaptive_window(true);
+    builder
+}
+
+async fn refuse<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S) {
+    let told = async {
+        stream.write_all(TOO_MANY).await?;
+        stream.shutdown().await
+    };
+    // Whoever does not read it learns nothing; that must not hold anything here.
+    let _ = timeout(Duration::from_secs(1), told).await;
+}
+
+struct Connection {
+    builder: Arc<Builder<TokioExecutor>>,
+    router: Router,
+    idle: Duration,
+    closing: CancellationToken,
+    cut: CancellationToken,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Connection {
+    async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(self, stream: S) {
+        let activity = Arc::new(Activity::default());
+        let (router, active) = (self.router, Arc::clone(&activity));
+        let service = service_fn(move |request: Request<Incoming>| {
+            let busy = Busy::begin(&active);
+            let answer = router.clone().call(request);
+            async move { answer.await.map(|response: Response<Body>| response.map(|body| Guarded { body, _busy: busy })) }
+        });
+        let serving = self.builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
+        let mut serving = pin!(serving);
+        let mut closing = false;
+        let mut seen = 0;
+        loop {
+            tokio::select! {
+                ended = serving.as_mut() => {
+                    if let Err(error) = ended {
+                        tracing::debug!(error, "a connection ended");
+                    }
+                    return;
+                }
+                () = self.cut.cancelled() => return,
+                () = self.closing.cancelled(), if !closing => {
+                    closing = true;
+                    serving.as_mut().graceful_shutdown();
+                }
+                // HTTP/1.1 has a timer of its own for headers; a connection that says nothing at
+                // all, and HTTP/2 without a stream, have not.
+                () = sleep(self.idle) => {
+                    let begun = activity.begun.load(Ordering::Acquire);
+                    if activity.active.load(Ordering::Acquire) == 0 && begun == seen {
+                        if closing {
+                            return;
+                        }
+                        closing = true;
+                        serving.as_mut().graceful_shutdown();
+                    }
+                    seen = begun;
+                }
+            }
+        }
+    }
+}
+
+/// Whether anything happens on a connection.
+#[derive(Debug, Default)]
+struct Activity {
+    active: AtomicUsize,
+    begun: AtomicUsize,
+}
+
+/// A request at work, until its answer is written.
+struct Busy(Arc<Activity>);
+
+impl Busy {
+    fn begin(activity: &Arc<Activity>) -> Self {
+        activity.active.fetch_add(1, Ordering::AcqRel);
+        activity.begun.fetch_add(1, Ordering::AcqRel);
+        Self(Arc::clone(activity))
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.active.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// The body of an answer; its request is at work until it ends.
+struct Guarded {
+    body: Body,
+    _busy: Busy,
+}
+
+impl http_body::Body for Guarded {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_answer_to_one_connection_too_many_is_well_formed() {
+        let text = std::str::from_utf8(TOO_MANY).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap();
+        let length: usize =
+            head.split("content-length: ").nth(1).unwrap().split("\r\n").next().unwrap().parse().unwrap();
+        assert_eq!(length, body.len());
+        assert_eq!(serde_json::from_str::<serde_json::Value>(body).unwrap()["status"], 503);
+    }
+}

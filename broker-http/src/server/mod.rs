@@ -1,0 +1,265 @@
+//! The server: the HTTP interface and the push engine over any broker.
+
+// What a request meets first.
+mod body;
+mod inflate;
+mod limits;
+mod listen;
+mod origin;
+mod problem;
+mod query;
+
+// Publishing.
+mod idempotency;
+mod lines;
+mod publish;
+mod publishers;
+
+// Subscribing.
+mod groups;
+mod leases;
+mod pull;
+mod registry;
+mod state;
+mod stream;
+mod subscriptions;
+
+// Watching.
+mod metrics;
+mod ops;
+
+mod options;
+mod routes;
+
+use std::io;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use axum::Router;
+use axum::serve::ListenerExt;
+use broker_core::{Broker, DrainReport, GroupName, Result};
+use http::StatusCode;
+use tokio::net::TcpListener;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+pub use limits::Limits;
+pub use options::ServerOptions;
+
+use crate::push::{Push, PushClient, PushObserver, PushOptions};
+use crate::{Endpoint, SubscriptionSpec};
+use idempotency::Answers;
+use leases::Leases;
+use listen::Connections;
+use metrics::Metrics;
+use problem::{Answer, Problem};
+use publishers::Publishers;
+use registry::Registry;
+use state::StateFile;
+
+/// The HTTP interface over a broker: the routes and the push engine, in a process of its own or
+/// inside a service.
+///
+/// Cloning is cheap, and every clone is the same server. Making one does no I/O. *Dropping* the last
+/// clone ends its pushes and cuts its connections, as [`drain`](Self::drain) with no patience would;
+/// the broker goes on if somebody else holds it.
+///
+/// ```
+/// # #[tokio::main] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::{sync::Arc, time::Duration};
+/// use broker_core::{Broker, MemoryBroker};
+/// use broker_http::{Server, ServerOptions};
+///
+/// let broker: Arc<dyn Broker> = Arc::new(MemoryBroker::new());
+/// let server = Server::new(broker, ServerOptions::new().with_development(true));
+/// let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+/// let serving = tokio::spawn({ let server = server.clone(); async move { server.serve(listener).await } });
+///
+/// assert!(server.drain(Duration::from_secs(20)).await.complete);
+/// serving.await??;
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Server {
+    shared: Arc<Shared>,
+}
+
+/// What every request and every connection has in common.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) broker: Arc<dyn Broker>,
+    options: ServerOptions,
+    pub(crate) publishers: Publishers,
+    pub(crate) idempotency: Answers,
+    pub(crate) registry: Registry,
+    pub(crate) leases: Arc<Leases>,
+    pub(crate) streams: Arc<AtomicUsize>,
+    pub(crate) connections: Connections,
+    pub(crate) metrics: Arc<Metrics>,
+    /// No more intake: the drain has begun.
+    pub(crate) draining: CancellationToken,
+    push_client: PushClient,
+    observer: Arc<Observer>,
+    state: Option<StateFile>,
+    restored: AtomicBool,
+}
+
+impl Server {
+    /// A server over `broker`.
+    pub fn new(broker: Arc<dyn Broker>, options: ServerOptions) -> Self {
+        let metrics = Arc::<Metrics>::default();
+        let limits = options.limits().clone();
+        let shared = Arc::new_cyclic(|shared| Shared {
+            publishers: Publishers::new(Arc::clone(&broker), limits.topics),
+            idempotency: Answers::new(limits.idempotency_bytes),
+            registry: Registry::default(),
+            leases: Leases::new(limits.leases),
+            streams: Arc::default(),
+            connections: Connections::new(limits.connections),
+            observer: Arc::new(Observer { metrics: Arc::clone(&metrics), shared: Weak::clone(shared) }),
+            metrics,
+            draining: CancellationToken::new(),
+            push_client: options.push_client(),
+            state: options.state().map(|path| StateFile::new(path.to_owned())),
+            restored: AtomicBool::new(false),
+            broker,
+            options,
+        });
+        Self { shared }
+    }
+
+    /// The broker behind it.
+    pub fn broker(&self) -> &Arc<dyn Broker> {
+        &self.shared.broker
+    }
+
+    /// The routes, to be nested into a router of one's own. Subscriptions of a state file are not
+    /// there before [`restore`](Self::restore).
+    pub fn router(&self) -> Router {
+        routes::router(&self.shared)
+    }
+
+    /// Brings the subscriptions of the state file back, if there is one; once is enough, and
+    /// [`serve`](Self::serve) does it.
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`](broker_core::ErrorKind::Invalid) if the file is broken, and what the broker says.
+    pub async fn restore(&self) -> Result<()> {
+        if let Some(state) = &self.shared.state
+            && !self.shared.restored.swap(true, std::sync::atomic::Ordering::AcqRel)
+        {
+            let kept = state.load().await?;
+            self.shared.registry.restore(&self.shared, kept).await?;
+        }
+        Ok(())
+    }
+
+    /// Serves connections until the server is drained: HTTP/1.1, and HTTP/2 with prior knowledge.
+    /// Several listeners may be served at a time.
+    ///
+    /// # Errors
+    ///
+    /// That the state file cannot be restored.
+    pub async fn serve(&self, listener: TcpListener) -> io::Result<()> {
+        self.restore().await.map_err(io::Error::other)?;
+        // An answer is small: waiting for more of it helps nobody.
+        let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
+        self.shared.connections.accept(&self.shared, listener, self.router()).await;
+        Ok(())
+    }
+
+    /// As [`serve`](Self::serve), on a Unix socket.
+    ///
+    /// # Errors
+    ///
+    /// As [`serve`](Self::serve).
+    #[cfg(unix)]
+    pub async fn serve_unix(&self, listener: tokio::net::UnixListener) -> io::Result<()> {
+        self.restore().await.map_err(io::Error::other)?;
+        self.shared.connections.accept(&self.shared, listener, self.router()).await;
+        Ok(())
+    }
+
+    /// Shuts down: publishing and subscribing are refused from now on; until `deadline` what is in
+    /// flight is finished, leases can be settled, and the broker is closed, as
+    /// [`Broker::close`] says; then connections end after the request they are at.
+    pub async fn drain(&self, deadline: Duration) -> DrainReport {
+        let end = Instant::now() + deadline;
+        self.shared.draining.cancel();
+        self.shared.registry.prepare_close();
+        let report = self.shared.broker.close(deadline).await;
+        // Answers under way are short by now.
+        let patience = end.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
+        self.shared.connections.close(patience.min(Duration::from_secs(5))).await;
+        report
+    }
+}
+
+impl Shared {
+    pub(crate) fn limits(&self) -> &Limits {
+        self.options.limits()
+    }
+
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining.is_cancelled()
+    }
+
+    /// Refuses an endpoint that could never be dialled, where that is known ahead; a name is looked
+    /// up when it is dialled.
+    pub(crate) fn check_endpoint(&self, endpoint: &Endpoint) -> Answer<()> {
+        let address = match endpoint.url().host() {
+            Some(url::Host::Ipv4(address)) => IpAddr::V4(address),
+            Some(url::Host::Ipv6(address)) => IpAddr::V6(address),
+            _ => return Ok(()),
+        };
+        let host = endpoint.url().host_str().unwrap_or_default();
+        self.push_client.guard().check(host, address).map_err(|error| {
+            Problem::new(StatusCode::FORBIDDEN, error.kind(), format!("endpoint: {}", error.message()))
+        })
+    }
+
+    /// Starts pushing; the group stands already.
+    pub(crate) fn start_push(&self, name: &GroupName, spec: &Arc<SubscriptionSpec>, paused: bool) -> Result<Push> {
+        let options = PushOptions::new(name.clone(), Arc::clone(spec))
+            .with_paused(paused)
+            .with_observer(Arc::clone(&self.observer) as Arc<dyn PushObserver>);
+        Push::start(Arc::clone(&self.broker), options, &self.push_client)
+    }
+
+    /// Writes the state file, if there is one.
+    pub(crate) async fn try_save(&self) -> Answer<()> {
+        let Some(state) = &self.state else { return Ok(()) };
+        state.save(self.registry.change(), || self.registry.snapshot()).await.map_err(Problem::from)
+    }
+
+    /// As [`try_save`](Self::try_save), where nobody waits for the outcome.
+    pub(crate) async fn save(&self) {
+        if let Err(problem) = self.try_save().await {
+            tracing::error!(?problem, "a change of the subscriptions was not kept");
+        }
+    }
+}
+
+/// Hears of every push.
+#[derive(Debug)]
+struct Observer {
+    metrics: Arc<Metrics>,
+    shared: Weak<Shared>,
+}
+
+impl PushObserver for Observer {
+    fn pushed(&self, acked: bool, took: Duration) {
+        self.metrics.pushed(acked, took);
+    }
+
+    /// A restart must not push to an endpoint that said it is gone.
+    fn disabled(&self) {
+        if let Some(shared) = self.shared.upgrade() {
+            shared.registry.changed();
+            tokio::spawn(async move { shared.save().await });
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! What operators ask for: health, readiness, metrics, topics and the description of the interface.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use http::{HeaderValue, StatusCode, Uri, header};
+use serde_json::json;
+
+use super::Shared;
+use super::metrics::Gauges;
+use super::problem::{Answer, Problem};
+use super::query::Query;
+use super::subscriptions::{DEFAULT_PAGE, MAX_PAGE, respond};
+
+/// The OpenAPI document; a test compares it with the routes.
+pub(crate) const OPENAPI: &str = include_str!("openapi.json");
+
+/// `GET /healthz`: the process is alive.
+pub(crate) async fn healthz() -> &'static str {
+    "ok\n"
+}
+
+/// `GET /readyz`: it takes requests, and so does the broker behind it.
+pub(crate) async fn readyz(State(shared): State<Arc<Shared>>) -> Response {
+    if shared.is_draining() {
+        return Problem::draining().into_response();
+    }
+    match shared.broker.status().await {
+        Ok(status) if matches!(status.state, broker_core::State::Active) => "ready\n".into_response(),
+        Ok(status) => {
+            let error = status.last_error.map(|error| format!(": {error}")).unwrap_or_default();
+            let state = serde_json::to_value(status.state).unwrap_or_default();
+            let state = state.as_str().unwrap_or("not active").to_owned();
+            Problem::from(broker_core::Error::unavailable(format!("the broker {} is {state}{error}", status.name)))
+                .into_response()
+        }
+        Err(error) => Problem::from(error).into_response(),
+    }
+}
+
+/// `GET /metrics`
+pub(crate) async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
+    let gauges = Gauges {
+        connections: shared.connections.open(),
+        subscriptions: shared.registry.len(),
+        leases: shared.leases.held(),
+        streams: shared.streams.load(std::sync::atomic::Ordering::Acquire),
+    };
+    // A broker that cannot be asked takes nothing away from what is counted here.
+    let status = shared.broker.status().await.ok();
+    let text = shared.metrics.render(gauges, status.as_ref());
+    typed("text/plain; version=0.0.4; charset=utf-8", text)
+}
+
+/// `GET /openapi.json`
+pub(crate) async fn openapi() -> Response {
+    typed("application/json", OPENAPI)
+}
+
+fn typed(content_type: &'static str, body: impl IntoResponse) -> Response {
+    let mut response = body.into_response();
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}
+
+/// `GET /topics`: those lately published to through this server.
+pub(crate) async fn topics(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
+    let mut query = Query::of(&uri);
+    let limit = query.number("limit", 1..=MAX_PAGE)?.unwrap_or(DEFAULT_PAGE);
+    let after = query.text("next")?;
+    query.finish()?;
+    let (topics, more) = shared.publishers.list(after.as_deref(), limit);
+    let next = topics.last().filter(|_| more).map(|last| last.name().to_owned());
+    Ok(respond(StatusCode::OK, &json!({ "topics": topics, "next": next })))
+}
+
+/// Any other path.
+pub(crate) async fn no_route(uri: Uri) -> Problem {
+    let shown: String = uri.path().chars().take(100).collect();
+    Problem::not_found(format!("there is nothing at {shown:?}; GET /openapi.json lists what there is"))
+}
+
+/// A path with another method.
+pub(crate) async fn no_method(method: http::Method, uri: Uri) -> Problem {
+    let shown: String = uri.path().chars().take(100).collect();
+    Problem::new(
+        StatusCode::METHOD_NOT_ALLOWED,
+        broker_core::ErrorKind::Invalid,
+        format!("{method} means nothing at {shown:?}; the header allow says what does"),
+    )
+}

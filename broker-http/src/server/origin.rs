@@ -1,0 +1,108 @@
+//! Who may ask: in development mode only this machine, and no web page; elsewhere the configured
+//! origins.
+
+use std::net::IpAddr;
+
+use broker_core::ErrorKind;
+use http::{HeaderMap, StatusCode, Uri, header};
+
+use super::problem::{Answer, Problem};
+
+/// Checks where a request comes from. A web page on this machine's browser can reach a loopback
+/// port; it cannot hide its `Origin`, nor the name it resolved (`Host`).
+pub(crate) fn check(development: bool, allowed: &[String], uri: &Uri, headers: &HeaderMap) -> Answer<()> {
+    let origin = headers.get(header::ORIGIN).map(|origin| origin.to_str().unwrap_or_default());
+    if let Some(origin) = origin
+        && !allowed.iter().any(|allowed| allowed.eq_ignore_ascii_case(origin))
+        && !(development && is_loopback_origin(origin))
+    {
+        return Err(forbidden(if development {
+            "the origin of this request is not this machine, and the server is in development mode"
+        } else {
+            "the origin of this request is not among the allowed ones; add it to allowed_origins"
+        }));
+    }
+    if !development {
+        return Ok(());
+    }
+    // HTTP/2 has the authority in the request's URI.
+    let host = match headers.get(header::HOST) {
+        Some(host) => Some(host.to_str().unwrap_or_default()),
+        None => uri.authority().map(|authority| authority.as_str()),
+    };
+    match host {
+        Some(host) if !is_loopback_authority(host) => Err(forbidden(
+            "the host of this request is not this machine (localhost, 127.0.0.1 or [::1]), and the server is in development mode",
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn forbidden(detail: &str) -> Problem {
+    Problem::new(StatusCode::FORBIDDEN, ErrorKind::Unauthorized, detail)
+}
+
+fn is_loopback_origin(origin: &str) -> bool {
+    origin
+        .strip_prefix("http://")
+        .or_else(|| origin.strip_prefix("https://"))
+        .is_some_and(|authority| !authority.contains('/') && is_loopback_authority(authority))
+}
+
+fn is_loopback_authority(authority: &str) -> bool {
+    if authority.contains('@') {
+        return false;
+    }
+    let host = match authority.strip_prefix('[') {
+        Some(rest) => {
+            let Some((host, port)) = rest.split_once(']') else { return false };
+            return is_port(port) && host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
+        }
+        None => match authority.split_once(':') {
+            Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
+            Some(_) => return false,
+            None => authority,
+        },
+    };
+    let name = host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase();
+    name == "localhost"
+        || name.ends_with(".localhost")
+        || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+fn is_port(text: &str) -> bool {
+    text.is_empty() || text.strip_prefix(':').is_some_and(|port| port.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_machine_is_told_from_others() {
+        for here in
+            ["localhost", "LOCALHOST:80", "app.localhost:3000", "127.0.0.1", "127.1.2.3:2757", "[::1]:2757", "[::1]"]
+        {
+            assert!(is_loopback_authority(here), "{here}");
+            assert!(is_loopback_origin(&format!("http://{here}")), "{here}");
+        }
+        for elsewhere in [
+            "example.com",
+            "localhost.example.com",
+            "127.0.0.1.nip.io",
+            "192.168.0.1",
+            "[::2]:1",
+            "[::1",
+            "[::1]x",
+            "localhost@evil.com",
+            "localhost:x",
+            "",
+            "null",
+        ] {
+            assert!(!is_loopback_authority(elsewhere), "{elsewhere}");
+            assert!(!is_loopback_origin(&format!("http://{elsewhere}")), "{elsewhere}");
+        }
+        assert!(!is_loopback_origin("null"));
+        assert!(!is_loopback_origin("file://localhost"));
+    }
+}

@@ -1,0 +1,248 @@
+//! `POST /topics/{topic}`: a body becomes one message or many, and the answer says what became of
+//! each.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use broker_core::{Error, ErrorKind, Message, MessageId, Receipt, Topic};
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Request, StatusCode, header};
+use serde::Serialize;
+
+use super::idempotency::{Fingerprint, Key, Slot};
+use super::problem::{Answer, Problem};
+use super::publishers::Published;
+use super::query::name_in_path;
+use super::{Shared, body, lines};
+use crate::event::{Decoded, Format, Options, binary, json, ndjson};
+
+/// A receipt in JSON.
+#[derive(Serialize)]
+struct Accepted<'a> {
+    id: &'a MessageId,
+    topic: &'a Topic,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    matched: Option<u64>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    duplicate: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    partition: Option<i32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    offset: Option<i64>,
+}
+
+#[derive(Serialize)]
+struct Refused<'a> {
+    error: &'a Problem,
+}
+
+/// Handles the request; counts it and how long it took.
+pub(crate) async fn publish(State(shared): State<Arc<Shared>>, request: Request<Body>) -> Response {
+    let begun = Instant::now();
+    let (parts, body) = request.into_parts();
+    let answer = match prepare(&shared, &parts) {
+        Ok(prepared) => answer(&shared, prepared, &parts.headers, body).await,
+        Err(problem) => Err(body::refuse(&parts.headers, body, shared.limits(), problem).await),
+    };
+    let response = answer.unwrap_or_else(IntoResponse::into_response);
+    shared.metrics.published(response.status(), begun.elapsed());
+    response
+}
+
+/// What the head of the request says.
+struct Prepared {
+    published: Arc<Published>,
+    options: Options,
+    format: Format,
+    key: Option<Key>,
+}
+
+fn prepare(shared: &Shared, parts: &http::request::Parts) -> Answer<Prepared> {
+    if shared.is_draining() {
+        return Err(Problem::draining());
+    }
+    let topic = name_in_path(&parts.uri)?;
+    let published = shared.publishers.of(&topic)?;
+    let options = Options::parse(parts.uri.query(), &parts.headers)?;
+    let format = Format::of(&parts.headers)?;
+    let key = Key::of(parts)?;
+    Ok(Prepared { published, options, format, key })
+}
+
+async fn answer(shared: &Arc<Shared>, prepared: Prepared, headers: &HeaderMap, body: Body) -> Answer {
+    let limits = shared.limits();
+    let Prepared { published, options, format, key } = prepared;
+    if format == Format::Lines && lines::wants_stream(headers) {
+        return lines::stream(shared, published, options, headers, body, key.is_some()).await;
+    }
+    let limit = match format {
+        Format::Batch | Format::Lines => limits.batch_body_bytes,
+        // Base64 and JSON take more than what they carry.
+        Format::Structured => limits.message_body_bytes * 2,
+        Format::Single => limits.message_body_bytes,
+    };
+    let body = body::collect(headers, body, limit, limits).await?;
+    let Some(key) = key else { return publish_body(shared, &published, &options, format, headers, body).await };
+    let fingerprint = Fingerprint::of(headers, &body);
+    match shared.idempotency.begin(key, fingerprint)? {
+        Slot::Answered(response) => Ok(response),
+        // In a task of its own: a sender that goes away and comes back finds the answer.
+        Slot::Ours(running) => {
+            let (shared, headers) = (Arc::clone(shared), headers.clone());
+            let run = async move {
+                running.finish(publish_body(&shared, &published, &options, format, &headers, body).await).await
+            };
+            tokio::spawn(run).await.unwrap_or_else(|_| Err(Problem::draining()))
+        }
+    }
+}
+
+async fn publish_body(
+    shared: &Shared,
+    published: &Published,
+    options: &Options,
+    format: Format,
+    headers: &HeaderMap,
+    body: Bytes,
+) -> Answer {
+    let topic = published.topic();
+    match format {
+        Format::Single => one(shared, published, options, binary::decode(headers, options, body, Some(topic))?).await,
+        Format::Structured => {
+            let mut decoded = json::decode(&body, options, Some(topic))?;
+            binary::take_trace_context(headers, &mut decoded.message)?;
+            one(shared, published, options, decoded).await
+        }
+        Format::Batch => {
+            let decoded = json::decode_batch(&body, options, Some(topic))?;
+            check_count(shared, decoded.len())?;
+            let messages = decoded.into_iter().map(|decoded| decoded.map(|decoded| decoded.message)).collect();
+            many(shared, published, options, messages).await
+        }
+        Format::Lines => {
+            options.check_many()?;
+            let messages = read_lines(shared, options, &body)?;
+            many(shared, published, options, messages).await
+        }
+    }
+}
+
+fn check_count(shared: &Shared, count: usize) -> Answer<()> {
+    let max = shared.limits().batch_messages;
+    if count <= max {
+        return Ok(());
+    }
+    Err(Problem::too_large(format!(
+        "a batch whose results are collected has at most {max} messages; stream more as application/x-ndjson with the header accept: application/x-ndjson"
+    )))
+}
+
+fn read_lines(shared: &Shared, options: &Options, body: &[u8]) -> Answer<Vec<Result<Message, Error>>> {
+    let mut messages = Vec::new();
+    for line in body.split(|byte| *byte == b'\n').filter(|line| !line.trim_ascii().is_empty()) {
+        messages.push(ndjson::decode(line, options));
+        check_count(shared, messages.len())?;
+    }
+    if messages.is_empty() {
+        return Err(Problem::invalid("the body has no line; one message a line is expected"));
+    }
+    Ok(messages)
+}
+
+async fn one(shared: &Shared, published: &Published, options: &Options, decoded: Decoded) -> Answer {
+    let publisher = published.publisher(&*shared.broker, options.require_route)?;
+    let receipt = publisher.publish(decoded.message).await?;
+    published.published(1);
+    shared.metrics.accepted(1);
+    let mut json = Vec::with_capacity(128);
+    write_receipt(&mut json, published.topic(), &receipt);
+    Ok(json_response(StatusCode::ACCEPTED, json))
+}
+
+async fn many(
+    shared: &Shared,
+    published: &Published,
+    options: &Options,
+    messages: Vec<Result<Message, Error>>,
+) -> Answer {
+    let mut json = Vec::with_capacity(16 + messages.len() * 80);
+    json.extend_from_slice(br#"{"results":["#);
+    let mut failed = false;
+    for (index, result) in publish_all(shared, published, options, messages).await?.into_iter().enumerate() {
+        if index > 0 {
+            json.push(b',');
+        }
+        failed |= result.is_err();
+        write_result(&mut json, published.topic(), result);
+    }
+    json.extend_from_slice(b"]}");
+    Ok(json_response(if failed { StatusCode::MULTI_STATUS } else { StatusCode::ACCEPTED }, json))
+}
+
+/// Publishes what could be read, in order; what could not keeps its place among the results.
+pub(crate) async fn publish_all(
+    shared: &Shared,
+    published: &Published,
+    options: &Options,
+    messages: Vec<Result<Message, Error>>,
+) -> Result<Vec<Result<Receipt, Error>>, Error> {
+    let publisher = published.publisher(&*shared.broker, options.require_route)?;
+    let mut unread = Vec::new();
+    let mut good = Vec::with_capacity(messages.len());
+    for (index, message) in messages.into_iter().enumerate() {
+        match message {
+            Ok(message) => good.push(message),
+            Err(error) => unread.push((index, error)),
+        }
+    }
+    let mut results = if good.is_empty() { Vec::new() } else { publisher.publish_batch(good).await? };
+    let accepted = results.iter().filter(|result| result.is_ok()).count() as u64;
+    published.published(accepted);
+    shared.metrics.accepted(accepted);
+    if unread.is_empty() {
+        return Ok(results);
+    }
+    let mut good = results.drain(..);
+    let mut all = Vec::with_capacity(good.len() + unread.len());
+    for (index, error) in unread {
+        all.extend(good.by_ref().take(index - all.len()));
+        all.push(Err(error));
+    }
+    all.extend(good);
+    Ok(all)
+}
+
+/// Appends what became of one message of several.
+pub(crate) fn write_result(json: &mut Vec<u8>, topic: &Topic, result: Result<Receipt, Error>) {
+    match result {
+        Ok(receipt) => write_receipt(json, topic, &receipt),
+        Err(error) => write_problem(json, &error.into()),
+    }
+}
+
+pub(crate) fn write_problem(json: &mut Vec<u8>, problem: &Problem) {
+    // Text and numbers always serialize, and a vector takes them.
+    let _ = serde_json::to_writer(json, &Refused { error: problem });
+}
+
+fn write_receipt(json: &mut Vec<u8>, topic: &Topic, receipt: &Receipt) {
+    let Receipt { id, matched, duplicate, partition, offset, .. } = receipt;
+    let accepted =
+        Accepted { id, topic, matched: *matched, duplicate: *duplicate, partition: *partition, offset: *offset };
+    let _ = serde_json::to_writer(json, &accepted);
+}
+
+pub(crate) fn json_response(status: StatusCode, json: Vec<u8>) -> Response {
+    let mut response = Response::new(Body::from(json));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+/// Kinds that end a stream of publishes: the next would fail the same.
+pub(crate) fn ends_stream(error: &Error) -> bool {
+    error.kind() == ErrorKind::Closed
+}

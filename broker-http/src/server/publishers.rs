@@ -1,0 +1,130 @@
+//! Publishing handles by topic: each is resolved once, and a bounded number is kept.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+
+use broker_core::{Broker, Publisher, PublisherOptions, Result, Timestamp, Topic};
+use parking_lot::RwLock;
+use rustc_hash::FxHashMap;
+
+/// The handles, and with them the topics known: those lately published to.
+#[derive(Debug)]
+pub(crate) struct Publishers {
+    broker: Arc<dyn Broker>,
+    max: usize,
+    kept: RwLock<FxHashMap<Box<str>, Arc<Published>>>,
+}
+
+/// One topic published to.
+#[derive(Debug)]
+pub(crate) struct Published {
+    plain: Publisher,
+    /// Refuses what nobody gets; the few that want it make it.
+    routed: std::sync::OnceLock<Publisher>,
+    count: AtomicU64,
+    last: AtomicI64,
+}
+
+/// What is said about a topic.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+pub(crate) struct TopicSummary {
+    name: String,
+    published: u64,
+    last_published: Timestamp,
+}
+
+impl TopicSummary {
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+impl Publishers {
+    pub(crate) fn new(broker: Arc<dyn Broker>, max: usize) -> Self {
+        Self { broker, max: max.max(1), kept: RwLock::default() }
+    }
+
+    /// The handle for `topic`.
+    ///
+    /// # Errors
+    ///
+    /// That it is no topic, or none to publish to.
+    pub(crate) fn of(&self, topic: &str) -> Result<Arc<Published>> {
+        if let Some(published) = self.kept.read().get(topic) {
+            return Ok(Arc::clone(published));
+        }
+        let published = Arc::new(Published {
+            plain: self.broker.publisher(&Topic::new(topic)?, PublisherOptions::new())?,
+            routed: std::sync::OnceLock::new(),
+            count: AtomicU64::new(0),
+            last: AtomicI64::new(Timestamp::now().as_millis()),
+        });
+        let mut kept = self.kept.write();
+        if kept.len() >= self.max {
+            forget_oldest(&mut kept);
+        }
+        Ok(Arc::clone(kept.entry(topic.into()).or_insert(published)))
+    }
+
+    /// Topics after `after` in order of name, `limit` at most, and whether there are more.
+    pub(crate) fn list(&self, after: Option<&str>, limit: usize) -> (Vec<TopicSummary>, bool) {
+        let kept = self.kept.read();
+        let mut topics: Vec<_> = kept
+            .iter()
+            .filter(|(name, topic)| after.is_none_or(|after| &***name > after) && topic.count() > 0)
+            .map(|(name, topic)| TopicSummary {
+                name: name.to_string(),
+                published: topic.count(),
+                last_published: Timestamp::from_millis(topic.last.load(Ordering::Relaxed)),
+            })
+            .collect();
+        drop(kept);
+        topics.sort_unstable();
+        let more = topics.len() > limit;
+        topics.truncate(limit);
+        (topics, more)
+    }
+}
+
+/// Drops the quarter published to the longest ago, so that the search is paid seldom.
+fn forget_oldest(kept: &mut FxHashMap<Box<str>, Arc<Published>>) {
+    let mut times: Vec<_> = kept.values().map(|topic| topic.last.load(Ordering::Relaxed)).collect();
+    let quarter = times.len() / 4;
+    let (_, oldest, _) = times.select_nth_unstable(quarter);
+    let oldest = *oldest;
+    let mut left = quarter + 1;
+    kept.retain(|_, topic| {
+        let goes = left > 0 && topic.last.load(Ordering::Relaxed) <= oldest;
+        left -= usize::from(goes);
+        !goes
+    });
+}
+
+impl Published {
+    /// The handle, with or without the demand that somebody gets the message.
+    pub(crate) fn publisher(&self, broker: &dyn Broker, require_route: bool) -> Result<&Publisher> {
+        if !require_route {
+            return Ok(&self.plain);
+        }
+        if let Some(routed) = self.routed.get() {
+            return Ok(routed);
+        }
+        let options = PublisherOptions::new().with_require_route(true);
+        let routed = broker.publisher(self.plain.topic(), options)?;
+        Ok(self.routed.get_or_init(|| routed))
+    }
+
+    pub(crate) fn topic(&self) -> &Topic {
+        self.plain.topic()
+    }
+
+    /// Counts messages the broker has taken.
+    pub(crate) fn published(&self, messages: u64) {
+        self.count.fetch_add(messages, Ordering::Relaxed);
+        self.last.store(Timestamp::now().as_millis(), Ordering::Relaxed);
+    }
+
+    fn count(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,382 @@
+//! Pull and settle by lease: `POST /subscriptions/{name}/pull` and `/settle`.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::State;
+use broker_core::{
+    Broker, Delivery, Failure, GroupName, Result, Settle, Settlement, Subscribe, Subscription, Timestamp,
+};
+use futures_util::FutureExt;
+use http::{HeaderMap, StatusCode, Uri};
+use parking_lot::Mutex;
+use serde::Deserialize;
+use tokio::sync::Mutex as AsyncMutex;
+use tokio::time::{Instant, timeout_at};
+
+use super::leases::{Holder, LeaseId, Leases, detach};
+use super::problem::{Answer, Problem};
+use super::publish::json_response;
+use super::query::{Query, name_in_path};
+use super::registry::Subscribed;
+use super::{Shared, body};
+use crate::event::{Envelope, json};
+
+/// Deliveries a pull may ask for.
+const MAX_PULL: usize = 10_000;
+const DEFAULT_PULL: usize = 100;
+const MAX_WAIT: Duration = Duration::from_secs(300);
+const MAX_HOLD: Duration = Duration::from_secs(12 * 3600);
+
+/// Bytes of messages after which an answer is full, and deliveries taken between two looks at that.
+const FULL_BYTES: usize = 8 << 20;
+const AT_ONCE: usize = 32;
+
+/// How long a pull that does not wait stands behind another that is just taking deliveries.
+const TURN: Duration = Duration::from_millis(20);
+
+/// How long a member nobody pulls through stays in its group, where it may hold deliveries back from
+/// the others.
+const IDLE_MEMBER: Duration = Duration::from_secs(30);
+
+/// The pulling side of one pull subscription.
+#[derive(Debug)]
+pub(crate) struct Pull {
+    pub(crate) holder: Arc<Holder>,
+    member: AsyncMutex<Option<Subscription>>,
+    /// Pulls at work.
+    pulling: AtomicUsize,
+    last: Mutex<Instant>,
+    /// When the last ack was taken.
+    last_success: Mutex<Option<Timestamp>>,
+}
+
+impl Pull {
+    pub(crate) fn new() -> Self {
+        Self {
+            holder: Arc::default(),
+            member: AsyncMutex::new(None),
+            pulling: AtomicUsize::new(0),
+            last: Mutex::new(Instant::now()),
+            last_success: Mutex::new(None),
+        }
+    }
+
+    pub(crate) fn last_success(&self) -> Option<Timestamp> {
+        *self.last_success.lock()
+    }
+
+    /// Since when nobody pulls; `None` while somebody does.
+    fn idle_since(&self) -> Option<Instant> {
+        let last = *self.last.lock();
+        (self.pulling.load(Ordering::Acquire) == 0).then_some(last)
+    }
+
+    /// When the subscription expires, unless somebody pulls before.
+    pub(crate) fn expires(&self, after: Duration) -> Instant {
+        self.idle_since().unwrap_or_else(Instant::now) + after
+    }
+
+    /// Leaves the group if nobody pulled for long; the next pull joins again.
+    pub(crate) fn leave_if_idle(&self) {
+        if self.idle_since().is_some_and(|since| since.elapsed() > IDLE_MEMBER) {
+            self.leave();
+        }
+    }
+
+    /// Leaves the group, unless a pull is at work: it leaves with its answer.
+    pub(crate) fn leave(&self) {
+        if let Ok(mut member) = self.member.try_lock() {
+            member.take();
+        }
+    }
+}
+
+/// Counts a pull at work, however it ends.
+struct Pulling<'a>(&'a Pull);
+
+impl<'a> Pulling<'a> {
+    fn begin(pull: &'a Pull) -> Self {
+        pull.pulling.fetch_add(1, Ordering::AcqRel);
+        Self(pull)
+    }
+}
+
+impl Drop for Pulling<'_> {
+    fn drop(&mut self) {
+        *self.0.last.lock() = Instant::now();
+        self.0.pulling.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// `POST /subscriptions/{name}/pull?max=&wait=`
+pub(crate) async fn pull(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
+    let mut query = Query::of(&uri);
+    let max = query.number("max", 1..=MAX_PULL)?.unwrap_or(DEFAULT_PULL);
+    let wait = query.duration("wait")?.unwrap_or_default();
+    query.finish()?;
+    if wait > MAX_WAIT {
+        return Err(Problem::invalid("query parameter wait: it is 5m at most"));
+    }
+    let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
+    let pull = pulled(&subscribed)?;
+    let _pulling = Pulling::begin(pull);
+    let deadline = Instant::now() + wait;
+    let leased = loop {
+        if subscribed.is_paused() {
+            subscribed.resumed(deadline, &shared.draining).await;
+            if Instant::now() >= deadline || shared.is_draining() {
+                break Vec::new();
+            }
+            continue;
+        }
+        let places = shared.leases.reserve(&pull.holder, max, subscribed.spec.max_in_flight as usize);
+        if places.count() == 0 {
+            if shared.leases.is_full() {
+                return Err(Problem::too_many("there are as many leases as may be; settle some first"));
+            }
+            wait_for_room(&shared.leases, &subscribed, pull, deadline).await;
+            if Instant::now() >= deadline {
+                break Vec::new();
+            }
+            continue;
+        }
+        let deliveries = receive(&shared, &subscribed, pull, places.count(), deadline).await?;
+        if !deliveries.is_empty() {
+            // From here to the leases nothing waits, so that no caller gone can lose them.
+            let events: Vec<_> = deliveries.iter().map(|delivery| delivery.received().clone()).collect();
+            let ids = shared.leases.grant(places, deliveries, subscribed.spec.timeout)?;
+            break ids.into_iter().zip(events).collect();
+        }
+        if Instant::now() >= deadline || shared.is_draining() {
+            break Vec::new();
+        }
+    };
+    shared.metrics.pulled(leased.len());
+    let mut out = Vec::with_capacity(32 + leased.len() * 512);
+    out.extend_from_slice(br#"{"deliveries":["#);
+    for (index, (lease, received)) in leased.iter().enumerate() {
+        let comma = if index > 0 { "," } else { "" };
+        let attempt = received.attempt();
+        out.extend_from_slice(format!(r#"{comma}{{"lease":"{lease}","attempt":{attempt},"event":"#).as_bytes());
+        let envelope = Envelope {
+            topic: received.topic(),
+            message: received.message(),
+            subscription: Some(subscribed.name.as_str()),
+            attempt: Some(attempt),
+        };
+        json::encode(envelope, &mut out);
+        out.push(b'}');
+    }
+    out.extend_from_slice(b"]}");
+    Ok(json_response(StatusCode::OK, out))
+}
+
+fn pulled(subscribed: &Subscribed) -> Answer<&Pull> {
+    subscribed.pull().ok_or_else(|| {
+        Problem::conflict(format!(
+            "subscription {} pushes to its endpoint; make one without an endpoint to pull",
+            subscribed.name
+        ))
+    })
+}
+
+/// Waits until a lease of this subscription ends.
+async fn wait_for_room(leases: &Leases, subscribed: &Subscribed, pull: &Pull, deadline: Instant) {
+    let room = pull.holder.room.notified();
+    tokio::pin!(room);
+    // A lease that ended before this is seen here, one after it wakes us.
+    room.as_mut().enable();
+    if pull.holder.leased() >= subscribed.spec.max_in_flight as usize && !leases.is_full() {
+        let _ = timeout_at(deadline, room).await;
+    }
+}
+
+/// Waits for deliveries until the deadline; an empty answer says that there were none in time.
+async fn receive(
+    shared: &Shared,
+    subscribed: &Subscribed,
+    pull: &Pull,
+    limit: usize,
+    deadline: Instant,
+) -> Answer<Vec<Delivery>> {
+    let turn = deadline.max(Instant::now() + TURN);
+    let Ok(mut member) = timeout_at(turn, pull.member.lock()).await else { return Ok(Vec::new()) };
+    if shared.is_draining() {
+        member.take();
+        return Ok(Vec::new());
+    }
+    if member.is_none() {
+        *member = Some(join(&*shared.broker, subscribed).await?);
+    }
+    let Some(subscription) = member.as_mut() else { return Ok(Vec::new()) };
+    let mut batch = Vec::new();
+    let mut taken = Vec::new();
+    let mut bytes = 0;
+    loop {
+        let most = (limit - taken.len()).min(AT_ONCE);
+        let received = if taken.is_empty() {
+            tokio::select! {
+                biased;
+                received = timeout_at(deadline, subscription.receive(&mut batch, most)) => received.ok(),
+                () = shared.draining.cancelled() => Some(Ok(0)),
+            }
+        } else {
+            // What is there beside the first comes along. Nothing waits while deliveries are in
+            // our hands: a caller that goes away now could not get them.
+            subscription.receive(&mut batch, most).now_or_never()
+        };
+        match received {
+            None => break,
+            Some(Ok(0)) => {
+                // Closing, or deleted under us: what was taken is still good.
+                member.take();
+                break;
+            }
+            Some(Ok(_)) => {}
+            Some(Err(error)) => {
+                member.take();
+                if taken.is_empty() {
+                    return Err(error.into());
+                }
+                break;
+            }
+        }
+        for delivery in batch.drain(..) {
+            if subscribed.spec.wants(delivery.topic(), delivery.message()) {
+                bytes += delivery.message().size();
+                taken.push(delivery);
+            } else {
+                detach(delivery.ack());
+            }
+        }
+        if taken.len() >= limit || bytes >= FULL_BYTES {
+            break;
+        }
+    }
+    Ok(taken)
+}
+
+async fn join(broker: &dyn Broker, subscribed: &Subscribed) -> Result<Subscription> {
+    let options = Subscribe::group(GroupName::clone(&subscribed.group.name))
+        .with_max_in_flight(subscribed.spec.max_in_flight as usize)?;
+    broker.subscribe(&subscribed.group.filter, options).await
+}
+
+/// What a puller says about its leases.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Settlements {
+    ack: Vec<String>,
+    retry: Vec<Retry>,
+    reject: Vec<Reject>,
+    extend: Vec<Extend>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Retry {
+    lease: String,
+    delay: Option<String>,
+    reason: Option<String>,
+    status: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Reject {
+    lease: String,
+    reason: Option<String>,
+    status: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Extend {
+    lease: String,
+    r#for: String,
+}
+
+/// `POST /subscriptions/{name}/settle`
+pub(crate) async fn settle(State(shared): State<Arc<Shared>>, uri: Uri, headers: HeaderMap, body: Body) -> Answer {
+    super::query::no_query(&uri)?;
+    let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
+    let pull = pulled(&subscribed)?;
+    let settlements = body::json(&headers, body, shared.limits())
+        .await?
+        .ok_or_else(|| Problem::invalid("a body is expected, as in {\"ack\": [\"lease\"]}"))?;
+    let gone = settle_all(&shared.leases, pull, settlements).await?;
+    let json = serde_json::json!({ "gone": gone });
+    Ok(json_response(StatusCode::OK, json.to_string().into_bytes()))
+}
+
+/// Settles; tells the leases that no longer held. What does not parse is found out before anything
+/// is settled.
+pub(crate) async fn settle_all(leases: &Leases, pull: &Pull, settlements: Settlements) -> Answer<Vec<String>> {
+    let holder = &pull.holder;
+    let Settlements { ack, retry, reject, extend } = settlements;
+    let mut wanted = Vec::with_capacity(ack.len() + retry.len() + reject.len());
+    wanted.extend(ack.into_iter().map(|lease| (lease, Settlement::Ack)));
+    for (index, Retry { lease, delay, reason, status }) in retry.into_iter().enumerate() {
+        let after = delay.map(|delay| duration(&format!("retry[{index}].delay"), &delay)).transpose()?;
+        wanted.push((lease, Settlement::Retry { after, failure: failure(reason, status) }));
+    }
+    for Reject { lease, reason, status } in reject {
+        let failure = failure(Some(reason.unwrap_or_else(|| "rejected".to_owned())), status);
+        wanted.push((lease, Settlement::Reject(failure.unwrap_or_else(|| Failure::new("rejected")))));
+    }
+    let mut extensions = Vec::with_capacity(extend.len());
+    for (index, Extend { lease, r#for }) in extend.into_iter().enumerate() {
+        let hold = duration(&format!("extend[{index}].for"), &r#for)?;
+        if hold.is_zero() {
+            return Err(Problem::invalid(format!("extend[{index}].for: it is longer than zero")));
+        }
+        extensions.push((lease, hold));
+    }
+
+    let mut gone = Vec::new();
+    let acks = wanted.iter().any(|(_, settlement)| *settlement == Settlement::Ack);
+    // All begin before the first is awaited: an adapter settles many in one go.
+    let mut settling: Vec<(String, Settle)> = Vec::with_capacity(wanted.len());
+    for (lease, settlement) in wanted {
+        match lease.parse::<LeaseId>().ok().and_then(|id| leases.take(holder, id)) {
+            Some(delivery) => settling.push((lease, delivery.settle(settlement))),
+            None => gone.push(lease),
+        }
+    }
+    for (lease, hold) in extensions {
+        let held = lease.parse::<LeaseId>().is_ok_and(|id| leases.extend(holder, id, hold));
+        if !held {
+            gone.push(lease);
+        }
+    }
+    for (lease, settled) in settling {
+        if let Err(error) = settled.await {
+            tracing::warn!(%error, "a settlement was not taken; the message comes back");
+            gone.push(lease);
+        }
+    }
+    if acks {
+        *pull.last_success.lock() = Some(Timestamp::now());
+    }
+    Ok(gone)
+}
+
+fn failure(reason: Option<String>, status: Option<String>) -> Option<Failure> {
+    let failure = reason.map(Failure::new);
+    match status {
+        Some(status) => Some(failure.unwrap_or_else(|| Failure::new("no reason given")).with_status(status)),
+        None => failure,
+    }
+}
+
+fn duration(field: &str, text: &str) -> Answer<Duration> {
+    let duration =
+        broker_core::parse_duration(text).map_err(|error| Problem::invalid(format!("{field}: {}", error.message())))?;
+    if duration > MAX_HOLD {
+        return Err(Problem::invalid(format!("{field}: it is 12h at most")));
+    }
+    Ok(duration)
+}

@@ -1,0 +1,380 @@
+//! The subscriptions alive: made, replaced, paused and deleted here, one change at a time.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use broker_core::{Group, GroupName, Result};
+use parking_lot::RwLock;
+use tokio::sync::{Mutex as AsyncMutex, Notify};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::Shared;
+use super::groups::Groups;
+use super::problem::{Answer, Problem};
+use super::pull::Pull;
+use super::state::Kept;
+use crate::SubscriptionSpec;
+use crate::push::Push;
+
+/// Every subscription, by name.
+#[derive(Debug, Default)]
+pub(crate) struct Registry {
+    table: RwLock<BTreeMap<Box<str>, Arc<Subscribed>>>,
+    pub(crate) groups: Groups,
+    /// Held while something changes: a change asks the broker for several things in turn.
+    changing: AsyncMutex<()>,
+    /// Counts changes, so that the state file knows what it has written.
+    changes: AtomicU64,
+    /// Told when there is something new to watch.
+    watch: Arc<Notify>,
+    watched: std::sync::atomic::AtomicBool,
+}
+
+/// One life of a subscription: replaced when its settings change.
+#[derive(Debug)]
+pub(crate) struct Subscribed {
+    pub(crate) name: GroupName,
+    pub(crate) spec: Arc<SubscriptionSpec>,
+    pub(crate) group: Group,
+    how: How,
+    paused: RwLock<bool>,
+    /// Told when a pause ends.
+    unpaused: Notify,
+}
+
+#[derive(Debug)]
+enum How {
+    Push(Push),
+    Pull(Pull),
+}
+
+/// What `PUT` did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Put {
+    Made,
+    Replaced,
+    Unchanged,
+}
+
+impl Subscribed {
+    pub(crate) fn push(&self) -> Option<&Push> {
+        match &self.how {
+            How::Push(push) => Some(push),
+            How::Pull(_) => None,
+        }
+    }
+
+    pub(crate) fn pull(&self) -> Option<&Pull> {
+        match &self.how {
+            How::Push(_) => None,
+            How::Pull(pull) => Some(pull),
+        }
+    }
+
+    pub(crate) fn is_paused(&self) -> bool {
+        *self.paused.read()
+    }
+
+    /// Waits for the end of a pause, until `deadline` at most.
+    pub(crate) async fn resumed(&self, deadline: Instant, draining: &CancellationToken) {
+        let unpaused = self.unpaused.notified();
+        tokio::pin!(unpaused);
+        unpaused.as_mut().enable();
+        if self.is_paused() {
+            tokio::select! {
+                () = unpaused => {}
+                () = tokio::time::sleep_until(deadline) => {}
+                () = draining.cancelled() => {}
+            }
+        }
+    }
+
+    /// Ends this life: what is in flight is settled as it comes in, leases come back at once.
+    fn end(&self, shared: &Shared) {
+        match &self.how {
+            How::Push(push) => push.stop(),
+            How::Pull(pull) => {
+                pull.leave();
+                shared.leases.release_all(&pull.holder);
+            }
+        }
+    }
+
+    fn set_paused(&self, paused: bool) {
+        *self.paused.write() = paused;
+        match &self.how {
+            How::Push(push) if paused => push.pause(),
+            How::Push(push) => push.resume(),
+            How::Pull(pull) if paused => pull.leave(),
+            How::Pull(_) => self.unpaused.notify_waiters(),
+        }
+    }
+}
+
+impl Registry {
+    /// The subscription called `name`.
+    pub(crate) fn find(&self, name: &str) -> Answer<Arc<Subscribed>> {
+        GroupName::new(name)?;
+        self.table.read().get(name).cloned().ok_or_else(|| {
+            Problem::not_found(format!("there is no subscription {name}; PUT /subscriptions/{name} makes one"))
+        })
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.table.read().len()
+    }
+
+    /// Subscriptions after `after` in order of name, `limit` at most, and whether there are more.
+    pub(crate) fn list(&self, after: Option<&str>, limit: usize) -> (Vec<Arc<Subscribed>>, bool) {
+        let table = self.table.read();
+        let from = after.map_or(std::ops::Bound::Unbounded, std::ops::Bound::Excluded);
+        let mut rest = table.range::<str, _>((from, std::ops::Bound::Unbounded)).map(|(_, subscribed)| subscribed);
+        let page: Vec<_> = rest.by_ref().take(limit).cloned().collect();
+        (page, rest.next().is_some())
+    }
+
+    /// Makes or replaces a subscription. Goes on to its end whatever becomes of who asked.
+    pub(crate) async fn put(
+        &self,
+        shared: &Arc<Shared>,
+        name: GroupName,
+        spec: SubscriptionSpec,
+    ) -> Answer<(Put, Arc<Subscribed>)> {
+        let _changing = self.changing.lock().await;
+        if shared.is_draining() {
+            return Err(Problem::draining());
+        }
+        let group = Group::new(spec.group.clone().unwrap_or_else(|| name.clone()), spec.filter.clone());
+        let have = self.table.read().get(name.as_str()).cloned();
+        match have {
+            None => {
+                let max = shared.limits().subscriptions;
+                if self.len() >= max {
+                    return Err(Problem::too_many(format!(
+                        "there are {max} subscriptions, which is the most; delete one first"
+                    )));
+                }
+                self.groups.join(&*shared.broker, &group, &spec).await?;
+                match self.insert(shared, name, group.clone(), spec, false) {
+                    Ok(made) => Ok((Put::Made, made)),
+                    Err(error) => {
+                        if self.groups.leave(&group) {
+                            shared.broker.delete_group(&group).await?;
+                        }
+                        Err(error.into())
+                    }
+                }
+            }
+            Some(have) => self.replace(shared, have, group, spec).await,
+        }
+    }
+
+    async fn replace(
+        &self,
+        shared: &Arc<Shared>,
+        have: Arc<Subscribed>,
+        group: Group,
+        mut spec: SubscriptionSpec,
+    ) -> Answer<(Put, Arc<Subscribed>)> {
+        let fixed = |what: &str, before: String, after: String| {
+            Problem::conflict(format!(
+                "{what} of subscription {} would change from {before} to {after}; delete it first, or take another name",
+                have.name
+            ))
+        };
+        if spec.filter != have.spec.filter {
+            return Err(fixed("filter", have.spec.filter.to_string(), spec.filter.to_string()));
+        }
+        if group.name != have.group.name {
+            return Err(fixed("group", have.group.name.to_string(), group.name.to_string()));
+        }
+        // It counted when the group was made: left out now, it says nothing.
+        let begun = have.spec.start.clone().unwrap_or_default();
+        match &spec.start {
+            Some(start) if *start != begun => return Err(fixed("start", begun.to_string(), start.to_string())),
+            _ => spec.start.clone_from(&have.spec.start),
+        }
+        self.groups.alter(&*shared.broker, &group, &spec).await?;
+        if spec == *have.spec {
+            return Ok((Put::Unchanged, have));
+        }
+        let disabled = have.push().is_some_and(Push::is_disabled) && spec.endpoint == have.spec.endpoint;
+        let replaced = self.insert(shared, have.name.clone(), group, spec, have.is_paused())?;
+        if let Some(push) = replaced.push().filter(|_| disabled) {
+            push.disable();
+        }
+        have.end(shared);
+        Ok((Put::Replaced, replaced))
+    }
+
+    /// Starts a life and puts it into the table.
+    fn insert(
+        &self,
+        shared: &Arc<Shared>,
+        name: GroupName,
+        group: Group,
+        spec: SubscriptionSpec,
+        paused: bool,
+    ) -> Result<Arc<Subscribed>> {
+        let spec = Arc::new(spec);
+        let how = match spec.endpoint {
+            Some(_) => How::Push(shared.start_push(&name, &self.pushed_as(&group, &spec), paused)?),
+            None => How::Pull(Pull::new()),
+        };
+        let subscribed = Arc::new(Subscribed {
+            name: name.clone(),
+            spec,
+            group,
+            how,
+            paused: RwLock::new(paused),
+            unpaused: Notify::new(),
+        });
+        self.table.write().insert(name.as_str().into(), Arc::clone(&subscribed));
+        if subscribed.pull().is_some() {
+            self.watch(shared);
+        }
+        self.changed();
+        Ok(subscribed)
+    }
+
+    /// What a push goes by: a retry policy it does not say itself is its group's.
+    fn pushed_as(&self, group: &Group, spec: &Arc<SubscriptionSpec>) -> Arc<SubscriptionSpec> {
+        match self.groups.settings(group) {
+            Some(settings) if settings.retry != spec.retry.unwrap_or_default() => {
+                let mut spec = (**spec).clone();
+                spec.retry = Some(settings.retry);
+                Arc::new(spec)
+            }
+            _ => Arc::clone(spec),
+        }
+    }
+
+    /// Deletes a subscription, and with the last of a group its backlog, unless that is kept.
+    pub(crate) async fn delete(&self, shared: &Shared, name: &str, keep: bool) -> Answer<()> {
+        let _changing = self.changing.lock().await;
+        let subscribed = self.find(name)?;
+        self.remove(shared, &subscribed, keep).await
+    }
+
+    async fn remove(&self, shared: &Shared, subscribed: &Subscribed, keep: bool) -> Answer<()> {
+        self.table.write().remove(subscribed.name.as_str());
+        self.changed();
+        subscribed.end(shared);
+        if self.groups.leave(&subscribed.group) && !keep {
+            shared.broker.delete_group(&subscribed.group).await?;
+        }
+        Ok(())
+    }
+
+    /// Pauses or resumes; what the endpoint had disabled, `resume` enables.
+    pub(crate) async fn pause(&self, name: &str, paused: bool) -> Answer<Arc<Subscribed>> {
+        let _changing = self.changing.lock().await;
+        let subscribed = self.find(name)?;
+        subscribed.set_paused(paused);
+        self.changed();
+        Ok(subscribed)
+    }
+
+    /// A subscription changed by itself: its endpoint said that it is gone.
+    pub(crate) fn changed(&self) {
+        self.changes.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// The number of the last change.
+    pub(crate) fn change(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    /// What the state file keeps, as of the change it is told with.
+    pub(crate) fn snapshot(&self) -> (u64, Vec<Kept>) {
+        // The number is read first: what changes meanwhile is written again.
+        let change = self.change();
+        let table = self.table.read();
+        let kept = table.values().map(|subscribed| Kept {
+            name: subscribed.name.clone(),
+            spec: (*subscribed.spec).clone(),
+            paused: subscribed.is_paused(),
+            disabled: subscribed.push().is_some_and(Push::is_disabled),
+        });
+        (change, kept.collect())
+    }
+
+    /// Makes the subscriptions of a state file.
+    pub(crate) async fn restore(&self, shared: &Arc<Shared>, kept: Vec<Kept>) -> Result<()> {
+        let _changing = self.changing.lock().await;
+        for Kept { name, spec, paused, disabled } in kept {
+            let group = Group::new(spec.group.clone().unwrap_or_else(|| name.clone()), spec.filter.clone());
+            self.groups
+                .join(&*shared.broker, &group, &spec)
+                .await
+                .map_err(|error| error.context(format!("restore subscription {name}")))?;
+            let named = format!("restore subscription {name}");
+            let subscribed = self.insert(shared, name, group, spec, paused).map_err(|error| error.context(named))?;
+            if let Some(push) = subscribed.push().filter(|_| disabled) {
+                push.disable();
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes out of their groups what a shutdown does not wait for: members nobody pulls through,
+    /// pushes to endpoints that are away.
+    pub(crate) fn prepare_close(&self) {
+        for subscribed in self.table.read().values() {
+            match &subscribed.how {
+                How::Push(push) => push.drain(),
+                How::Pull(pull) => pull.leave(),
+            }
+        }
+    }
+
+    /// Starts the one task that deletes expired pull subscriptions and takes idle members out.
+    fn watch(&self, shared: &Arc<Shared>) {
+        if self.watched.swap(true, Ordering::AcqRel) {
+            return self.watch.notify_one();
+        }
+        let (shared, watch) = (Arc::downgrade(shared), Arc::clone(&self.watch));
+        tokio::spawn(async move {
+            while let Some(next) = tend(&shared).await {
+                let _ = tokio::time::timeout_at(next, watch.notified()).await;
+            }
+        });
+    }
+}
+
+/// How often members are looked at that nobody pulls through.
+const IDLE_LOOK: Duration = Duration::from_secs(10);
+
+/// Deletes what expired and tells when to look again; `None` once the server is gone.
+async fn tend(shared: &Weak<Shared>) -> Option<Instant> {
+    let shared = shared.upgrade()?;
+    let now = Instant::now();
+    let mut next = now + IDLE_LOOK;
+    let mut expired = Vec::new();
+    for subscribed in shared.registry.table.read().values() {
+        let Some(pull) = subscribed.pull() else { continue };
+        pull.leave_if_idle();
+        match subscribed.spec.expires.map(|after| pull.expires(after)) {
+            Some(at) if at <= now => expired.push(Arc::clone(subscribed)),
+            Some(at) => next = next.min(at),
+            None => {}
+        }
+    }
+    for subscribed in expired {
+        let _changing = shared.registry.changing.lock().await;
+        // It may have been replaced or pulled while we waited.
+        let alive = shared.registry.find(subscribed.name.as_str()).is_ok_and(|now| Arc::ptr_eq(&now, &subscribed));
+        let due = |pull: &Pull| subscribed.spec.expires.is_some_and(|after| pull.expires(after) <= Instant::now());
+        if alive && subscribed.pull().is_some_and(due) {
+            tracing::info!(name = %subscribed.name, "a pull subscription nobody pulled expired");
+            if let Err(problem) = shared.registry.remove(&shared, &subscribed, false).await {
+                tracing::warn!(name = %subscribed.name, ?problem, "an expired subscription left its group behind");
+            }
+        }
+    }
+    shared.save().await;
+    Some(next)
+}

@@ -1,0 +1,74 @@
+//! The table of routes.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{MethodRouter, delete, get, post};
+
+use super::{Shared, body, ops, origin, publish, pull, stream, subscriptions};
+
+/// Every route of the interface.
+pub(crate) fn router(shared: &Arc<Shared>) -> Router {
+    let mut router = Router::new();
+    for (path, methods) in routes() {
+        router = router.route(path, methods);
+    }
+    router
+        .fallback(ops::no_route)
+        .method_not_allowed_fallback(ops::no_method)
+        .layer(from_fn_with_state(Arc::clone(shared), guard))
+        .with_state(Arc::clone(shared))
+}
+
+fn routes() -> Vec<(&'static str, MethodRouter<Arc<Shared>>)> {
+    vec![
+        ("/topics", get(ops::topics)),
+        ("/topics/{name}", post(publish::publish)),
+        ("/topics/{name}/stream", get(stream::stream)),
+        ("/subscriptions", get(subscriptions::list)),
+        ("/subscriptions/{name}", get(subscriptions::get).put(subscriptions::put).delete(subscriptions::delete)),
+        ("/subscriptions/{name}/pause", post(subscriptions::pause)),
+        ("/subscriptions/{name}/resume", post(subscriptions::resume)),
+        ("/subscriptions/{name}/test", post(subscriptions::test)),
+        ("/subscriptions/{name}/dead", get(subscriptions::dead).delete(subscriptions::purge_dead)),
+        ("/subscriptions/{name}/backlog", delete(subscriptions::purge_backlog)),
+        ("/subscriptions/{name}/redrive", post(subscriptions::redrive)),
+        ("/subscriptions/{name}/attempts", get(subscriptions::attempts)),
+        ("/subscriptions/{name}/pull", post(pull::pull)),
+        ("/subscriptions/{name}/settle", post(pull::settle)),
+        ("/healthz", get(ops::healthz)),
+        ("/readyz", get(ops::readyz)),
+        ("/metrics", get(ops::metrics)),
+        ("/openapi.json", get(ops::openapi)),
+    ]
+}
+
+/// Before every route: may this request be made from where it comes?
+async fn guard(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
+    let options = &shared.options;
+    match origin::check(options.is_development(), options.allowed_origins(), request.uri(), request.headers()) {
+        Ok(()) => next.run(request).await,
+        Err(problem) => {
+            let (parts, body) = request.into_parts();
+            body::refuse(&parts.headers, body, shared.limits(), problem).await.into_response()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn the_openapi_document_has_every_route_and_no_other() {
+        let document: serde_json::Value = serde_json::from_str(ops::OPENAPI).unwrap();
+        let described: BTreeSet<_> = document["paths"].as_object().unwrap().keys().map(String::as_str).collect();
+        let served: BTreeSet<_> = routes().into_iter().map(|(path, _)| path).collect();
+        assert_eq!(described, served);
+    }
+}

@@ -1,0 +1,205 @@
+//! `--state FILE`: the subscriptions, kept over a restart.
+//!
+//! The whole file is written anew, beside the old one, and takes its place only when it is safe on
+//! disk: at every moment one complete file stands there. It may hold secrets, so that only its
+//! owner may read it.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use broker_core::{Error, GroupName, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::SubscriptionSpec;
+
+/// Bytes of a file that are read; no server keeps as many subscriptions.
+const MAX_BYTES: u64 = 1 << 30;
+
+/// The file's content.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    version: u32,
+    subscriptions: Vec<Kept>,
+}
+
+/// One subscription as it is kept.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Kept {
+    pub(crate) name: GroupName,
+    pub(crate) spec: SubscriptionSpec,
+    /// Whether it was paused.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) paused: bool,
+    /// Whether its endpoint said that it is gone for good.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) disabled: bool,
+}
+
+/// Where the subscriptions are kept.
+#[derive(Debug)]
+pub(crate) struct StateFile {
+    path: PathBuf,
+    /// What was last written, by the number of the change.
+    written: tokio::sync::Mutex<u64>,
+}
+
+impl StateFile {
+    pub(crate) fn new(path: PathBuf) -> Self {
+        Self { path, written: tokio::sync::Mutex::new(0) }
+    }
+
+    /// Reads the file; one that is not there yet has no subscription.
+    ///
+    /// # Errors
+    ///
+    /// That it cannot be read, or is none of ours; it is never overwritten then.
+    pub(crate) async fn load(&self) -> Result<Vec<Kept>> {
+        let path = self.path.clone();
+        blocking(move || read(&path)).await
+    }
+
+    /// Writes what `snapshot` tells, unless change number `change` is written already: many changes
+    /// at once are one write.
+    pub(crate) async fn save(&self, change: u64, snapshot: impl FnOnce() -> (u64, Vec<Kept>)) -> Result<()> {
+        let mut written = self.written.lock().await;
+        if *written >= change {
+            return Ok(());
+        }
+        let (change, subscriptions) = snapshot();
+        let path = self.path.clone();
+        blocking(move || {
+            write(&path, &Saved { version: 1, subscriptions }).map_err(|error| {
+                Error::unavailable(format!("state file {}: it cannot be written: {error}", path.display()))
+            })
+        })
+        .await?;
+        *written = change;
+        Ok(())
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| Err(Error::closed("the runtime is shutting down")))
+}
+
+fn read(path: &Path) -> Result<Vec<Kept>> {
+    let fails = |why: &dyn std::fmt::Display| {
+        Error::invalid(format!(
+            "state file {}: {why}; repair it, or move it away to begin without subscriptions",
+            path.display()
+        ))
+    };
+    let metadata = match std::fs::metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        metadata => metadata.map_err(|error| fails(&error))?,
+    };
+    if !metadata.is_file() || metadata.len() > MAX_BYTES {
+        return Err(fails(&"it is no file of a server's subscriptions"));
+    }
+    let text = std::fs::read(path).map_err(|error| fails(&error))?;
+    let mut reader = serde_json::Deserializer::from_slice(&text);
+    let saved: Saved = serde_path_to_error::deserialize(&mut reader)
+        .map_err(|error| fails(&format!("at {}: {}", error.path(), error.inner())))?;
+    reader.end().map_err(|error| fails(&error))?;
+    if saved.version != 1 {
+        return Err(fails(&format!("version {} is unknown, 1 is expected", saved.version)));
+    }
+    for kept in &saved.subscriptions {
+        kept.spec.check().map_err(|error| fails(&format!("subscription {}: {}", kept.name, error.message())))?;
+    }
+    Ok(saved.subscriptions)
+}
+
+fn write(path: &Path, saved: &Saved) -> io::Result<()> {
+    let mut text = serde_json::to_vec_pretty(saved)?;
+    text.push(b'\n');
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".new");
+    let beside = path.with_file_name(name);
+    let mut file = private(&beside)?;
+    file.write_all(&text)?;
+    file.sync_all()?;
+    drop(file);
+    std::fs::rename(&beside, path)?;
+    // The rename itself is on disk once its folder is.
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(folder)?.sync_all()
+}
+
+/// A new, empty file that only its owner may read.
+fn private(path: &Path) -> io::Result<File> {
+    // One left by a crash may have other permissions.
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut options = OpenOptions::new();
+    options.write(true).create_new(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.open(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kept(name: &str) -> Kept {
+        let json = format!(
+            r#"{{"name":"{name}","spec":{{"filter":"orders.>","endpoint":"http://127.0.0.1:1/","signing":{{"secret":"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"}}}},"paused":true}}"#
+        );
+        serde_json::from_str(&json).unwrap()
+    }
+
+    #[tokio::test]
+    async fn what_was_saved_is_loaded_and_private() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state.json");
+        let state = StateFile::new(path.clone());
+        assert!(state.load().await.unwrap().is_empty());
+        state.save(1, || (3, vec![kept("a"), kept("b")])).await.unwrap();
+        assert_eq!(StateFile::new(path.clone()).load().await.unwrap(), [kept("a"), kept("b")]);
+        // Written already as part of change 3.
+        state.save(2, || unreachable!()).await.unwrap();
+        #[cfg(unix)]
+        assert_eq!(
+            std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&path).unwrap().permissions()) & 0o777,
+            0o600
+        );
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_broken_file_is_named_and_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state.json");
+        for (text, named) in [
+            ("", "EOF"),
+            ("{\"version\":2,\"subscriptions\":[]}", "version 2"),
+            (
+                "{\"version\":1,\"subscriptions\":[{\"name\":\"a\",\"spec\":{\"filter\":\"a..b\"}}]}",
+                "subscriptions[0].spec.filter",
+            ),
+            (
+                "{\"version\":1,\"subscriptions\":[{\"name\":\"a\",\"spec\":{\"filter\":\"a\",\"timeout\":\"0s\"}}]}",
+                "timeout",
+            ),
+            ("{\"version\":1,\"subscriptions\":[]}x", "trailing"),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            let error = StateFile::new(path.clone()).load().await.unwrap_err();
+            assert!(error.message().contains(named) && error.message().contains("state.json"), "{error}");
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_folder_that_is_not_there_is_an_error() {
+        let state = StateFile::new("/nowhere-at-all/state.json".into());
+        let error = state.save(1, || (1, Vec::new())).await.unwrap_err();
+        assert_eq!(error.kind(), broker_core::ErrorKind::Unavailable);
+    }
+}

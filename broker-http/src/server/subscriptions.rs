@@ -1,0 +1,303 @@
+//! `/subscriptions`: the requests that make, show and steer subscriptions.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::response::Response;
+use broker_core::{GroupName, GroupStatus, Status};
+use http::{HeaderMap, StatusCode, Uri};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::problem::{Answer, Problem};
+use super::publish::json_response;
+use super::pull::Pull;
+use super::query::{Query, name_in_path, no_query};
+use super::registry::{Put, Subscribed};
+use super::{Shared, body};
+use crate::SubscriptionSpec;
+use crate::event::{self, Envelope};
+use crate::push::PushState;
+use crate::spec::REDACTED;
+
+/// Entries of a page.
+pub(crate) const MAX_PAGE: usize = 1_000;
+pub(crate) const DEFAULT_PAGE: usize = 100;
+
+/// Finishes a change whatever becomes of who asked for it.
+async fn finish<T: Send + 'static>(change: impl Future<Output = Answer<T>> + Send + 'static) -> Answer<T> {
+    tokio::spawn(change).await.unwrap_or_else(|_| Err(Problem::draining()))
+}
+
+pub(crate) fn respond(status: StatusCode, json: &Value) -> Response {
+    json_response(status, json.to_string().into_bytes())
+}
+
+/// `PUT /subscriptions/{name}`
+pub(crate) async fn put(State(shared): State<Arc<Shared>>, uri: Uri, headers: HeaderMap, body: Body) -> Answer {
+    no_query(&uri)?;
+    let name = GroupName::new(&*name_in_path(&uri)?)?;
+    let json = body::collect(&headers, body, shared.limits().json_body_bytes, shared.limits()).await?;
+    let spec = SubscriptionSpec::from_json(&json)?;
+    if let Some(endpoint) = &spec.endpoint {
+        shared.check_endpoint(endpoint)?;
+    }
+    finish(async move {
+        let (put, subscribed) = shared.registry.put(&shared, name, spec).await?;
+        shared.try_save().await?;
+        let status = if put == Put::Made { StatusCode::CREATED } else { StatusCode::OK };
+        Ok(respond(status, &view(&shared, &subscribed, None)))
+    })
+    .await
+}
+
+/// `GET /subscriptions/{name}`
+pub(crate) async fn get(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
+    no_query(&uri)?;
+    let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
+    show(&shared, &subscribed).await
+}
+
+async fn show(shared: &Shared, subscribed: &Subscribed) -> Answer {
+    let status = shared.broker.status().await?;
+    Ok(respond(StatusCode::OK, &view(shared, subscribed, Some(&status))))
+}
+
+/// `DELETE /subscriptions/{name}`
+pub(crate) async fn delete(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer<StatusCode> {
+    let mut query = Query::of(&uri);
+    let keep = query.parsed::<bool>("keep")?.unwrap_or(false);
+    query.finish()?;
+    let name = name_in_path(&uri)?.into_owned();
+    finish(async move {
+        shared.registry.delete(&shared, &name, keep).await?;
+        shared.try_save().await?;
+        Ok(StatusCode::NO_CONTENT)
+    })
+    .await
+}
+
+/// `GET /subscriptions`
+pub(crate) async fn list(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
+    let mut query = Query::of(&uri);
+    let limit = query.number("limit", 1..=MAX_PAGE)?.unwrap_or(DEFAULT_PAGE);
+    let after = query.text("next")?;
+    query.finish()?;
+    let (page, more) = shared.registry.list(after.as_deref(), limit);
+    let status = shared.broker.status().await?;
+    let next = page.last().filter(|_| more).map(|last| last.name.to_string());
+    let page: Vec<_> = page.iter().map(|subscribed| view(&shared, subscribed, Some(&status))).collect();
+    Ok(respond(StatusCode::OK, &json!({ "subscriptions": page, "next": next })))
+}
+
+/// `POST /subscriptions/{name}/pause`
+pub(crate) async fn pause(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
+    set_paused(shared, uri, true).await
+}
+
+/// `POST /subscriptions/{name}/resume`
+pub(crate) async fn resume(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
+    set_paused(shared, uri, false).await
+}
+
+async fn set_paused(shared: Arc<Shared>, uri: Uri, paused: bool) -> Answer {
+    no_query(&uri)?;
+    let name = name_in_path(&uri)?.into_owned();
+    finish(async move {
+        let subscribed = shared.registry.pause(&name, paused).await?;
+        shared.try_save().await?;
+        show(&shared, &subscribed).await
+    })
+    .await
+}
+
+/// `POST /subscriptions/{name}/test`
+pub(crate) async fn test(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
+    no_query(&uri)?;
+    let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
+    let push = subscribed.push().ok_or_else(|| {
+        Problem::conflict(format!("subscription {} has no endpoint to test; it is pulled", subscribed.name))
+    })?;
+    let outcome = push.test().await;
+    let status = shared.broker.status().await?;
+    let mut view = view(&shared, &subscribed, Some(&status));
+    set(&mut view, "test", attempt_view(&outcome));
+    Ok(respond(StatusCode::OK, &view))
+}
+
+/// `GET /subscriptions/{name}/attempts`
+pub(crate) async fn attempts(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
+    no_query(&uri)?;
+    let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
+    let attempts: Vec<_> =
+        subscribed.push().map(|push| push.attempts().iter().map(attempt_view).collect()).unwrap_or_default();
+    Ok(respond(StatusCode::OK, &json!({ "attempts": attempts })))
+}
+
+fn attempt_view(attempt: &crate::push::Attempt) -> Value {
+    serde_json::to_value(attempt).unwrap_or_default()
+}
+
+/// `GET /subscriptions/{name}/dead`
+pub(crate) async fn dead(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
+    let mut query = Query::of(&uri);
+    let max = query.number("max", 1..=MAX_PAGE)?.unwrap_or(DEFAULT_PAGE);
+    query.finish()?;
+    let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
+    let letters = shared.broker.dead_letters(&subscribed.group, max).await?;
+    let mut out = br#"{"dead":["#.to_vec();
+    for (index, letter) in letters.iter().enumerate() {
+        out.extend_from_slice(if index > 0 { br#",{"event":"# } else { br#"{"event":"# });
+        let envelope = Envelope {
+            topic: &letter.topic,
+            message: &letter.message,
+            subscription: Some(subscribed.name.as_str()),
+            attempt: None,
+        };
+        event::json::encode(envelope, &mut out);
+        let story = json!({
+            "reason": letter.failure.reason(),
+            "status": letter.failure.status(),
+            "attempts": letter.attempts,
+            "topic": letter.topic,
+            "group": letter.group,
+            "first": letter.first,
+            "last": letter.last,
+        });
+        // One object: the story follows the event.
+        out.push(b',');
+        out.extend_from_slice(story.to_string().as_bytes().get(1..).unwrap_or_default());
+    }
+    out.extend_from_slice(b"]}");
+    Ok(json_response(StatusCode::OK, out))
+}
+
+/// `DELETE /subscriptions/{name}/dead`
+pub(crate) async fn purge_dead(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
+    no_query(&uri)?;
+    let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
+    let purged = shared.broker.purge_dead_letters(&subscribed.group).await?;
+    Ok(respond(StatusCode::OK, &json!({ "purged": purged })))
+}
+
+/// `DELETE /subscriptions/{name}/backlog`
+pub(crate) async fn purge_backlog(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
+    no_query(&uri)?;
+    let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
+    let purged = shared.broker.purge_group(&subscribed.group).await?;
+    Ok(respond(StatusCode::OK, &json!({ "purged": purged })))
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Redrive {
+    max: Option<u64>,
+    rate: Option<f64>,
+}
+
+/// `POST /subscriptions/{name}/redrive`
+pub(crate) async fn redrive(State(shared): State<Arc<Shared>>, uri: Uri, headers: HeaderMap, body: Body) -> Answer {
+    no_query(&uri)?;
+    let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
+    let Redrive { max, rate } = body::json(&headers, body, shared.limits()).await?.unwrap_or_default();
+    if max == Some(0) {
+        return Err(Problem::invalid("max: it is 1 or more; leave it out for all"));
+    }
+    let max = max.unwrap_or(u64::MAX);
+    let redriven = match rate {
+        None => shared.broker.redrive(&subscribed.group, max).await?,
+        Some(rate) if rate.is_finite() && (0.001..=1e6).contains(&rate) => {
+            let status = shared.broker.status().await?;
+            let kept = status.group(&subscribed.group).and_then(|group| group.dead_letters).unwrap_or(max);
+            let count = kept.min(max);
+            tokio::spawn(redrive_slowly(Arc::clone(&shared), subscribed, count, rate));
+            count
+        }
+        Some(_) => return Err(Problem::invalid("rate: it is messages a second, from 0.001 to 1000000")),
+    };
+    Ok(respond(StatusCode::ACCEPTED, &json!({ "redriven": redriven })))
+}
+
+/// Redrives one after another, or at high rates a few at a time.
+async fn redrive_slowly(shared: Arc<Shared>, subscribed: Arc<Subscribed>, mut left: u64, rate: f64) {
+    let at_once = (rate / 100.0).ceil().max(1.0);
+    let mut ticks = tokio::time::interval(Duration::from_secs_f64(at_once / rate));
+    while left > 0 {
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = shared.draining.cancelled() => return,
+        }
+        match shared.broker.redrive(&subscribed.group, left.min(at_once as u64)).await {
+            Ok(0) => return,
+            Ok(redriven) => left = left.saturating_sub(redriven),
+            Err(error) => return tracing::warn!(%error, name = %subscribed.name, "a redrive ended early"),
+        }
+    }
+}
+
+/// A subscription as it is shown: every default filled in, no secret.
+fn view(shared: &Shared, subscribed: &Subscribed, status: Option<&Status>) -> Value {
+    let mut view = serde_json::to_value(&*subscribed.spec).unwrap_or_default();
+    set(&mut view, "name", json!(subscribed.name));
+    set(&mut view, "group", json!(subscribed.group.name));
+    if let Some(settings) = shared.registry.groups.settings(&subscribed.group) {
+        set(&mut view, "start", json!(settings.start));
+        set(&mut view, "ordered", json!(settings.ordered));
+        set(&mut view, "retry", json!(settings.retry));
+        set(&mut view, "backlog", json!(settings.backlog));
+        set(&mut view, "dead_letter", json!(settings.dead_letter));
+    }
+    redact(&mut view);
+    let group = status.and_then(|status| status.group(&subscribed.group));
+    set(&mut view, "status", status_view(subscribed, status.is_some(), group));
+    view
+}
+
+/// Puts stars in place of secrets.
+fn redact(view: &mut Value) {
+    for (field, values) in [("headers", None), ("signing", Some(["secret", "previous"]))] {
+        let Some(object) = view.get_mut(field).and_then(Value::as_object_mut) else { continue };
+        for (name, value) in object {
+            if values.is_none_or(|values| values.contains(&name.as_str())) {
+                *value = Value::from(REDACTED);
+            }
+        }
+    }
+}
+
+fn status_view(subscribed: &Subscribed, asked: bool, group: Option<&GroupStatus>) -> Value {
+    // Just made, there is nothing to ask the broker for.
+    let lag = if asked { group.and_then(|group| group.lag) } else { Some(0) };
+    let last_error = group.and_then(|group| group.last_error.clone());
+    match (subscribed.push(), subscribed.pull()) {
+        (Some(push), _) => {
+            let own = push.status();
+            json!({
+                "lag": lag,
+                "in_flight": own.in_flight,
+                "state": match own.state {
+                    // A group deleted under it, or the broker closed: it takes an operator to go on.
+                    PushState::Ended => PushState::Disabled,
+                    state => state,
+                },
+                "last_error": own.last_error.or(last_error),
+                "last_success": own.last_success,
+            })
+        }
+        (None, pull) => json!({
+            "lag": lag,
+            "in_flight": pull.map_or(0, |pull| pull.holder.leased()),
+            "state": if subscribed.is_paused() { "paused" } else { "active" },
+            "last_error": last_error,
+            "last_success": pull.and_then(Pull::last_success),
+        }),
+    }
+}
+
+fn set(view: &mut Value, field: &str, value: Value) {
+    if let Some(object) = view.as_object_mut() {
+        object.insert(field.to_owned(), value);
+    }
+}

@@ -1,0 +1,117 @@
+//! Batch mode, the other modes, and signatures.
+
+use broker_core::Message;
+use serde_json::Value;
+
+use crate::support::{Endpoint, QUICK, Rig, answer, status};
+
+fn numbered(count: u32) -> impl Iterator<Item = Message> {
+    (0..count).map(|number| Message::new(number.to_string()).with_id(format!("m{number}").parse().unwrap()))
+}
+
+fn ids(body: &[u8]) -> Vec<String> {
+    let events: Vec<Value> = serde_json::from_slice(body).unwrap();
+    events.iter().map(|event| event["id"].as_str().unwrap().to_owned()).collect()
+}
+
+#[tokio::test]
+async fn a_backlog_goes_in_full_batches_and_the_rest_after_a_wait() {
+    let mut endpoint = Endpoint::always(status(200)).await;
+    let rig = Rig::new(&endpoint.url(), r#""mode":"batch","batch":{"max":40,"wait":"20ms"}"#).await;
+    rig.push.pause();
+    rig.publish(numbered(100)).await;
+    rig.push.resume();
+    rig.drained().await;
+    let sizes: Vec<_> = endpoint.so_far().iter().map(|request| ids(&request.body).len()).collect();
+    assert_eq!(sizes, [40, 40, 20]);
+}
+
+#[tokio::test]
+async fn items_are_judged_one_by_one() {
+    let mut endpoint = Endpoint::new(|request| {
+        let statuses: Vec<_> = ids(&request.body)
+            .into_iter()
+            .filter(|id| id != "m3")
+            .map(|id| {
+                let status = match id.as_str() {
+                    "m1" => "RETRY",
+                    "m2" => "DROP",
+                    _ => "SUCCESS",
+                };
+                serde_json::json!({ "id": id, "status": status })
+            })
+            .collect();
+        answer(serde_json::json!({ "statuses": statuses }).to_string())
+    })
+    .await;
+    let rig = Rig::new(&endpoint.url(), &format!(r#"{QUICK},"mode":"batch""#)).await;
+    rig.publish(numbered(6)).await;
+    let mut dead: Vec<_> = rig
+        .dead(3)
+        .await
+        .into_iter()
+        .map(|letter| (letter.message.id().to_string(), letter.attempts, letter.failure.reason().to_owned()))
+        .collect();
+    dead.sort();
+    assert_eq!((dead[0].0.as_str(), dead[0].1), ("m1", 3), "{dead:?}");
+    assert_eq!((dead[1].0.as_str(), dead[1].1), ("m2", 1), "{dead:?}");
+    assert_eq!((dead[2].0.as_str(), dead[2].1), ("m3", 3), "{dead:?}");
+    assert!(dead[0].2.contains("RETRY") && dead[1].2.contains("DROP") && dead[2].2.contains("left"), "{dead:?}");
+    rig.drained().await;
+    let first = endpoint.next().await;
+    assert_eq!(ids(&first.body), ["m0", "m1", "m2", "m3", "m4", "m5"]);
+    let acked = endpoint.so_far().iter().all(|request| !ids(&request.body).iter().any(|id| id == "m0"));
+    assert!(acked, "what was acked does not come back");
+}
+
+#[tokio::test]
+async fn a_batch_fails_as_a_whole() {
+    let mut endpoint = Endpoint::script([status(500), answer(r#"{"status":"RETRY"}"#), status(200)]).await;
+    let rig = Rig::new(&endpoint.url(), &format!(r#"{QUICK},"mode":"batch""#)).await;
+    rig.publish(numbered(10)).await;
+    rig.drained().await;
+    assert!(rig.broker.dead_letters(&rig.group, 10).await.unwrap().is_empty());
+    assert_eq!(ids(&endpoint.next().await.body).len(), 10);
+}
+
+#[tokio::test]
+async fn a_signed_batch_resent_unchanged_has_its_id() {
+    let mut endpoint = Endpoint::script([status(500), status(200)]).await;
+    let signing = r#""signing":{"secret":"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"}"#;
+    let fields = format!(r#"{QUICK},{signing},"mode":"batch","batch":{{"wait":"200ms"}}"#);
+    let rig = Rig::new(&endpoint.url(), &fields).await;
+    rig.publish(numbered(1)).await;
+    let (first, second) = (endpoint.next().await, endpoint.next().await);
+    assert_eq!(first.header("webhook-id"), second.header("webhook-id"));
+    assert!(first.header("webhook-signature").starts_with("v1,"));
+}
+
+#[tokio::test]
+async fn a_message_has_its_webhook_id_on_every_attempt() {
+    let mut endpoint = Endpoint::script([status(500), status(200)]).await;
+    let signing = r#""signing":{"secret":"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"}"#;
+    let rig = Rig::new(&endpoint.url(), &format!("{QUICK},{signing}")).await;
+    rig.publish(numbered(1)).await;
+    for attempt in 1..=2 {
+        let request = endpoint.next().await;
+        assert_eq!((request.header("webhook-id"), request.attempt()), ("m0", attempt));
+    }
+}
+
+#[tokio::test]
+async fn structured_and_raw() {
+    let mut endpoint = Endpoint::always(status(200)).await;
+    let rig = Rig::new(&endpoint.url(), r#""mode":"structured""#).await;
+    rig.publish(numbered(1)).await;
+    let request = endpoint.next().await;
+    assert_eq!(request.header("content-type"), "application/cloudevents+json");
+    assert_eq!(request.header("broker-topic"), "orders.created");
+    let event: Value = serde_json::from_slice(&request.body).unwrap();
+    assert_eq!((&event["id"], &event["brokerattempt"]), (&"m0".into(), &1.into()));
+
+    let rig = Rig::new(&endpoint.url(), r#""mode":"raw""#).await;
+    rig.publish(numbered(1)).await;
+    let request = endpoint.next().await;
+    assert_eq!((request.header("broker-id"), request.text()), ("m0", "0"));
+    assert!(!request.headers.contains_key("ce-id"));
+}

@@ -1,0 +1,9 @@
+//! Pushes to scripted endpoints over real sockets.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "these are tests")]
+
+mod batch;
+mod connections;
+mod endpoint;
+mod support;
+mod verdicts;

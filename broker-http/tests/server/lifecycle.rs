@@ -1,0 +1,113 @@
+//! Restart and shutdown.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use broker_core::{Broker, BrokerExt, GroupName, MemoryBroker, Subscribe, TopicFilter};
+use broker_http::ServerOptions;
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use crate::support::{Running, soon};
+
+#[tokio::test]
+async fn subscriptions_outlive_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = || ServerOptions::new().with_state(folder.path().join("state.json"));
+    let running = Running::with(options()).await;
+    running.put("a", r#"{"filter":"a","retry":{"max_attempts":3}}"#).await;
+    running.put("b", r#"{"filter":"b","headers":{"x-key":"hunter2"}}"#).await;
+    running.put("c", r#"{"filter":"c"}"#).await;
+    running.post("/subscriptions/b/pause", "").await;
+    running.delete("/subscriptions/c").await;
+    let before = running.get("/subscriptions").await.json();
+    running.server.drain(Duration::from_secs(10)).await;
+
+    let running = Running::with(options()).await;
+    let after = running.get("/subscriptions").await.json();
+    assert_eq!(after, before);
+    assert_eq!(after["subscriptions"][1]["status"]["state"], "paused");
+    assert_eq!(running.post("/topics/a", "x").await.json()["matched"], 1);
+    let kept = std::fs::read_to_string(folder.path().join("state.json")).unwrap();
+    assert!(kept.contains("hunter2"), "the state file keeps what pushes need");
+}
+
+#[tokio::test]
+async fn a_broken_state_file_is_an_error_and_stays_as_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state.json");
+    std::fs::write(&path, "{").unwrap();
+    let server = broker_http::Server::new(Arc::new(MemoryBroker::new()), ServerOptions::new().with_state(&path));
+    let error = server.restore().await.unwrap_err();
+    assert!(error.message().contains("state.json"), "{error}");
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "{");
+}
+
+#[tokio::test]
+async fn a_drain_takes_settlements_and_nothing_new() {
+    let running = Running::start().await;
+    running.put("q", r#"{"filter":"a","timeout":"1h"}"#).await;
+    running.post("/topics/a", "1").await;
+    running.post("/topics/a", "2").await;
+    let leases = running.pull("q", "max=1&wait=10s").await;
+    let server = running.server.clone();
+    let draining = tokio::spawn(async move { server.drain(Duration::from_secs(20)).await });
+    soon(async {
+        while running.get("/readyz").await.status != 503 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    running.post("/topics/a", "3").await.is_problem(503, "shutting down");
+    running.put("r", r#"{"filter":"a"}"#).await.is_problem(503, "shutting down");
+    running.get("/topics/a/stream").await.is_problem(503, "shutting down");
+    assert!(running.pull("q", "wait=10s").await.is_empty());
+    assert!(running.settle("q", json!({"ack": [leases[0].lease]})).await.is_empty());
+    let report = soon(draining).await.unwrap();
+    assert!(report.complete, "{report:?}");
+    assert_eq!((report.in_flight, report.undelivered), (0, 1), "{report:?}");
+    // Nobody listens any more.
+    assert!(tokio::net::TcpStream::connect(running.address).await.is_err());
+}
+
+#[tokio::test]
+async fn a_drain_ends_streams_and_idle_connections() {
+    let running = Running::start().await;
+    let mut idle = running.connect().await;
+    let mut stream = running.connect().await;
+    stream.write_all(b"GET /topics/a/stream HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+    crate::support::read_until(&mut stream, "connected").await;
+    let report = soon(running.server.drain(Duration::from_secs(20))).await;
+    assert!(report.complete);
+    let mut rest = Vec::new();
+    soon(stream.read_to_end(&mut rest)).await.unwrap();
+    soon(idle.read_to_end(&mut rest)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_drain_with_a_lease_nobody_settles_is_cut() {
+    let running = Running::start().await;
+    running.put("q", r#"{"filter":"a","timeout":"1h"}"#).await;
+    running.post("/topics/a", "1").await;
+    let _leases = running.pull("q", "wait=10s").await;
+    let report = soon(running.server.drain(Duration::from_millis(100))).await;
+    assert!(!report.complete);
+    assert_eq!(report.in_flight, 1);
+}
+
+#[tokio::test]
+async fn a_service_and_its_http_interface_share_one_broker() {
+    let broker: Arc<dyn Broker> = Arc::new(MemoryBroker::new());
+    let running = Running::over(Arc::clone(&broker), ServerOptions::new()).await;
+    let group = Subscribe::group(GroupName::new("inside").unwrap());
+    let mut inside = broker.subscribe(&TopicFilter::new("a").unwrap(), group).await.unwrap();
+    running.put("outside", r#"{"filter":"a"}"#).await;
+    broker.publish(&"a".parse().unwrap(), broker_core::Message::new("from inside")).await.unwrap();
+    assert_eq!(running.post("/topics/a", "from outside").await.json()["matched"], 2);
+    for expected in ["from inside", "from outside"] {
+        let delivery = soon(inside.next()).await.unwrap().unwrap();
+        assert_eq!(delivery.message().payload(), expected);
+        delivery.ack().await.unwrap();
+    }
+    assert_eq!(running.pull("outside", "wait=10s").await.len(), 2);
+}

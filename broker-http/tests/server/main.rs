@@ -1,0 +1,11 @@
+//! The HTTP interface, row by row, through real sockets.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
+
+mod support;
+
+mod lifecycle;
+mod limits;
+mod publish;
+mod pull;
+mod stream;
+mod subscriptions;

@@ -1,0 +1,84 @@
+//! Server-sent events.
+
+use broker_http::{Limits, ServerOptions};
+use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+
+use crate::support::{Running, read_until};
+
+async fn open(running: &Running, path: &str, header: &str) -> (TcpStream, String) {
+    let mut stream = running.connect().await;
+    stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n{header}\r\n").as_bytes()).await.unwrap();
+    let head = read_until(&mut stream, "connected").await;
+    (stream, head)
+}
+
+fn data(text: &str) -> Vec<Value> {
+    text.lines()
+        .filter_map(|line| line.strip_prefix("data: "))
+        .map(|json| serde_json::from_str(json).unwrap())
+        .collect()
+}
+
+#[tokio::test]
+async fn messages_show_as_they_come() {
+    let running = Running::start().await;
+    let (mut stream, head) = open(&running, "/topics/orders.%3E/stream", "").await;
+    assert!(head.contains("200 OK") && head.contains("content-type: text/event-stream"), "{head}");
+    // The headers came once the subscription stood: nothing published from now on is missed.
+    let reply = running
+        .send("POST /topics/orders.created?id=1", &[("content-type", "application/json")], "{\"a\":\"x\\ny\"}")
+        .await;
+    assert_eq!(reply.json()["matched"], 1);
+    let text = read_until(&mut stream, "\n\n").await;
+    assert!(text.contains("id: 1\n"), "{text}");
+    let event = &data(&text)[0];
+    assert_eq!((&event["brokertopic"], &event["data"]), (&json!("orders.created"), &json!({"a": "x\ny"})));
+    assert_eq!(running.post("/topics/elsewhere", "x").await.json()["matched"], 0);
+    // Closing it ends the subscription.
+    drop(stream);
+    crate::support::soon(async {
+        while running.post("/topics/orders.created", "x").await.json()["matched"] != 0 {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_was_written_to_a_group_is_acked() {
+    let running = Running::start().await;
+    running.put("q", r#"{"filter":"a"}"#).await;
+    running.post("/topics/a?id=1", "x").await;
+    let (mut stream, head) = open(&running, "/topics/a/stream?group=q", "").await;
+    let text = if head.contains("id: 1") { head } else { read_until(&mut stream, "id: 1").await };
+    assert!(text.contains("id: 1"));
+    crate::support::soon(async {
+        while running.get("/subscriptions/q").await.json()["status"]["lag"] != 0 {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_reader_that_comes_back_is_told_of_the_gap() {
+    let running = Running::start().await;
+    let mut stream = running.connect().await;
+    stream.write_all(b"GET /topics/a/stream HTTP/1.1\r\nhost: localhost\r\nlast-event-id: 7\r\n\r\n").await.unwrap();
+    read_until(&mut stream, "event: gap").await;
+}
+
+#[tokio::test]
+async fn what_is_wrong_is_named() {
+    let mut limits = Limits::default();
+    limits.streams = 1;
+    let running = Running::with(ServerOptions::new().with_limits(limits)).await;
+    running.get("/topics/a.%3E.b/stream").await.is_problem(400, "filter");
+    running.get("/topics/a/stream?colour=red").await.is_problem(400, "group");
+    running.get("/topics/a/stream?group=a@b").await.is_problem(400, "group");
+    running.post("/topics/a/stream", "").await.is_problem(405, "POST");
+    let (_stream, _) = open(&running, "/topics/a/stream", "").await;
+    running.get("/topics/a/stream").await.is_problem(429, "1 streams");
+}
