@@ -134,6 +134,14 @@ impl Subscription {
         self.consumer.poll_receive(cx, batch, limit.max(1))
     }
 
+    /// For code that polls: says that it no longer waits, though its last
+    /// [`poll_receive`](Self::poll_receive) was `Pending`; a message it would have been woken for
+    /// goes to another member of the group. Polling again is waiting again. A
+    /// [`receive`](Self::receive) that is dropped says so by itself.
+    pub fn stop_waiting(&mut self) {
+        self.consumer.stop_waiting();
+    }
+
     /// The next delivery, or `None` when the subscription has ended.
     ///
     /// # Errors
