@@ -1,0 +1,58 @@
+//! Deliveries to 1, 10, 100 and 1,000 subscribers, ours beside tokio's channels. One element is one
+//! message received by one subscriber.
+
+#![allow(missing_docs, reason = "criterion_group! makes public functions without")]
+#![allow(clippy::expect_used, reason = "a bench that cannot run has nothing better to do than stop")]
+
+use std::time::Duration;
+
+use broker_benches::Result;
+use broker_benches::in_process::fan_out::{self, LOADS};
+use broker_benches::in_process::{Load, Run};
+use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
+use tokio::runtime::Runtime;
+
+fn fan_out(criterion: &mut Criterion) {
+    let runtime = Runtime::new().expect("a runtime");
+    for payload in [64, 1024] {
+        let mut group = criterion.benchmark_group(format!("fan_out/{payload}B"));
+        group.sampling_mode(SamplingMode::Flat).sample_size(10).measurement_time(Duration::from_secs(5));
+        for load in LOADS {
+            // Criterion repeats the whole, so a tenth of what `ratios` publishes is enough.
+            let load = Load { payload, messages: load.messages / 10, ..load };
+            group.throughput(Throughput::Elements(load.messages * load.receivers as u64));
+            group.bench_function(BenchmarkId::new("ours", load.receivers), |bencher| {
+                bencher.iter_custom(|times| timed(&runtime, load, times, async |load| fan_out::ours(load).await));
+            });
+            group.bench_function(BenchmarkId::new("tokio_mpsc", load.receivers), |bencher| {
+                bencher.iter_custom(|times| timed(&runtime, load, times, async |load| fan_out::mpsc(load).await));
+            });
+            group.bench_function(BenchmarkId::new("tokio_broadcast", load.receivers), |bencher| {
+                bencher.iter_custom(|times| timed(&runtime, load, times, async |load| fan_out::broadcast(load).await));
+            });
+        }
+        group.finish();
+    }
+}
+
+/// Runs `work` so many times, in a task: the thread that blocks on a runtime is a slow place to work.
+/// A run that lost messages counts as long as receiving all of them at its rate would have taken.
+fn timed<F, Fut>(runtime: &Runtime, load: Load, times: u64, work: F) -> Duration
+where
+    F: Fn(Load) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = Result<Run>> + Send + 'static,
+{
+    let all = async move {
+        let due = (load.messages * load.receivers as u64) as f64;
+        let mut elapsed = Duration::ZERO;
+        for _ in 0..times {
+            let run = work(load).await.expect("a run whose counts add up");
+            elapsed += Duration::from_secs_f64(due / run.rate());
+        }
+        elapsed
+    };
+    runtime.block_on(async { tokio::spawn(all).await.expect("the work does not panic") })
+}
+
+criterion_group!(benches, fan_out);
+criterion_main!(benches);

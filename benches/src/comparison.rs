@@ -1,0 +1,136 @@
+//! A comparison: a name, a unit, a bar, and two sides to measure in turn.
+
+use std::fmt;
+
+use broker_core::BoxFuture;
+
+use crate::Result;
+
+/// What a side's number is, and which way is better.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unit {
+    /// Messages published a second.
+    MessagesPerSecond,
+    /// Messages received by subscribers a second, all subscribers together.
+    DeliveriesPerSecond,
+    /// Bytes of memory held.
+    Bytes,
+}
+
+impl Unit {
+    /// As it is printed.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::MessagesPerSecond => "messages/s",
+            Self::DeliveriesPerSecond => "deliveries/s",
+            Self::Bytes => "bytes",
+        }
+    }
+
+    /// How much better `ours` is than `theirs`: above 1 where ours is better.
+    ///
+    /// ```
+    /// use broker_benches::comparison::Unit;
+    /// assert_eq!(Unit::DeliveriesPerSecond.ratio(30.0, 10.0), 3.0);
+    /// assert_eq!(Unit::Bytes.ratio(10.0, 30.0), 3.0);
+    /// ```
+    pub fn ratio(self, ours: f64, theirs: f64) -> f64 {
+        match self {
+            Self::MessagesPerSecond | Self::DeliveriesPerSecond => ours / theirs,
+            Self::Bytes => theirs / ours,
+        }
+    }
+}
+
+/// One side of a comparison, prepared: each call measures one round.
+pub type Side = Box<dyn FnMut() -> BoxFuture<'static, Result<f64>> + Send>;
+
+/// Both sides, ready to be measured round by round.
+pub struct Pair {
+    pub(crate) ours: Side,
+    pub(crate) theirs: Side,
+}
+
+impl Pair {
+    /// Two sides, each a function that measures one round and tells a number in the comparison's unit.
+    pub fn new<O, OF, T, TF>(mut ours: O, mut theirs: T) -> Self
+    where
+        O: FnMut() -> OF + Send + 'static,
+        OF: Future<Output = Result<f64>> + Send + 'static,
+        T: FnMut() -> TF + Send + 'static,
+        TF: Future<Output = Result<f64>> + Send + 'static,
+    {
+        Self { ours: Box::new(move || Box::pin(ours())), theirs: Box::new(move || Box::pin(theirs())) }
+    }
+}
+
+impl fmt::Debug for Pair {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Pair")
+    }
+}
+
+/// A named comparison with its bar. Adding one is one of these in a group's `comparisons()`.
+///
+/// ```
+/// use broker_benches::comparison::{Comparison, Pair, Unit};
+///
+/// let twice = Comparison::new("example/twice", Unit::MessagesPerSecond, 2.0, async || {
+///     Ok(Pair::new(async || Ok(20.0), async || Ok(10.0)))
+/// });
+/// assert!(twice.is_selected_by("example") && !twice.is_selected_by("exam"));
+/// ```
+pub struct Comparison {
+    name: String,
+    unit: Unit,
+    bar: f64,
+    prepare: Box<dyn FnOnce() -> BoxFuture<'static, Result<Pair>> + Send>,
+}
+
+impl Comparison {
+    /// A comparison called `name`, which holds when ours is at least `bar` times as good as theirs.
+    /// `prepare` runs once, before the first round, and sets up what both sides need.
+    pub fn new<F, Fut>(name: impl Into<String>, unit: Unit, bar: f64, prepare: F) -> Self
+    where
+        F: FnOnce() -> Fut + Send + 'static,
+        Fut: Future<Output = Result<Pair>> + Send + 'static,
+    {
+        Self { name: name.into(), unit, bar, prepare: Box::new(move || Box::pin(prepare())) }
+    }
+
+    /// Its name: a group, slashes, what is compared.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The unit of both sides.
+    pub fn unit(&self) -> Unit {
+        self.unit
+    }
+
+    /// The ratio to reach.
+    pub fn bar(&self) -> f64 {
+        self.bar
+    }
+
+    /// Whether `selector` is its name or a group it belongs to.
+    pub fn is_selected_by(&self, selector: &str) -> bool {
+        let selector = selector.trim_end_matches('/');
+        self.name.strip_prefix(selector).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    }
+
+    /// Sets up both sides.
+    pub(crate) fn prepare(self) -> BoxFuture<'static, Result<Pair>> {
+        (self.prepare)()
+    }
+}
+
+impl fmt::Debug for Comparison {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Comparison")
+            .field("name", &self.name)
+            .field("unit", &self.unit)
+            .field("bar", &self.bar)
+            .finish()
+    }
+}

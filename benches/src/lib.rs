@@ -1,0 +1,22 @@
+#![doc = include_str!("../README.md")]
+
+pub mod cli;
+pub mod comparison;
+pub mod in_process;
+pub mod measure;
+pub mod peers;
+pub mod report;
+pub mod statistics;
+
+use comparison::Comparison;
+
+/// What may go wrong in a round: a broker's error, a count that does not add up, a task that panicked.
+pub type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// The result of a round, or of preparing one.
+pub type Result<T> = std::result::Result<T, Failure>;
+
+/// Every comparison of this package, in the order they are listed and run.
+pub fn comparisons() -> Vec<Comparison> {
+    in_process::comparisons()
+}

@@ -1,0 +1,105 @@
+//! Interleaved rounds: ours, theirs, ours, theirs, until it is clear or time is over.
+
+use std::time::{Duration, Instant};
+
+use crate::Result;
+use crate::comparison::Comparison;
+use crate::report::Report;
+use crate::statistics::{estimate, median};
+
+/// Rounds at least: one more than the fewest that have a confidence interval.
+const MIN_ROUNDS: usize = 7;
+
+/// The spread, as a part of the ratio, at which no more rounds are needed.
+const SMALL_SPREAD: f64 = 0.03;
+
+/// Measures a comparison, for about `limit` at most; `progress` is told the state after each round.
+/// At least one round of each side beyond the warm-up is made, however long it takes.
+///
+/// # Errors
+///
+/// What a side reports: a broker's error, a message lost or doubled.
+pub async fn measure(comparison: Comparison, limit: Duration, mut progress: impl FnMut(usize, f64)) -> Result<Report> {
+    let (name, unit, bar) = (comparison.name().to_owned(), comparison.unit(), comparison.bar());
+    let mut pair = comparison.prepare().await?;
+
+    // Warm-up: caches, allocator, connections, the processor's clock.
+    (pair.ours)().await?;
+    (pair.theirs)().await?;
+
+    let began = Instant::now();
+    let (mut ours, mut theirs, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    let ratio = loop {
+        let round = Instant::now();
+        let (our, their) = ((pair.ours)().await?, (pair.theirs)().await?);
+        ours.push(our);
+        theirs.push(their);
+        ratios.push(unit.ratio(our, their));
+
+        let ratio = estimate(&ratios);
+        progress(ratios.len(), ratio.median);
+        let is_clear = ratios.len() >= MIN_ROUNDS && ratio.spread <= SMALL_SPREAD * ratio.median;
+        if is_clear || began.elapsed() + round.elapsed() > limit {
+            break ratio;
+        }
+    };
+    Ok(Report::new(name, unit, bar, (median(&ours), median(&theirs)), ratio, ratios.len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::comparison::{Pair, Unit};
+
+    fn constant(ours: f64, theirs: f64, bar: f64) -> Comparison {
+        Comparison::new("test/constant", Unit::MessagesPerSecond, bar, async move || {
+            Ok(Pair::new(move || async move { Ok(ours) }, move || async move { Ok(theirs) }))
+        })
+    }
+
+    #[tokio::test]
+    async fn a_calm_comparison_ends_after_the_least_rounds() {
+        let report = measure(constant(20.0, 10.0, 2.0), Duration::from_secs(60), |_, _| ()).await.unwrap();
+        assert_eq!((report.rounds, report.ratio, report.spread), (MIN_ROUNDS, 2.0, 0.0));
+        assert!(report.holds);
+    }
+
+    #[tokio::test]
+    async fn a_bar_above_the_ratio_does_not_hold() {
+        let report = measure(constant(19.0, 10.0, 2.0), Duration::from_secs(60), |_, _| ()).await.unwrap();
+        assert!(!report.holds);
+    }
+
+    #[tokio::test]
+    async fn the_first_round_is_dropped_and_sides_take_turns() {
+        let (log, logged) = std::sync::mpsc::channel();
+        let comparison = Comparison::new("test/turns", Unit::MessagesPerSecond, 1.0, async move || {
+            let (ours, theirs) = (log.clone(), log);
+            let mut cold = true;
+            let ours = move || {
+                let value = if std::mem::replace(&mut cold, false) { 1.0 } else { 8.0 };
+                let sent = ours.send("ours");
+                async move { sent.map(|()| value).map_err(Into::into) }
+            };
+            let theirs = move || {
+                let sent = theirs.send("theirs");
+                async move { sent.map(|()| 4.0).map_err(Into::into) }
+            };
+            Ok(Pair::new(ours, theirs))
+        });
+        let report = measure(comparison, Duration::from_secs(60), |_, _| ()).await.unwrap();
+        assert_eq!((report.ours, report.theirs, report.ratio), (8.0, 4.0, 2.0));
+        let turns: Vec<_> = logged.iter().collect();
+        assert_eq!(turns.len(), 2 * (MIN_ROUNDS + 1));
+        assert!(turns.chunks(2).all(|turn| turn == ["ours", "theirs"]));
+    }
+
+    #[tokio::test]
+    async fn an_error_of_a_side_is_the_result() {
+        let failing = Comparison::new("test/failing", Unit::Bytes, 1.0, async || {
+            Ok(Pair::new(async || Err("a message was lost".into()), async || Ok(1.0)))
+        });
+        let error = measure(failing, Duration::from_secs(60), |_, _| ()).await.unwrap_err();
+        assert_eq!(error.to_string(), "a message was lost");
+    }
+}

@@ -1,0 +1,123 @@
+//! What a comparison came to, for a reader and for a program.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::comparison::Unit;
+use crate::statistics::Estimate;
+
+/// The outcome of a comparison. As JSON it has the fields that the README names; `Display` is the
+/// line for a reader.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct Report {
+    /// The comparison's name.
+    pub name: String,
+    /// What `ours` and `theirs` are.
+    #[serde(serialize_with = "unit_text")]
+    pub unit: Unit,
+    /// The median of our rounds.
+    pub ours: f64,
+    /// The median of their rounds.
+    pub theirs: f64,
+    /// The median of the paired ratios; above 1 ours is better.
+    pub ratio: f64,
+    /// Half the width of the ratio's 95 % confidence interval; null in JSON where there were too few
+    /// rounds for one.
+    pub spread: f64,
+    /// The ratio to reach.
+    pub bar: f64,
+    /// Whether the ratio, within its spread, reaches the bar.
+    pub holds: bool,
+    /// Rounds measured, the warm-up not counted.
+    #[serde(skip)]
+    pub rounds: usize,
+}
+
+impl Report {
+    pub(crate) fn new(
+        name: String,
+        unit: Unit,
+        bar: f64,
+        (ours, theirs): (f64, f64),
+        ratio: Estimate,
+        rounds: usize,
+    ) -> Self {
+        // Too few rounds for an interval say nothing but the ratio itself.
+        let margin = if ratio.spread.is_finite() { ratio.spread } else { 0.0 };
+        let holds = ratio.median + margin >= bar;
+        Self { name, unit, ours, theirs, ratio: ratio.median, spread: ratio.spread, bar, holds, rounds }
+    }
+
+    /// Whether 1 lies within the spread of the ratio.
+    pub fn is_indistinguishable(&self) -> bool {
+        (self.ratio - 1.0).abs() <= self.spread
+    }
+}
+
+fn unit_text<S: serde::Serializer>(unit: &Unit, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(unit.as_str())
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, unit, ours, theirs, ratio, spread, bar, holds, rounds } = self;
+        let (ours, theirs, unit) = (Short(*ours), Short(*theirs), unit.as_str());
+        write!(f, "{name:<38} ours {ours} theirs {theirs} {unit:<12} ratio {ratio:7.3} ± {spread:5.3}")?;
+        write!(f, " of {rounds:>3} rounds  bar {bar:6.3} {}", if *holds { "holds" } else { "DOES NOT HOLD" })?;
+        if self.is_indistinguishable() {
+            f.write_str(", indistinguishable")?;
+        }
+        Ok(())
+    }
+}
+
+/// A number with three or four digits and a metric prefix.
+struct Short(f64);
+
+impl fmt::Display for Short {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (value, prefix) = match self.0.abs() {
+            value if value >= 1e9 => (self.0 / 1e9, "G"),
+            value if value >= 1e6 => (self.0 / 1e6, "M"),
+            value if value >= 1e4 => (self.0 / 1e3, "k"),
+            _ => (self.0, " "),
+        };
+        write!(f, "{value:7.2} {prefix}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(median: f64, spread: f64, bar: f64) -> Report {
+        let sides = (127.1e6, 7.0e6);
+        Report::new("group/name".into(), Unit::DeliveriesPerSecond, bar, sides, Estimate { median, spread }, 9)
+    }
+
+    #[test]
+    fn a_bar_holds_when_the_ratio_reaches_it_within_the_spread() {
+        assert!(report(10.0, 0.0, 10.0).holds);
+        assert!(report(9.9, 0.1, 10.0).holds);
+        assert!(!report(9.8, 0.1, 10.0).holds);
+        assert!(!report(9.8, f64::INFINITY, 10.0).holds, "too few rounds do not excuse a ratio");
+    }
+
+    #[test]
+    fn json_has_the_fields_that_scripts_rely_on() {
+        let json = serde_json::to_string(&report(18.0, 0.5, 10.0)).unwrap();
+        assert_eq!(
+            json,
+            r#"{"name":"group/name","unit":"deliveries/s","ours":127100000.0,"theirs":7000000.0,"ratio":18.0,"spread":0.5,"bar":10.0,"holds":true}"#
+        );
+    }
+
+    #[test]
+    fn a_reader_is_told_what_cannot_be_told_apart() {
+        assert!(report(1.01, 0.02, 1.0).to_string().ends_with("holds, indistinguishable"));
+        assert!(report(1.03, 0.02, 1.0).to_string().ends_with("holds"));
+        assert!(report(0.5, 0.02, 1.0).to_string().ends_with("DOES NOT HOLD"));
+    }
+}
