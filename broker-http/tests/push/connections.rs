@@ -122,7 +122,8 @@ async fn a_slow_body_is_under_the_timeout_too() {
     let rig = Rig::new(&endpoint.url(), &format!(r#"{QUICK},"timeout":"100ms""#)).await;
     rig.publish_text("42").await;
     let letter = rig.dead(1).await.remove(0);
-    assert_eq!((letter.failure.reason(), letter.attempts), ("timed out after 100ms", 3));
+    assert!(letter.failure.reason().ends_with("timed out after 100ms"), "{letter:?}");
+    assert_eq!(letter.attempts, 3);
 }
 
 #[tokio::test]

@@ -6,4 +6,5 @@ mod batch;
 mod connections;
 mod endpoint;
 mod support;
+mod tls;
 mod verdicts;

@@ -1,0 +1,169 @@
+//! What all pushes of a daemon share: which addresses may be dialled, how TLS is spoken, and how
+//! many connections there are.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use rustls::{ClientConfig, RootCertStore};
+use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
+
+use super::Guard;
+
+/// Shared by all pushes: which addresses may be dialled, how TLS is spoken, and how many connections
+/// there are at most. Cloning shares it.
+///
+/// Making one does no I/O: the machine's root certificates are read when the first `https` endpoint
+/// is dialled.
+///
+/// ```
+/// use std::time::Duration;
+/// use broker_http::push::{Guard, PushClient};
+///
+/// let client = PushClient::new(Guard::new().with_development(true))
+///     .with_max_connections(1_000)
+///     .with_idle_timeout(Duration::from_secs(5));
+/// # let _ = client;
+/// ```
+#[derive(Clone)]
+pub struct PushClient {
+    guard: Arc<Guard>,
+    tls: Arc<OnceCell<Arc<ClientConfig>>>,
+    connections: Arc<Semaphore>,
+    max_connections: usize,
+    /// Pushes that wait for a connection.
+    waiting: Arc<AtomicUsize>,
+    idle_timeout: Duration,
+}
+
+/// Connections at most, unless it is said otherwise.
+const MAX_CONNECTIONS: usize = 8_192;
+/// How long a connection is kept without a request, unless it is said otherwise.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(15);
+
+impl PushClient {
+    /// Dials what `guard` lets pass, with the root certificates of this machine; 8,192 connections
+    /// at most, kept for 15 seconds without a request.
+    pub fn new(guard: Guard) -> Self {
+        Self {
+            guard: Arc::new(guard),
+            tls: Arc::default(),
+            connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+            max_connections: MAX_CONNECTIONS,
+            waiting: Arc::default(),
+            idle_timeout: IDLE_TIMEOUT,
+        }
+    }
+
+    /// Speaks TLS like this instead: other roots, a client certificate. HTTP/2 and HTTP/1.1 are
+    /// offered unless the configuration says what to offer.
+    #[must_use]
+    pub fn with_tls(mut self, mut config: ClientConfig) -> Self {
+        if config.alpn_protocols.is_empty() {
+            config.alpn_protocols = protocols();
+        }
+        self.tls = Arc::new(OnceCell::new_with(Some(Arc::new(config))));
+        self
+    }
+
+    /// Sets how many connections there are at most, of all pushes together (at least one). At the
+    /// limit a push waits for one before its time begins to run.
+    #[must_use]
+    pub fn with_max_connections(mut self, max: usize) -> Self {
+        self.max_connections = max.clamp(1, Semaphore::MAX_PERMITS);
+        self.connections = Arc::new(Semaphore::new(self.max_connections));
+        self
+    }
+
+    /// Sets how long a connection is kept without a request.
+    #[must_use]
+    pub fn with_idle_timeout(mut self, timeout: Duration) -> Self {
+        self.idle_timeout = timeout;
+        self
+    }
+
+    pub(crate) fn guard(&self) -> &Guard {
+        &self.guard
+    }
+
+    /// How long to keep a connection that has nothing to do: not at all where they run short.
+    pub(crate) fn idle_timeout(&self) -> Duration {
+        let short = self.connections.available_permits() <= self.max_connections / 8;
+        if short { Duration::ZERO } else { self.idle_timeout }
+    }
+
+    /// Whether somebody waits for a connection: who has one gives it up after its request, so that
+    /// a busy endpoint does not keep the others out.
+    pub(crate) fn is_waited_for(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0
+    }
+
+    /// The right to one connection, in the order of asking.
+    pub(crate) async fn permit(&self) -> Option<OwnedSemaphorePermit> {
+        if let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() {
+            return Some(permit);
+        }
+        let _waiting = Waiting::new(&self.waiting);
+        // It is never closed.
+        Arc::clone(&self.connections).acquire_owned().await.ok()
+    }
+
+    /// How TLS is spoken; read from the machine the first time.
+    pub(crate) async fn tls(&self) -> Result<Arc<ClientConfig>, String> {
+        let load = || async {
+            tokio::task::spawn_blocking(from_this_machine)
+                .await
+                .map_err(|_| "the root certificates could not be read".to_owned())?
+                .map(Arc::new)
+        };
+        self.tls.get_or_try_init(load).await.map(Arc::clone)
+    }
+}
+
+/// Counts somebody who waits, for as long as they do.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl<'a> Waiting<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl fmt::Debug for PushClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PushClient")
+            .field("guard", &self.guard)
+            .field("max_connections", &self.max_connections)
+            .field("idle_timeout", &self.idle_timeout)
+            .finish_non_exhaustive()
+    }
+}
+
+fn protocols() -> Vec<Vec<u8>> {
+    vec![b"h2".to_vec(), b"http/1.1".to_vec()]
+}
+
+fn from_this_machine() -> Result<ClientConfig, String> {
+    let found = rustls_native_certs::load_native_certs();
+    let mut roots = RootCertStore::empty();
+    let (good, _) = roots.add_parsable_certificates(found.certs);
+    if good == 0 {
+        let why = found.errors.first().map_or(String::new(), |error| format!(" ({error})"));
+        return Err(format!("no root certificates were found on the daemon's machine{why}"));
+    }
+    let mut config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(|error| error.to_string())?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = protocols();
+    Ok(config)
+}

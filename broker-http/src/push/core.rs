@@ -1,0 +1,381 @@
+//! What a push does next: the mechanisms of `window`, `breaker` and `rate` put together over one
+//! subscription of the broker. Moved by the driver and the lanes, under one lock; waits for nothing.
+//!
+//! No delivery is taken out of the broker that cannot be sent at once, so that a pause, an open
+//! breaker or a full window leaves nothing in hand: what was not attempted counts as nothing. The
+//! exceptions are a batch being gathered, and a last attempt that met 410.
+
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use broker_core::{Delivery, Error, ErrorKind, Subscription, Timestamp};
+use smallvec::SmallVec;
+use tokio::time::Instant;
+
+use super::attempts::{Attempt, Attempts};
+use super::breaker::{Admission, Breaker};
+use super::rate::Rate;
+use super::verdict::{Health, Verdict};
+use super::window::{Ticket, Window};
+use crate::{Mode, SubscriptionSpec};
+
+/// Deliveries taken from the broker in one go.
+const MAX_TAKEN: usize = 256;
+
+/// The state of one push.
+#[derive(Debug)]
+pub(crate) struct Core {
+    spec: Arc<SubscriptionSpec>,
+    /// The operator paused it.
+    paused: bool,
+    /// The endpoint said that it is gone.
+    disabled: bool,
+    /// No more intake: finish what is in flight.
+    stopping: bool,
+    /// The broker is closing: push what can be pushed, and wait for nothing else.
+    draining: bool,
+    /// The subscription ended for good.
+    ended: bool,
+    subscription: Option<Subscription>,
+    /// Whether the broker was told that we wait.
+    waiting: bool,
+    /// Taken and not sent yet: a batch being gathered, or what a 410 came for.
+    held: Vec<Delivery>,
+    gathering_since: Option<Instant>,
+    window: Window,
+    breaker: Breaker,
+    rate: Option<Rate>,
+    /// Requests.
+    in_flight: u32,
+    /// Messages of these requests.
+    messages_in_flight: u64,
+    attempts: Attempts,
+    last_error: Option<Arc<str>>,
+    last_success: Option<Timestamp>,
+}
+
+/// Messages for one request.
+#[derive(Debug)]
+pub(crate) struct Parcel {
+    pub(crate) deliveries: SmallVec<[Delivery; 1]>,
+    ticket: Ticket,
+    probe: bool,
+}
+
+/// What to do next.
+#[derive(Debug)]
+pub(crate) enum Next {
+    /// Send this.
+    Send(Parcel),
+    /// Nothing before something happens, or before this time.
+    Wait(Option<Instant>),
+    /// Subscribe, and hand the subscription over.
+    Subscribe,
+    /// Nothing ever again.
+    Over,
+}
+
+impl Core {
+    pub(crate) fn new(spec: Arc<SubscriptionSpec>, paused: bool, now: Instant) -> Self {
+        Self {
+            paused,
+            disabled: false,
+            stopping: false,
+            draining: false,
+            ended: false,
+            subscription: None,
+            waiting: false,
+            held: Vec::new(),
+            gathering_since: None,
+            window: Window::new(spec.max_in_flight),
+            breaker: Breaker::new(),
+            rate: spec.rate_limit.map(|per_second| Rate::new(per_second, now)),
+            in_flight: 0,
+            messages_in_flight: 0,
+            attempts: Attempts::default(),
+            last_error: None,
+            last_success: None,
+            spec,
+        }
+    }
+
+    /// What to do next. `cx` is woken when the broker has more.
+    pub(crate) fn next(&mut self, cx: &mut Context<'_>, now: Instant) -> Next {
+        self.leave_if_idle();
+        if self.stopping || self.ended {
+            return self.finish(now);
+        }
+        if self.paused || self.disabled {
+            return Next::Wait(None);
+        }
+        if self.subscription.is_none() {
+            return Next::Subscribe;
+        }
+        let room = self.window.size().saturating_sub(self.in_flight) as usize;
+        if room == 0 {
+            return self.wait(None);
+        }
+        let (room, probe) = match self.breaker.admits(now) {
+            Admission::Free => (room, false),
+            Admission::Probe => (1, true),
+            Admission::Until(until) => return self.wait(Some(until)),
+            Admission::Busy => return self.wait(None),
+        };
+        let size = self.parcel_size();
+        let refill = self.take((room * size).min(MAX_TAKEN.max(size)), cx, now);
+        if self.ended {
+            return self.finish(now);
+        }
+        if self.held.is_empty() {
+            return Next::Wait(refill);
+        }
+        let due = *self.gathering_since.get_or_insert(now) + self.gathering_time();
+        if self.held.len() < size && now < due {
+            return Next::Wait(Some(refill.map_or(due, |refill| refill.min(due))));
+        }
+        Next::Send(self.parcel(size, probe))
+    }
+
+    /// Fills `held` up to `wanted`; tells when the rate allows more, if it is what is in the way.
+    fn take(&mut self, wanted: usize, cx: &mut Context<'_>, now: Instant) -> Option<Instant> {
+        while self.held.len() < wanted {
+            let mut limit = wanted - self.held.len();
+            if let Some(rate) = &mut self.rate {
+                match rate.available(now) {
+                    Ok(allowed) => limit = limit.min(allowed),
+                    Err(refill) => {
+                        self.stop_waiting();
+                        return Some(refill);
+                    }
+                }
+            }
+            let before = self.held.len();
+            let Some(subscription) = &mut self.subscription else { return None };
+            match subscription.poll_receive(cx, &mut self.held, limit) {
+                Poll::Pending => {
+                    self.waiting = true;
+                    return None;
+                }
+                Poll::Ready(Ok(count)) if count > 0 => self.waiting = false,
+                Poll::Ready(ended) => {
+                    self.end(ended.err());
+                    return None;
+                }
+            }
+            self.drop_unwanted(before);
+            if let Some(rate) = &mut self.rate {
+                rate.take(self.held.len() - before);
+            }
+        }
+        None
+    }
+
+    /// Acks what came in from `from` on and the attribute filters do not want.
+    fn drop_unwanted(&mut self, from: usize) {
+        if self.spec.filters.is_empty() {
+            return;
+        }
+        let mut index = from;
+        while let Some(delivery) = self.held.get(index) {
+            if self.spec.wants(delivery.topic(), delivery.message()) {
+                index += 1;
+            } else {
+                let ack = self.held.remove(index).ack();
+                if !ack.is_ready() {
+                    // Dropping it might withdraw it; nobody needs to know the outcome.
+                    tokio::spawn(ack);
+                }
+            }
+        }
+    }
+
+    fn parcel(&mut self, size: usize, probe: bool) -> Parcel {
+        let count = size.min(self.held.len());
+        let deliveries: SmallVec<_> = self.held.drain(..count).collect();
+        self.gathering_since = None;
+        self.in_flight += 1;
+        self.messages_in_flight += deliveries.len() as u64;
+        if probe {
+            self.breaker.probe();
+        }
+        Parcel { deliveries, ticket: self.window.sent(self.in_flight), probe }
+    }
+
+    fn parcel_size(&self) -> usize {
+        if self.spec.mode == Mode::Batch { self.spec.batch.max.get() as usize } else { 1 }
+    }
+
+    fn gathering_time(&self) -> Duration {
+        if self.spec.mode == Mode::Batch && !self.draining { self.spec.batch.wait } else { Duration::ZERO }
+    }
+
+    /// Nothing can be taken now: a message we would be woken for goes to another member.
+    fn wait(&mut self, until: Option<Instant>) -> Next {
+        self.stop_waiting();
+        Next::Wait(until)
+    }
+
+    fn stop_waiting(&mut self) {
+        if std::mem::take(&mut self.waiting)
+            && let Some(subscription) = &mut self.subscription
+        {
+            subscription.stop_waiting();
+        }
+    }
+
+    /// A push that waits for an operator, or for its endpoint while the broker closes, is no member
+    /// of its group: nobody waits for it.
+    fn leave_if_idle(&mut self) {
+        if self.draining && (self.paused || self.disabled || self.breaker.is_open()) {
+            self.stopping = true;
+        }
+        if self.stopping || self.paused || self.disabled {
+            self.subscription = None;
+            self.waiting = false;
+        }
+        if self.stopping {
+            // What was gathered goes back.
+            self.held.clear();
+        }
+    }
+
+    /// The end: what was gathered is sent if it can be, what is in flight is waited for.
+    fn finish(&mut self, now: Instant) -> Next {
+        let free = self.in_flight < self.window.size() && self.breaker.admits(now) == Admission::Free;
+        if free && !self.paused && !self.disabled && !self.held.is_empty() {
+            return Next::Send(self.parcel(self.parcel_size(), false));
+        }
+        if self.in_flight == 0 {
+            self.held.clear();
+            return Next::Over;
+        }
+        Next::Wait(None)
+    }
+
+    fn end(&mut self, error: Option<Error>) {
+        self.subscription = None;
+        self.waiting = false;
+        self.ended = true;
+        if let Some(error) = error.filter(|error| error.kind() != ErrorKind::Closed) {
+            self.note(&error);
+        }
+    }
+
+    /// The subscription asked for by [`Next::Subscribe`].
+    pub(crate) fn subscribed(&mut self, subscription: Subscription) {
+        self.subscription = Some(subscription);
+    }
+
+    /// Subscribing failed, for good or not.
+    pub(crate) fn not_subscribed(&mut self, error: Error) {
+        if error.is_retryable() { self.note(&error) } else { self.end(Some(error)) }
+    }
+
+    fn note(&mut self, error: &Error) {
+        self.last_error = Some(error.to_string().into());
+    }
+
+    /// What came of a request. To be called before its messages are settled: a message that goes
+    /// back must not be pushed again to an endpoint that is gone. True if it disabled the push.
+    pub(crate) fn came_back(&mut self, parcel: &Parcel, verdict: &Verdict, now: Instant) -> bool {
+        let was_open = self.breaker.is_open();
+        let mut disabled = false;
+        match verdict.health {
+            Health::Well => {
+                self.breaker.succeeded();
+                self.window.succeeded(parcel.ticket);
+            }
+            Health::Gone => {
+                self.breaker.succeeded();
+                disabled = !std::mem::replace(&mut self.disabled, true);
+            }
+            Health::Failing | Health::Overloaded => {
+                if verdict.health == Health::Overloaded {
+                    self.window.overloaded(parcel.ticket);
+                }
+                if self.breaker.failed(now, parcel.probe) && !was_open {
+                    self.window.restart();
+                }
+            }
+        }
+        disabled
+    }
+
+    /// Remembers the push of one message.
+    pub(crate) fn log(&mut self, attempt: Attempt) {
+        match &attempt.error {
+            Some(error) => self.last_error = Some(Arc::clone(error)),
+            None => self.last_success = Some(attempt.time),
+        }
+        self.attempts.push(attempt);
+    }
+
+    /// A request is over and its messages are settled, but for those that stay in hand.
+    pub(crate) fn settled(&mut self, messages: usize, kept: impl IntoIterator<Item = Delivery>) {
+        self.in_flight -= 1;
+        self.messages_in_flight -= messages as u64;
+        self.held.extend(kept);
+    }
+
+    pub(crate) fn pause(&mut self) {
+        self.paused = true;
+    }
+
+    pub(crate) fn disable(&mut self) {
+        self.disabled = true;
+    }
+
+    /// Begins anew, as with an endpoint never seen before.
+    pub(crate) fn resume(&mut self) {
+        self.paused = false;
+        self.disabled = false;
+        self.breaker = Breaker::new();
+        self.window.restart();
+    }
+
+    pub(crate) fn stop(&mut self) {
+        self.stopping = true;
+    }
+
+    pub(crate) fn drain(&mut self) {
+        self.draining = true;
+    }
+
+    /// Whether what is there now is all there will be.
+    pub(crate) fn is_ending(&self) -> bool {
+        self.stopping || self.ended
+    }
+
+    pub(crate) fn is_disabled(&self) -> bool {
+        self.disabled
+    }
+
+    pub(crate) fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    pub(crate) fn is_open(&self) -> bool {
+        self.breaker.is_open()
+    }
+
+    /// Messages in hand.
+    pub(crate) fn in_flight(&self) -> u64 {
+        self.messages_in_flight + self.held.len() as u64
+    }
+
+    pub(crate) fn last_error(&self) -> Option<&str> {
+        self.last_error.as_deref()
+    }
+
+    pub(crate) fn last_success(&self) -> Option<Timestamp> {
+        self.last_success
+    }
+
+    pub(crate) fn attempts(&self) -> Vec<Attempt> {
+        self.attempts.newest_first()
+    }
+}
+
+#[cfg(test)]
+mod tests;

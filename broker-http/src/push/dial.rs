@@ -1,0 +1,218 @@
+//! From an endpoint to an open connection: resolve, check every address, connect, TLS.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use url::Host;
+
+use super::client::PushClient;
+use super::target::Target;
+
+/// Addresses of a name that are tried.
+const MAX_ADDRESSES: usize = 16;
+/// How long an address has to itself before the next one is tried beside it (RFC 8305).
+const HEAD_START: Duration = Duration::from_millis(250);
+/// How long to wait where this process has run out of sockets: no fault of the endpoint.
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
+
+/// An open connection, and what was agreed on it.
+pub(crate) struct Dialled {
+    pub(crate) stream: Stream,
+    pub(crate) heard: Heard,
+    /// Whether HTTP/2 was agreed on.
+    pub(crate) h2: bool,
+}
+
+/// Connects to `target`.
+///
+/// # Errors
+///
+/// Why not, in a few words.
+pub(crate) async fn dial(client: &PushClient, target: &Target) -> Result<Dialled, String> {
+    let addresses = resolve(client, target).await?;
+    let stream = loop {
+        match connect(&addresses).await {
+            Ok(stream) => break stream,
+            Err(error) if is_exhausted(&error) => tokio::time::sleep(EXHAUSTED_PAUSE).await,
+            Err(error) => return Err(describe(&error)),
+        }
+    };
+    // A request is one write; nothing is gained by waiting for more.
+    let _ = stream.set_nodelay(true);
+    let heard = Heard::default();
+    let Some(name) = &target.tls else {
+        return Ok(Dialled { stream: Stream { inner: Inner::Plain(stream), heard: heard.clone() }, heard, h2: false });
+    };
+    let connector = TlsConnector::from(client.tls().await?);
+    let stream = connector.connect(name.clone(), stream).await.map_err(|error| format!("TLS: {}", describe(&error)))?;
+    let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+    let stream = Stream { inner: Inner::Tls(Box::new(stream)), heard: heard.clone() };
+    Ok(Dialled { stream, heard, h2 })
+}
+
+/// The addresses that may be dialled: at least one, or the reason why not.
+async fn resolve(client: &PushClient, target: &Target) -> Result<Vec<SocketAddr>, String> {
+    let host = target.host.to_string();
+    let check = |address: IpAddr| client.guard().check(&host, address).map_err(|error| error.message().to_owned());
+    let literal = match &target.host {
+        Host::Ipv4(address) => Some(IpAddr::from(*address)),
+        Host::Ipv6(address) => Some(IpAddr::from(*address)),
+        Host::Domain(_) => None,
+    };
+    if let Some(address) = literal {
+        return check(address).map(|()| vec![SocketAddr::new(address, target.port)]);
+    }
+    let found = tokio::net::lookup_host((host.as_str(), target.port))
+        .await
+        .map_err(|error| format!("{host} cannot be resolved: {}", describe(&error)))?;
+    let mut refused = None;
+    let mut allowed = Vec::new();
+    for address in found.take(MAX_ADDRESSES) {
+        match check(address.ip()) {
+            Ok(()) => allowed.push(address),
+            Err(reason) => refused = refused.or(Some(reason)),
+        }
+    }
+    if allowed.is_empty() {
+        return Err(refused.unwrap_or_else(|| format!("{host} has no address")));
+    }
+    Ok(allowed)
+}
+
+/// The first of the addresses to answer; each has a head start on the next.
+async fn connect(addresses: &[SocketAddr]) -> io::Result<TcpStream> {
+    let mut waiting = addresses.iter();
+    let mut trying = FuturesUnordered::new();
+    let mut failure = None;
+    loop {
+        match waiting.next() {
+            Some(address) => trying.push(TcpStream::connect(*address)),
+            None if trying.is_empty() => {
+                return Err(failure.unwrap_or_else(|| io::ErrorKind::AddrNotAvailable.into()));
+            }
+            None => {}
+        }
+        let outcome = if waiting.len() == 0 {
+            trying.next().await
+        } else {
+            // The time is over: try the next beside it.
+            tokio::time::timeout(HEAD_START, trying.next()).await.unwrap_or(None)
+        };
+        match outcome {
+            Some(Ok(stream)) => return Ok(stream),
+            Some(Err(error)) => failure = failure.or(Some(error)),
+            None => {}
+        }
+    }
+}
+
+/// Whether this process or machine has no socket left (`EMFILE`, `ENFILE`, `EADDRNOTAVAIL`).
+fn is_exhausted(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::AddrNotAvailable && error.raw_os_error().is_some()
+        || (cfg!(unix) && matches!(error.raw_os_error(), Some(23 | 24)))
+}
+
+/// An I/O error in a few words, without the numbers of the operating system.
+pub(crate) fn describe(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => "connection refused".to_owned(),
+        io::ErrorKind::ConnectionReset => "connection reset".to_owned(),
+        io::ErrorKind::ConnectionAborted => "connection aborted".to_owned(),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::UnexpectedEof => "connection closed".to_owned(),
+        io::ErrorKind::HostUnreachable => "host unreachable".to_owned(),
+        io::ErrorKind::NetworkUnreachable => "network unreachable".to_owned(),
+        io::ErrorKind::TimedOut => "the connection timed out".to_owned(),
+        _ => error.to_string(),
+    }
+}
+
+/// Whether anything was heard on a connection since this was last asked to forget.
+#[derive(Clone, Default)]
+pub(crate) struct Heard(Arc<AtomicBool>);
+
+impl Heard {
+    pub(crate) fn forget(&self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+
+    pub(crate) fn anything(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// A connection, with or without TLS, that notices whether anything came back on it.
+pub(crate) struct Stream {
+    inner: Inner,
+    heard: Heard,
+}
+
+enum Inner {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+macro_rules! forward {
+    ($self:ident, $stream:ident => $call:expr) => {
+        match &mut $self.inner {
+            Inner::Plain(stream) => {
+                let $stream = Pin::new(stream);
+                $call
+            }
+            Inner::Tls(stream) => {
+                let $stream = Pin::new(stream.as_mut());
+                $call
+            }
+        }
+    };
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let poll = forward!(self, stream => stream.poll_read(cx, buf));
+        if buf.filled().len() > before {
+            self.heard.0.store(true, Ordering::Relaxed);
+        }
+        poll
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        forward!(self, stream => stream.poll_write(cx, buf))
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        forward!(self, stream => stream.poll_write_vectored(cx, bufs))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match &self.inner {
+            Inner::Plain(stream) => stream.is_write_vectored(),
+            Inner::Tls(stream) => stream.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        forward!(self, stream => stream.poll_flush(cx))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        forward!(self, stream => stream.poll_shutdown(cx))
+    }
+}

@@ -1,0 +1,216 @@
+//! From messages to a request: mode, headers, signature.
+
+use broker_core::{Error, MessageId, Result, Timestamp};
+use bytes::Bytes;
+use http::header::{CONTENT_TYPE, USER_AGENT};
+use http::{HeaderMap, HeaderName, HeaderValue};
+use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
+use sha2::{Digest as _, Sha256};
+
+use super::connection::Content;
+use super::sign::{Signer, seconds};
+use crate::event::{self, BATCH_TYPE, EVENT_TYPE, Envelope, binary, json};
+use crate::{Mode, SubscriptionSpec};
+
+const WEBHOOK_ID: HeaderName = HeaderName::from_static("webhook-id");
+const WEBHOOK_TIMESTAMP: HeaderName = HeaderName::from_static("webhook-timestamp");
+const WEBHOOK_SIGNATURE: HeaderName = HeaderName::from_static("webhook-signature");
+/// Marks the message of [`Push::test`](super::Push::test).
+const BROKER_TEST: HeaderName = HeaderName::from_static("broker-test");
+
+/// Makes the requests of one subscription.
+#[derive(Debug)]
+pub(crate) struct Encoder {
+    /// What every request says.
+    base: HeaderMap,
+    mode: Mode,
+    signer: Option<Signer>,
+}
+
+impl Encoder {
+    /// # Errors
+    ///
+    /// [`Invalid`](broker_core::ErrorKind::Invalid) for a header or a key that does not parse.
+    pub(crate) fn new(spec: &SubscriptionSpec) -> Result<Self> {
+        let mut base = HeaderMap::new();
+        base.insert(USER_AGENT, HeaderValue::from_static(concat!("broker-http/", env!("CARGO_PKG_VERSION"))));
+        for (name, value) in &spec.headers {
+            let invalid = || Error::invalid(format!("headers: {name:?} cannot be sent"));
+            let parsed = HeaderName::from_bytes(name.as_bytes()).map_err(|_| invalid())?;
+            let mut value = HeaderValue::from_str(value.expose()).map_err(|_| invalid())?;
+            value.set_sensitive(true);
+            base.insert(parsed, value);
+        }
+        match spec.mode {
+            Mode::Structured => base.insert(CONTENT_TYPE, HeaderValue::from_static(EVENT_TYPE)),
+            Mode::Batch => base.insert(CONTENT_TYPE, HeaderValue::from_static(BATCH_TYPE)),
+            Mode::Binary | Mode::Raw => None,
+        };
+        Ok(Self { base, mode: spec.mode, signer: spec.signing.as_ref().map(Signer::new).transpose()? })
+    }
+
+    /// The request for these messages: one, unless the mode is batch.
+    pub(crate) fn encode<'a>(&self, mut envelopes: impl ExactSizeIterator<Item = Envelope<'a>>) -> Content {
+        let mut headers = self.base.clone();
+        if self.mode == Mode::Batch {
+            return self.batch(headers, envelopes);
+        }
+        let Some(envelope) = envelopes.next() else { return Content { headers, body: Bytes::new() } };
+        let body = match self.mode {
+            Mode::Raw => binary::encode(envelope, binary::Mode::Raw, &mut headers),
+            Mode::Structured => {
+                let mut body = Vec::with_capacity(512 + envelope.message.payload().len());
+                json::encode(envelope, &mut body);
+                binary::describe(envelope, &mut headers);
+                body.into()
+            }
+            _ => binary::encode(envelope, binary::Mode::Binary, &mut headers),
+        };
+        if let Some(signer) = &self.signer {
+            sign(signer, &as_header(envelope.message.id()), &body, &mut headers);
+        }
+        Content { headers, body }
+    }
+
+    /// As [`encode`](Self::encode), marked as a test.
+    pub(crate) fn encode_test(&self, envelope: Envelope<'_>) -> Content {
+        let mut content = self.encode(std::iter::once(envelope));
+        content.headers.insert(BROKER_TEST, HeaderValue::from_static("true"));
+        content
+    }
+
+    fn batch<'a>(&self, mut headers: HeaderMap, envelopes: impl ExactSizeIterator<Item = Envelope<'a>>) -> Content {
+        let mut body = Vec::with_capacity(512 * envelopes.len());
+        let mut ids = self.signer.as_ref().map(|_| Sha256::new());
+        body.push(b'[');
+        for (index, envelope) in envelopes.enumerate() {
+            if index > 0 {
+                body.push(b',');
+            }
+            json::encode(envelope, &mut body);
+            if let Some(ids) = &mut ids {
+                ids.update(as_header(envelope.message.id()));
+                // No encoded id contains it, so that two lists never look like one.
+                ids.update(b" ");
+            }
+        }
+        body.push(b']');
+        if let (Some(signer), Some(ids)) = (&self.signer, ids) {
+            // The same messages in the same order have the same id, however often they are sent.
+            let id = ids.finalize().iter().take(16).fold("batch_".to_owned(), |id, byte| format!("{id}{byte:02x}"));
+            sign(signer, &id, &body, &mut headers);
+        }
+        Content { headers, body: body.into() }
+    }
+}
+
+fn sign(signer: &Signer, id: &str, body: &[u8], headers: &mut HeaderMap) {
+    let now = Timestamp::now();
+    let signature = signer.sign(id, now, body);
+    // All three are printable ASCII.
+    let values = [(WEBHOOK_ID, id), (WEBHOOK_SIGNATURE, signature.as_str())];
+    headers.extend(values.into_iter().filter_map(|(name, text)| Some((name, HeaderValue::from_str(text).ok()?))));
+    headers.insert(WEBHOOK_TIMESTAMP, HeaderValue::from(seconds(now)));
+}
+
+/// What CloudEvents encodes in a header value (HTTP binding, section 3.1.3.2); beyond ASCII all is.
+const ENCODED: &AsciiSet = &CONTROLS.add(b' ').add(b'"').add(b'%');
+
+fn as_header(id: &MessageId) -> String {
+    utf8_percent_encode(&id.to_string(), ENCODED).to_string()
+}
+
+/// The message of a test push: what it says of itself is enough to be recognized by.
+pub(crate) fn test_message() -> broker_core::Message {
+    let message = broker_core::Message::new(r#"{"test":true}"#);
+    message.clone().with_content_type("application/json").unwrap_or(message)
+}
+
+/// A delivery as an envelope.
+pub(crate) fn envelope<'a>(delivery: &'a broker_core::Delivery, subscription: &'a str) -> event::Envelope<'a> {
+    Envelope {
+        topic: delivery.topic(),
+        message: delivery.message(),
+        subscription: Some(subscription),
+        attempt: Some(delivery.attempt()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use broker_core::{Message, Topic};
+
+    fn encoder(json: &str) -> Encoder {
+        let json = format!(r#"{{"filter":"orders","endpoint":"http://localhost/",{json}}}"#);
+        Encoder::new(&SubscriptionSpec::from_json(json.as_bytes()).unwrap()).unwrap()
+    }
+
+    fn encode(encoder: &Encoder, messages: &[Message]) -> Content {
+        let topic = Topic::new("orders").unwrap();
+        encoder.encode(messages.iter().map(|message| Envelope {
+            topic: &topic,
+            message,
+            subscription: Some("billing"),
+            attempt: Some(3),
+        }))
+    }
+
+    fn text<'a>(content: &'a Content, name: &str) -> Option<&'a str> {
+        content.headers.get(name).map(|value| value.to_str().unwrap())
+    }
+
+    fn message(id: &str) -> Message {
+        Message::new("42").with_id(id.parse().unwrap()).with_content_type("text/plain").unwrap()
+    }
+
+    #[test]
+    fn modes() {
+        let content = encode(&encoder(r#""headers":{"x-api-key":"k"}"#), &[message("a")]);
+        assert_eq!(content.body.as_ref(), b"42");
+        assert_eq!((text(&content, "ce-id"), text(&content, "content-type")), (Some("a"), Some("text/plain")));
+        assert_eq!((text(&content, "broker-attempt"), text(&content, "x-api-key")), (Some("3"), Some("k")));
+        assert!(text(&content, "user-agent").unwrap().starts_with("broker-http/"));
+        assert!(!format!("{content:?}").contains("\"k\""), "{content:?}");
+
+        let content = encode(&encoder(r#""mode":"raw""#), &[message("a")]);
+        assert_eq!((text(&content, "broker-id"), text(&content, "ce-id")), (Some("a"), None));
+
+        let content = encode(&encoder(r#""mode":"structured""#), &[message("a")]);
+        assert_eq!(text(&content, "content-type"), Some("application/cloudevents+json"));
+        assert_eq!(text(&content, "broker-subscription"), Some("billing"));
+        assert_eq!(serde_json::from_slice::<serde_json::Value>(&content.body).unwrap()["id"], "a");
+
+        let content = encode(&encoder(r#""mode":"batch""#), &[message("a"), message("b")]);
+        assert_eq!(text(&content, "content-type"), Some("application/cloudevents-batch+json"));
+        let body: serde_json::Value = serde_json::from_slice(&content.body).unwrap();
+        assert_eq!((&body[0]["id"], &body[1]["brokerattempt"]), (&"a".into(), &3.into()));
+    }
+
+    #[test]
+    fn signatures_are_of_what_is_sent() {
+        let signing = r#""signing":{"secret":"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"}"#;
+        let signer = Signer::new(&crate::Signing {
+            secret: crate::Secret::new("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"),
+            previous: None,
+            until: None,
+        })
+        .unwrap();
+        for mode in ["binary", "structured", "raw", "batch"] {
+            let content = encode(&encoder(&format!(r#"{signing},"mode":"{mode}""#)), &[message("ä b")]);
+            let id = text(&content, "webhook-id").unwrap();
+            assert!(mode == "batch" || id == "%C3%A4%20b", "{id}");
+            let seconds: i64 = text(&content, "webhook-timestamp").unwrap().parse().unwrap();
+            let expected = signer.sign(id, Timestamp::from_millis(seconds * 1000), &content.body);
+            assert_eq!(text(&content, "webhook-signature"), Some(expected.as_str()), "{mode}");
+        }
+        let batch = encoder(&format!(r#"{signing},"mode":"batch""#));
+        let id = |ids: &[&str]| {
+            let messages: Vec<_> = ids.iter().map(|id| message(id)).collect();
+            text(&encode(&batch, &messages), "webhook-id").unwrap().to_owned()
+        };
+        assert_eq!(id(&["a", "b"]), id(&["a", "b"]));
+        assert_ne!(id(&["a", "b"]), id(&["b", "a"]));
+        assert_ne!(id(&["a", "b"]), id(&["a b"]));
+    }
+}

@@ -1,0 +1,174 @@
+//! A lane: one task, one connection, one request at a time.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::{Duration, SystemTime};
+
+use broker_core::{Delivery, Settlement, Timestamp};
+use tokio::time::Instant;
+
+use super::Attempt;
+use super::connection::{Broken, Connection, Content};
+use super::core::Parcel;
+use super::encode::envelope;
+use super::engine::Engine;
+use super::verdict::{self, Decision, Item, Outcome, Verdict};
+use crate::Mode;
+
+/// Carries parcels until there has been none for a while.
+pub(crate) async fn run(engine: Arc<Engine>, id: usize, parcel: Parcel) {
+    let mut connection = None;
+    let mut next = Some(parcel);
+    while let Some(parcel) = next {
+        let encode = || {
+            let name = engine.name.as_str();
+            engine.encoder.encode(parcel.deliveries.iter().map(|delivery| envelope(delivery, name)))
+        };
+        let exchange = exchange(&engine, &mut connection, encode).await;
+        next = settle(&engine, id, parcel, exchange).await;
+        if next.is_none() {
+            next = idle(&engine, id, &mut connection).await;
+        }
+    }
+}
+
+/// One push, and how it went.
+pub(crate) struct Exchange {
+    pub(crate) outcome: Outcome,
+    pub(crate) time: Timestamp,
+    pub(crate) latency: Duration,
+}
+
+/// Sends a request on the connection that is kept, or on a new one, and waits for the answer within
+/// the subscription's time. A connection of no further use is closed.
+pub(crate) async fn exchange(
+    engine: &Engine,
+    connection: &mut Option<Connection>,
+    encode: impl Fn() -> Content,
+) -> Exchange {
+    let mut permit = None;
+    if !connection.as_ref().is_some_and(Connection::is_open) {
+        *connection = None;
+        // Waiting for one's turn is no fault of the endpoint: the time does not run yet.
+        permit = engine.route.client().permit().await;
+    }
+    let (time, began) = (Timestamp::now(), Instant::now());
+    let attempt = async {
+        loop {
+            let open = match connection {
+                Some(open) => open,
+                None => match engine.route.open(&mut permit).await {
+                    Ok(open) => connection.insert(open),
+                    Err(reason) => return Outcome::Failed(reason),
+                },
+            };
+            match open.exchange(encode(), &engine.route).await {
+                Ok(answer) => return Outcome::Answer(answer),
+                Err(Broken::Failed(reason)) => return Outcome::Failed(reason),
+                // Free, and only once: the next connection is a new one.
+                Err(Broken::Stale) => permit = connection.take().and_then(Connection::into_permit),
+            }
+        }
+    };
+    let outcome = match tokio::time::timeout(engine.spec.timeout, attempt).await {
+        Ok(outcome) => outcome,
+        Err(_) => {
+            *connection = None;
+            // Who shares it may be waiting in vain too.
+            engine.route.forget();
+            Outcome::TimedOut(engine.spec.timeout)
+        }
+    };
+    if !connection.as_ref().is_some_and(Connection::is_open) || engine.route.client().is_waited_for() {
+        *connection = None;
+    }
+    Exchange { outcome, time, latency: began.elapsed() }
+}
+
+/// Settles what was pushed, and asks for more.
+async fn settle(engine: &Arc<Engine>, id: usize, parcel: Parcel, exchange: Exchange) -> Option<Parcel> {
+    let verdict = verdict::judge(&exchange.outcome, &engine.spec.verdicts, SystemTime::now());
+    let items = judge_items(engine, &parcel, &exchange.outcome, &verdict);
+    let disabled = {
+        let mut state = engine.lock();
+        let disabled = state.core.came_back(&parcel, &verdict, Instant::now());
+        for (index, delivery) in parcel.deliveries.iter().enumerate() {
+            let reason = items.as_ref().and_then(|items| items.get(index)).map_or(&*verdict.reason, |item| item.reason);
+            state.core.log(Attempt {
+                id: delivery.message().id().clone(),
+                attempt: delivery.attempt(),
+                status: verdict.status,
+                latency: exchange.latency,
+                error: (!reason.is_empty()).then(|| reason.into()),
+                time: exchange.time,
+            });
+        }
+        disabled
+    };
+    if let Some(observer) = &engine.observer {
+        observer.pushed(verdict.decision == Decision::Ack, exchange.latency);
+        if disabled {
+            observer.disabled();
+        }
+    }
+    if disabled {
+        tracing::warn!(subscription = %engine.name, "the endpoint is gone; the subscription is disabled until it is resumed");
+    }
+    let count = parcel.deliveries.len();
+    let mut kept = Vec::new();
+    let mut settling = Vec::new();
+    for (index, delivery) in parcel.deliveries.into_iter().enumerate() {
+        let item = items.as_ref().and_then(|items| items.get(index));
+        let (decision, reason) =
+            item.map_or((&verdict.decision, &*verdict.reason), |item| (&item.decision, item.reason));
+        match verdict::settlement(decision, verdict.status, reason, &engine.policy, delivery.attempt()) {
+            Some(settlement) => begin(engine, delivery, settlement, &mut settling),
+            None => kept.push(delivery),
+        }
+    }
+    for settle in settling {
+        if let Err(error) = settle.await {
+            tracing::debug!(subscription = %engine.name, %error, "a push was not settled; its message comes back");
+        }
+    }
+    let mut state = engine.lock();
+    state.core.settled(count, kept);
+    engine.next_for(id, state)
+}
+
+/// Settles a delivery. What the broker took at once costs nothing more.
+fn begin(engine: &Engine, delivery: Delivery, settlement: Settlement, settling: &mut Vec<broker_core::Settle>) {
+    if let Settlement::Reject(failure) = &settlement {
+        let id = delivery.message().id();
+        tracing::debug!(subscription = %engine.name, %id, reason = failure.reason(), "a message is dead-lettered");
+    }
+    settling.push(delivery.settle(settlement));
+}
+
+/// What the answer to a batch says of its messages one by one.
+fn judge_items(engine: &Engine, parcel: &Parcel, outcome: &Outcome, verdict: &Verdict) -> Option<Vec<Item>> {
+    let Outcome::Answer(answer) = outcome else { return None };
+    if engine.spec.mode != Mode::Batch || answer.status != 200 || verdict.decision != Decision::Ack {
+        return None;
+    }
+    let ids = parcel.deliveries.iter().map(|delivery| delivery.message().id().to_string().into());
+    verdict::judge_items(&answer.body, ids)
+}
+
+/// Keeps the connection until there is a parcel, the endpoint closes it, or it has been idle for
+/// too long; without a connection there is nothing to keep.
+async fn idle(engine: &Engine, id: usize, connection: &mut Option<Connection>) -> Option<Parcel> {
+    if let Some(open) = connection {
+        let parcel = poll_fn(|cx| match engine.poll_idle(id, cx) {
+            Poll::Pending => open.poll_closed(cx).map(|()| None),
+            ready => ready,
+        });
+        let idle_timeout = engine.route.client().idle_timeout();
+        if let Ok(Some(parcel)) = tokio::time::timeout(idle_timeout, parcel).await {
+            return Some(parcel);
+        }
+        *connection = None;
+    }
+    engine.leave(id)
+}
