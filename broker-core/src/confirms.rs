@@ -53,9 +53,15 @@ impl<T: Send + Unpin + 'static> Confirms<T> {
 
     /// A new operation and the ticket to complete it with.
     pub fn issue(self: &Arc<Self>) -> (u64, Operation<T>) {
-        let ticket = self.slots.lock().insert(Slot::Queued(None)) as u64;
+        let ticket = self.reserve();
         let by: Arc<dyn Confirm<T>> = Arc::<Self>::clone(self);
         (ticket, Operation::confirmed(by, ticket))
+    }
+
+    /// A new ticket alone, for an adapter whose own [`Confirm`] stands before this table: it hands on
+    /// what it is asked, and hears of every operation that is abandoned.
+    pub fn reserve(&self) -> u64 {
+        self.slots.lock().insert(Slot::Queued(None)) as u64
     }
 
     /// Takes responsibility for the operation: call it right before the work becomes visible
