@@ -1,0 +1,120 @@
+//! CloudEvents attributes and the message headers they are.
+
+use broker_core::{HeaderName, Message, Topic};
+use bytes::Bytes;
+use smallvec::SmallVec;
+
+/// Attributes an event has at most, so that comparing each with each stays cheap; headers beyond
+/// travel as headers.
+pub(super) const MAX_ATTRIBUTES: usize = 100;
+
+/// What a message header is called that is a CloudEvents attribute.
+const PREFIX: &str = "ce-";
+
+/// Attributes that are no message headers: parts of the message, or ours.
+pub(super) const OWN: [&str; 15] = [
+    "specversion",
+    "id",
+    "time",
+    "datacontenttype",
+    "partitionkey",
+    "data",
+    "brokertopic",
+    "brokersubscription",
+    "brokerattempt",
+    "brokerkey",
+    "brokerheaders",
+    "brokertombstone",
+    "brokerdelay",
+    "brokerttl",
+    "brokerdedup",
+];
+
+/// Attributes that CloudEvents wants to be something where they are there at all.
+pub(super) const NEVER_EMPTY: [&str; 4] = ["source", "type", "subject", "dataschema"];
+
+/// The `source` of an event whose publisher gave none.
+pub(super) fn default_source(topic: &Topic) -> String {
+    format!("/topics/{topic}")
+}
+
+/// The name of the message header that is attribute `name`.
+pub(super) fn header_name(name: &str) -> String {
+    format!("{PREFIX}{name}")
+}
+
+/// How a message's headers travel: some as attributes, some in a list of our own.
+///
+/// A reader puts the attributes that are not in the list first, in their order, and the list after
+/// them. So the headers up to the first one that is no attribute need no place in the list, and
+/// every later one does, attribute or not. An attribute that reads like the default one is listed
+/// too, so that it is told apart from none.
+pub(super) struct Plan<'a> {
+    /// Name and value.
+    pub(super) attributes: SmallVec<[(&'a str, &'a str); 8]>,
+    pub(super) listed: SmallVec<[(&'a HeaderName, &'a Bytes); 8]>,
+}
+
+impl<'a> Plan<'a> {
+    pub(super) fn of(topic: &Topic, message: &'a Message) -> Self {
+        let mut plan = Self { attributes: SmallVec::new(), listed: SmallVec::new() };
+        let mut candidates = 0;
+        for (name, value) in message.headers().iter() {
+            let candidate = name.as_str().strip_prefix(PREFIX).filter(|_| candidates < MAX_ATTRIBUTES);
+            candidates += usize::from(candidate.is_some());
+            match candidate.and_then(|attribute| as_attribute(message, name, attribute, value)) {
+                Some((attribute, text)) => {
+                    if !plan.listed.is_empty() || is_default(topic, attribute, text) {
+                        plan.listed.push((name, value));
+                    }
+                    plan.attributes.push((attribute, text));
+                }
+                None => plan.listed.push((name, value)),
+            }
+        }
+        plan
+    }
+
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.attributes.iter().any(|(have, _)| *have == name)
+    }
+}
+
+/// Whether this is what an event on `topic` says that says nothing itself.
+pub(super) fn is_default(topic: &Topic, name: &str, value: &str) -> bool {
+    match name {
+        "type" => value == topic.as_str(),
+        "source" => value.strip_prefix("/topics/") == Some(topic.as_str()),
+        _ => false,
+    }
+}
+
+fn as_attribute<'a>(
+    message: &Message,
+    header: &HeaderName,
+    name: &'a str,
+    value: &'a Bytes,
+) -> Option<(&'a str, &'a str)> {
+    let text = std::str::from_utf8(value).ok().filter(|text| is_string(text))?;
+    let once = message.headers().get_all(header.as_str()).nth(1).is_none();
+    let fits = is_name(name) && !OWN.contains(&name) && !(text.is_empty() && NEVER_EMPTY.contains(&name));
+    (fits && once).then_some((name, text))
+}
+
+/// An attribute's name: lower-case letters and digits ("Naming Conventions" of the specification).
+pub(super) fn is_name(name: &str) -> bool {
+    !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit())
+}
+
+/// A `String` of the CloudEvents type system: no control characters and no noncharacters.
+pub(super) fn is_string(text: &str) -> bool {
+    text.chars().all(|letter| {
+        let code = u32::from(letter);
+        !letter.is_control() && !(0xfdd0..=0xfdef).contains(&code) && code & 0xfffe != 0xfffe
+    })
+}
+
+/// Whether `partitionkey` can say this key.
+pub(super) fn as_partition_key(key: &Bytes) -> Option<&str> {
+    std::str::from_utf8(key).ok().filter(|text| !text.is_empty() && is_string(text))
+}

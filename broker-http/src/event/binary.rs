@@ -1,0 +1,254 @@
+//! A message as HTTP headers and a body that is its payload: CloudEvents binary mode, and the
+//! plain form.
+
+use std::borrow::Cow;
+use std::fmt::Display;
+
+use broker_core::{Error, Message, Result, Topic};
+use bytes::Bytes;
+use http::header::CONTENT_TYPE;
+use http::{HeaderMap, HeaderName, HeaderValue};
+
+use super::attributes::{Plan, as_partition_key, default_source};
+use super::draft::Draft;
+use super::format::Format;
+use super::{Decoded, Envelope, Options, percent};
+
+/// How a message becomes headers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// As a CloudEvent, with what CloudEvents cannot say beside it.
+    Binary,
+    /// Without CloudEvents: what is not the payload is in `broker-` headers.
+    Raw,
+}
+
+/// Headers a message may take for [`fits`]; servers take a hundred or so in all.
+const MAX_FIELDS: usize = 48;
+/// Bytes of them; servers take 8 KiB and more.
+const MAX_BYTES: usize = 6 << 10;
+
+/// Writes the headers of a request; its body is what is returned, the payload, not copied.
+///
+/// The W3C trace context, if the message has one, is also written as `traceparent` and
+/// `tracestate`.
+pub fn encode(envelope: Envelope<'_>, mode: Mode, headers: &mut HeaderMap) -> Bytes {
+    let Envelope { topic, message, .. } = envelope;
+    let plan = (mode == Mode::Binary).then(|| Plan::of(topic, message));
+    match &plan {
+        Some(plan) => encode_event(topic, message, plan, headers),
+        None => {
+            headers.insert("broker-id", text(message.id()));
+            headers.insert("broker-time", text(message.timestamp()));
+        }
+    }
+    if let Some(content_type) = message.content_type().and_then(|text| HeaderValue::from_str(text).ok()) {
+        headers.insert(CONTENT_TYPE, content_type);
+    }
+    describe_delivery(envelope, headers);
+    match &plan {
+        Some(plan) => plan.listed.iter().for_each(|(name, value)| push_header(headers, name, value)),
+        None => message.headers().iter().for_each(|(name, value)| push_header(headers, name, value)),
+    }
+    for (name, value) in trace_context(message) {
+        headers.insert(name, value);
+    }
+    if message.is_tombstone() {
+        headers.insert("broker-tombstone", HeaderValue::from_static("true"));
+    }
+    if let Some(time) = message.deliver_at() {
+        headers.insert("broker-delay", text(time));
+    }
+    if let Some(time) = message.expires_at() {
+        headers.insert("broker-ttl", text(time));
+    }
+    if let Some(dedup) = message.dedup_key() {
+        headers.insert("broker-dedup", text(dedup));
+    }
+    Bytes::clone(message.payload())
+}
+
+fn encode_event(topic: &Topic, message: &Message, plan: &Plan<'_>, headers: &mut HeaderMap) {
+    headers.insert("ce-specversion", HeaderValue::from_static("1.0"));
+    headers.insert("ce-id", text(message.id()));
+    if !plan.has("source") {
+        headers.insert("ce-source", text(default_source(topic)));
+    }
+    if !plan.has("type") {
+        headers.insert("ce-type", text(topic));
+    }
+    headers.insert("ce-time", text(message.timestamp()));
+    for (name, value) in &plan.attributes {
+        if let Ok(name) = HeaderName::try_from(format!("ce-{name}")) {
+            headers.insert(name, text(value));
+        }
+    }
+    if let Some(key) = message.key().and_then(as_partition_key) {
+        headers.insert("ce-partitionkey", text(key));
+    }
+}
+
+/// Writes what a structured event's request says in headers too: topic, subscription, attempt, key
+/// and message headers. The event itself says all of it, so that message headers are left out where
+/// they are too many or too long for a server.
+pub fn describe(envelope: Envelope<'_>, headers: &mut HeaderMap) {
+    describe_delivery(envelope, headers);
+    if fits_headers(envelope.message) {
+        envelope.message.headers().iter().for_each(|(name, value)| push_header(headers, name, value));
+    }
+    for (name, value) in trace_context(envelope.message) {
+        headers.insert(name, value);
+    }
+}
+
+fn describe_delivery(envelope: Envelope<'_>, headers: &mut HeaderMap) {
+    headers.insert("broker-topic", text(envelope.topic));
+    if let Some(subscription) = envelope.subscription {
+        headers.insert("broker-subscription", text(subscription));
+    }
+    if let Some(attempt) = envelope.attempt {
+        headers.insert("broker-attempt", text(attempt));
+    }
+    if let Some(key) = envelope.message.key() {
+        headers.insert("broker-key", percent::encode_value(key));
+    }
+}
+
+fn push_header(headers: &mut HeaderMap, name: &broker_core::HeaderName, value: &[u8]) {
+    // An encoded name is a token, so that this cannot fail.
+    if let Ok(name) = HeaderName::try_from(format!("broker-header-{}", percent::encode_name(name.as_str()))) {
+        headers.append(name, percent::encode_value(value));
+    }
+}
+
+fn text(value: impl Display) -> HeaderValue {
+    percent::encode_value(value.to_string().as_bytes())
+}
+
+/// Whether the plain form says all of this message to every server: it has no name that repeats
+/// after another, few and short headers, and a content type that is not one of the other
+/// [formats](Format). What does not fit goes as [JSON](super::json).
+pub fn fits(message: &Message) -> bool {
+    let taken = message.content_type().is_some_and(Format::is_taken);
+    let key = message.key().map_or(0, |key| percent::encoded_len(key));
+    !taken && key <= MAX_BYTES && fits_headers(message)
+}
+
+fn fits_headers(message: &Message) -> bool {
+    let headers = message.headers();
+    let bytes = || -> usize {
+        headers.iter().map(|(name, value)| 16 + 3 * name.as_str().len() + percent::encoded_len(value)).sum()
+    };
+    headers.len() <= MAX_FIELDS && headers.size() <= MAX_BYTES && bytes() <= MAX_BYTES && keeps_order(message)
+}
+
+fn keeps_order(message: &Message) -> bool {
+    let names = || message.headers().iter().map(|(name, _)| name);
+    names()
+        .zip(names().skip(1))
+        .enumerate()
+        .all(|(index, (name, next))| name == next || !names().take(index).any(|n| n == next))
+}
+
+/// Reads a message from a request: a CloudEvent in binary mode if it says `ce-specversion`, a plain
+/// message otherwise. `on` is the topic it is published to, if it is on its way to the broker.
+///
+/// # Errors
+///
+/// [`Invalid`](broker_core::ErrorKind::Invalid), naming the header.
+///
+/// ```
+/// use broker_http::event::{Options, binary};
+/// use http::HeaderMap;
+///
+/// let mut headers = HeaderMap::new();
+/// for (name, value) in [("ce-specversion", "1.0"), ("ce-id", "7"), ("ce-source", "/shop"), ("ce-type", "sold")] {
+///     headers.insert(name, value.parse().unwrap());
+/// }
+/// let decoded = binary::decode(&headers, &Options::default(), "42".into(), None)?;
+/// assert_eq!(decoded.message.id().to_string(), "7");
+/// assert_eq!(decoded.message.headers().get_str("ce-type"), Some("sold"));
+/// # Ok::<(), broker_core::Error>(())
+/// ```
+pub fn decode(headers: &HeaderMap, options: &Options, body: Bytes, on: Option<&Topic>) -> Result<Decoded> {
+    let mut draft = Draft::default();
+    let mut first = None;
+    for (name, value) in headers {
+        let Some(attribute) = name.as_str().strip_prefix("ce-") else { continue };
+        first = first.or(Some(name));
+        let value = read_attribute(value).map_err(|why| Error::invalid(format!("attribute {attribute}: {why}")))?;
+        draft.set(Cow::Borrowed(attribute), value)?;
+    }
+    match first {
+        Some(name) if !headers.contains_key("ce-specversion") => {
+            return Err(Error::invalid(format!(
+                "header {name}: it makes this a CloudEvent, and then ce-specversion: 1.0 is missing"
+            )));
+        }
+        Some(_) => draft.check_complete()?,
+        None => {}
+    }
+    if let Some(content_type) = headers.get(CONTENT_TYPE) {
+        let content_type = content_type
+            .to_str()
+            .map_err(|_| Error::invalid("header content-type: it has 1 to 255 printable ASCII characters"))?;
+        // An empty field says as much as none.
+        if !content_type.is_empty() {
+            draft.set_content_type(Cow::Borrowed(content_type))?;
+        }
+    }
+    draft.merge(options)?;
+    let mut decoded = draft.finish(body, on)?;
+    take_trace_context(headers, &mut decoded.message)?;
+    Ok(decoded)
+}
+
+fn read_attribute(value: &HeaderValue) -> Result<Cow<'_, str>, &'static str> {
+    let not_utf8 = "what it decodes to is not UTF-8";
+    match percent::decode_value(value.as_bytes())? {
+        Cow::Borrowed(bytes) => std::str::from_utf8(bytes).map(Cow::Borrowed).map_err(|_| not_utf8),
+        Cow::Owned(bytes) => String::from_utf8(bytes).map(Cow::Owned).map_err(|_| not_utf8),
+    }
+}
+
+/// The headers of a message that are HTTP headers as well, where they are well formed (W3C Trace
+/// Context): a receiver need not know us to go on with the trace.
+pub fn trace_context(message: &Message) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
+    let parent = message.headers().get_str("traceparent").filter(|text| is_traceparent(text));
+    let state = parent.and_then(|_| message.headers().get_str("tracestate")).filter(|text| is_tracestate(text));
+    [("traceparent", parent), ("tracestate", state)]
+        .into_iter()
+        .filter_map(|(name, value)| Some((HeaderName::from_static(name), HeaderValue::from_str(value?).ok()?)))
+}
+
+/// Takes the request's trace context as message headers, unless the message brings its own. What is
+/// malformed is no context, as the standard asks.
+pub fn take_trace_context(headers: &HeaderMap, message: &mut Message) -> Result<()> {
+    let read = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    let Some(parent) = read("traceparent").filter(|text| is_traceparent(text)) else { return Ok(()) };
+    if message.headers().get("traceparent").is_some() {
+        return Ok(());
+    }
+    message.headers_mut().append("traceparent", parent.to_owned())?;
+    if let Some(state) = read("tracestate").filter(|text| is_tracestate(text))
+        && message.headers().get("tracestate").is_none()
+    {
+        message.headers_mut().append("tracestate", state.to_owned())?;
+    }
+    Ok(())
+}
+
+fn is_traceparent(text: &str) -> bool {
+    let hex = |text: &str| text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    let mut parts = text.split('-');
+    let mut part = |length: usize| parts.next().is_some_and(|part| part.len() == length && hex(part));
+    // Later versions may add parts.
+    text.len() <= 255 && part(2) && part(32) && part(16) && part(2)
+}
+
+fn is_tracestate(text: &str) -> bool {
+    !text.is_empty()
+        && text.len() <= 512
+        && text.bytes().all(|byte| (b' '..=b'~').contains(&byte))
+        && text.trim() == text
+}
