@@ -141,12 +141,17 @@ impl Default for Timing {
             patience: Duration::from_secs(30),
             quiet: Duration::from_millis(300),
             lease: Duration::from_secs(30),
-            guard: Duration::from_secs(120),
+            guard: Duration::from_secs(300),
         }
     }
 }
 
 impl Timing {
+    /// For a delivery, which may be one that a gone member or a lost connection held.
+    pub fn arrival(&self) -> Duration {
+        self.patience + self.lease
+    }
+
     /// For a broker in this process.
     pub fn in_process() -> Self {
         Self { quiet: Duration::from_millis(100), lease: Duration::ZERO, ..Self::default() }

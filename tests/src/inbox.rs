@@ -42,7 +42,7 @@ impl Inbox {
     ///
     /// If none comes, or the subscription ended.
     pub async fn one(&mut self) -> Attempt<Delivery> {
-        let patience = self.timing.patience;
+        let patience = self.timing.arrival();
         match tokio::time::timeout(patience, self.subscription.next()).await {
             Ok(Ok(Some(delivery))) => Ok(delivery),
             Ok(Ok(None)) => Err(Failed("the subscription ended while a delivery was expected".to_owned())),

@@ -68,7 +68,16 @@ impl Proxy {
     ///
     /// If no port can be had.
     pub async fn start(upstream: impl Into<String>) -> std::io::Result<Self> {
-        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        Self::start_at("127.0.0.1:0", upstream).await
+    }
+
+    /// Starts one that listens on `address`, for servers that tell their clients where to come back to.
+    ///
+    /// # Errors
+    ///
+    /// If the address cannot be had.
+    pub async fn start_at(address: &str, upstream: impl Into<String>) -> std::io::Result<Self> {
+        let listener = TcpListener::bind(address).await?;
         let address = listener.local_addr()?;
         let shared = Arc::new(Shared {
             upstream: upstream.into(),

@@ -241,6 +241,18 @@ impl Scene {
             .map_err(|_| Failed(format!("{what} did not end within {patience:?}")))
     }
 
+    /// `future`, which waits for deliveries that a lost connection may have held.
+    ///
+    /// # Errors
+    ///
+    /// If it takes longer than those may.
+    pub async fn arriving<T>(&self, what: &str, future: impl Future<Output = T>) -> Attempt<T> {
+        let patience = self.timing.arrival();
+        tokio::time::timeout(patience, future)
+            .await
+            .map_err(|_| Failed(format!("{what} did not end within {patience:?}")))
+    }
+
     /// `future`, which must succeed within the patience.
     ///
     /// # Errors

@@ -89,7 +89,10 @@ impl Harness for AtUrl {
     }
 
     fn timing(&self) -> Timing {
-        Timing::default()
+        let timing = Timing::default();
+        // What the URL says of a lease, the broker's client has read as well.
+        let lease = self.parsed.clone().duration("lease").ok().flatten();
+        Timing { lease: lease.unwrap_or(timing.lease), ..timing }
     }
 
     fn link(&self) -> BoxFuture<'_, Result<Option<Arc<dyn Link>>>> {

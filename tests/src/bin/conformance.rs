@@ -63,7 +63,9 @@ async fn main() -> ExitCode {
 
 /// The kinds of broker this program knows.
 fn connectors() -> Connectors {
-    Connectors::new()
+    let mut connectors = Connectors::new();
+    connectors.add(["http", "https"], broker_http::client::connector());
+    connectors
 }
 
 /// A line on standard output; a reader that left early is no failure of a broker.

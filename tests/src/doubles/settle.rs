@@ -92,6 +92,9 @@ pub(super) const DOUBLES: &[Double] = &[
             other => other,
         })
     }),
+    Double::new("counts what is given back as an attempt", &["C8"], || {
+        settled(|_, settlement| if settlement == Settlement::Release { retry(None) } else { settlement })
+    }),
     Double::new("never gives up", &["C9"], || attempts(|_| 1_000)),
     Double::new("gives up one attempt late", &["C9"], || attempts(|most| most + 1)),
     Double::new("gives up one attempt early", &["C9"], || attempts(|most| most.saturating_sub(1).max(1))),

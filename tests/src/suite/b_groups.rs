@@ -62,7 +62,7 @@ async fn share(inboxes: Vec<Inbox>, scene: &Scene, messages: usize) -> Attempt<V
         Ok(own)
     };
     let all = join_all(inboxes.into_iter().map(member));
-    let all = scene.within("the members receiving everything", all).await?;
+    let all = scene.arriving("the members receiving everything", all).await?;
     all.into_iter().collect()
 }
 
@@ -196,7 +196,7 @@ pub(super) async fn start(broker: &dyn Broker, scene: &Scene) -> Verdict {
     scene.done("connecting", keeper.connect()).await?;
     let result = start_in_history(&*keeper, scene).await;
     if scene.in_process() {
-        scene.close(&*keeper).await?;
+        scene.within("close", keeper.close(Duration::ZERO)).await?;
     }
     result
 }

@@ -93,7 +93,7 @@ pub(super) async fn order_per_key(broker: &dyn Broker, scene: &Scene) -> Verdict
     let members = join_all(inboxes.into_iter().map(member));
     let (published, received) = futures_util::future::join(
         scene.publish(broker, &topic, &messages),
-        scene.within("receiving every message", members),
+        scene.arriving("receiving every message", members),
     )
     .await;
     published?;

@@ -52,7 +52,7 @@ async fn receive_until(
         }
         Ok(())
     };
-    scene.within("receiving what was published", receiving).await?
+    scene.arriving("receiving what was published", receiving).await?
 }
 
 /// Whether each of `messages` is among `received`.

@@ -58,7 +58,7 @@ pub(super) async fn replay(broker: &dyn Broker, scene: &Scene) -> Verdict {
     scene.done("connecting", keeper.connect()).await?;
     let result = replay_on(&*keeper, scene).await;
     if scene.in_process() {
-        scene.close(&*keeper).await?;
+        scene.within("close", keeper.close(Duration::ZERO)).await?;
     }
     let _ = broker;
     result
@@ -133,6 +133,9 @@ pub(super) async fn traceparent(broker: &dyn Broker, scene: &Scene) -> Verdict {
 
 pub(super) async fn no_credentials(_broker: &dyn Broker, scene: &Scene) -> Verdict {
     let Some(secret) = scene.harness().secret() else {
+        if scene.in_process() {
+            return Ok(Shown::Declared("in-process: there are no credentials".to_owned()));
+        }
         return Ok(Shown::NoControl("the harness has no credential to look for".to_owned()));
     };
     let (text, opened) = (secret.text, secret.opened);
