@@ -115,21 +115,25 @@ pub struct Delivery {
 
 impl Delivery {
     /// For adapters: delivery `index` of `batch`.
+    #[inline]
     pub fn new(batch: Arc<dyn Deliveries>, index: u32) -> Self {
         Self { received: Received { batch, index }, settled: false }
     }
 
     /// The message.
+    #[inline]
     pub fn message(&self) -> &Message {
         self.received.message()
     }
 
     /// The topic it was published to.
+    #[inline]
     pub fn topic(&self) -> &Topic {
         self.received.topic()
     }
 
     /// How often it has been delivered, this time included: 1 is the first.
+    #[inline]
     pub fn attempt(&self) -> u32 {
         self.received.attempt()
     }
@@ -145,6 +149,7 @@ impl Delivery {
     ///
     /// [`Closed`](crate::ErrorKind::Closed) after the broker closed, and what the connection to
     /// the broker says; the message then comes back.
+    #[inline]
     pub fn ack(self) -> Settle {
         self.settle(Settlement::Ack)
     }
@@ -202,6 +207,7 @@ impl Delivery {
     /// # Errors
     ///
     /// As [`ack`](Self::ack).
+    #[inline]
     pub fn settle(mut self, settlement: Settlement) -> Settle {
         self.settled = true;
         self.received.batch.settle(self.received.index, settlement)
@@ -209,6 +215,7 @@ impl Delivery {
 }
 
 impl Drop for Delivery {
+    #[inline]
     fn drop(&mut self) {
         if !self.settled {
             self.received.batch.abandon(self.received.index);
@@ -245,16 +252,19 @@ pub struct Received {
 
 impl Received {
     /// The message.
+    #[inline]
     pub fn message(&self) -> &Message {
         self.batch.message(self.index)
     }
 
     /// The topic it was published to.
+    #[inline]
     pub fn topic(&self) -> &Topic {
         self.batch.topic(self.index)
     }
 
     /// How often it has been delivered, this time included: 1 is the first.
+    #[inline]
     pub fn attempt(&self) -> u32 {
         self.batch.attempt(self.index)
     }
@@ -298,6 +308,7 @@ impl Settle {
     /// ```
     /// assert!(broker_core::Settle::done().is_ready());
     /// ```
+    #[inline]
     pub fn done() -> Self {
         Operation::ready(Ok(()))
     }

@@ -12,7 +12,6 @@ use smallvec::SmallVec;
 
 use super::entry::{Entry, Queued, Segment, Story};
 use super::group::Group;
-use super::topics::closed;
 use crate::{Deliveries, Message, Settle, Settlement, Timestamp, Topic};
 
 /// Bits of the counter for bytes; those above count deliveries.
@@ -26,6 +25,7 @@ pub(super) struct Batch {
     /// When it was handed out.
     pub(super) at: Timestamp,
     items: Items,
+    len: u64,
     /// How many were settled, and their bytes: `count << BYTES_BITS | bytes`.
     settled: AtomicU64,
 }
@@ -46,14 +46,15 @@ pub(super) struct Sum {
 
 impl Batch {
     pub(super) fn new(group: Arc<Group>, member: u64, slot: usize, at: Timestamp, items: Items) -> Arc<Self> {
-        Arc::new(Self { group, member, slot, at, items, settled: AtomicU64::new(0) })
+        let len = match &items {
+            Items::Run { len, .. } => *len,
+            Items::List(list) => list.len(),
+        } as u64;
+        Arc::new(Self { group, member, slot, at, items, len, settled: AtomicU64::new(0) })
     }
 
     pub(super) fn len(&self) -> usize {
-        match &self.items {
-            Items::Run { len, .. } => *len,
-            Items::List(list) => list.len(),
-        }
+        self.len as usize
     }
 
     /// What has been settled so far.
@@ -81,12 +82,7 @@ impl Batch {
             Some(Queued { attempts, .. }) => (*attempts, self.at, None),
             None => (1, self.at, None),
         };
-        Queued {
-            entry: Arc::clone(self.entry(index)),
-            due: 0,
-            attempts,
-            story: Some(Box::new(Story { first, failure })),
-        }
+        Queued { entry: self.share(index), due: 0, attempts, story: Some(Box::new(Story { first, failure })) }
     }
 
     fn queued(&self, index: u32) -> Option<&Queued> {
@@ -96,16 +92,26 @@ impl Batch {
         }
     }
 
-    pub(super) fn entry(&self, index: u32) -> &Arc<Entry> {
-        let entry = match &self.items {
-            Items::Run { segment, start, .. } => segment.entry(start + index as usize),
-            Items::List(list) => list.get(index as usize).map(|queued| &queued.entry),
+    /// The message of delivery `index`, to be held beside the batch.
+    fn share(&self, index: u32) -> Arc<Entry> {
+        self.of(index, |segment, slot| segment.share(slot), |queued| Arc::clone(&queued.entry))
+    }
+
+    fn of<'a, T>(
+        &'a self,
+        index: u32,
+        run: impl FnOnce(&'a Segment, usize) -> Option<T>,
+        list: impl FnOnce(&'a Queued) -> T,
+    ) -> T {
+        let found = match &self.items {
+            Items::Run { segment, start, .. } => run(segment, start + index as usize),
+            Items::List(queued) => queued.get(index as usize).map(list),
         };
         #[expect(
             clippy::expect_used,
-            reason = "a delivery is made with an index of its batch, and a run with written slots"
+            reason = "a delivery is made with an index of its batch, and a run of written slots"
         )]
-        entry.expect("a delivery of this batch")
+        found.expect("a delivery of this batch")
     }
 }
 
@@ -115,11 +121,11 @@ fn unpack(packed: u64) -> Sum {
 
 impl Deliveries for Batch {
     fn message(&self, index: u32) -> &Message {
-        &self.entry(index).message
+        self.of(index, Segment::message, |queued| &queued.entry.message)
     }
 
     fn topic(&self, index: u32) -> &Topic {
-        &self.entry(index).topic
+        self.of(index, Segment::topic, |queued| &queued.entry.topic)
     }
 
     fn attempt(&self, index: u32) -> u32 {
@@ -127,23 +133,19 @@ impl Deliveries for Batch {
     }
 
     fn settle(&self, index: u32, settlement: Settlement) -> Settle {
-        if self.group.is_closed() {
-            return Settle::from(closed());
-        }
-        if settlement == Settlement::Ack && !self.group.ordered {
+        // A group that is ordered, or closed, always asks.
+        if matches!(settlement, Settlement::Ack) {
             let settled = self.count(index);
-            if settled.messages == self.len() as u64 || self.group.is_asked() {
-                self.group.collect(self);
+            let told = settled.messages == self.len || self.group.is_asked();
+            if !told {
+                return Settle::done();
             }
-        } else {
-            self.group.settle(self, index, settlement);
         }
-        Settle::done()
+        self.group.settle(self, index, settlement)
     }
 
     fn abandon(&self, index: u32) {
-        if !self.group.is_closed() {
-            self.group.settle(self, index, Settlement::Retry { after: None, failure: None });
-        }
+        // Once the broker has closed this has no effect, as it should: that is no failure of the message.
+        drop(self.group.settle(self, index, Settlement::Retry { after: None, failure: None }));
     }
 }

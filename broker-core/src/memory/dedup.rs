@@ -28,11 +28,10 @@ impl Window {
     }
 
     /// Remembers `key` until tick `until`.
-    pub(super) fn remember(&mut self, key: &str, until: u64, receipt: Receipt) {
+    pub(super) fn remember(&mut self, key: Arc<str>, until: u64, receipt: Receipt) {
         if self.order.len() >= MAX_KEYS {
             self.forget_oldest();
         }
-        let key: Arc<str> = key.into();
         self.order.push_back((until, Arc::clone(&key)));
         self.receipts.insert(key, receipt);
     }

@@ -14,14 +14,14 @@ use smallvec::SmallVec;
 
 use super::Shared;
 use super::batch::{Batch, Items, Sum};
-use super::entry::{Entry, Queued};
+use super::entry::{Entry, Queued, is_expired};
 use super::lanes::Lanes;
 use super::log::Log;
-use super::topics::TopicState;
+use super::topics::{TopicState, closed};
 use super::wheel::Wheel;
 use crate::{
-    Counts, DeadLetter, Delivery, Error, Failure, Gap, Group as GroupId, GroupSettings, Result, Settlement, Timestamp,
-    TopicFilter,
+    Counts, DeadLetter, Deliveries, Delivery, Error, Failure, Gap, Group as GroupId, GroupSettings, Message, Result,
+    Settle, Settlement, Timestamp, TopicFilter,
 };
 
 /// Deliveries a batch has at most: what one counter speaks for.
@@ -173,12 +173,9 @@ impl Group {
     pub(super) fn replay(&self, mut entries: Vec<Arc<Entry>>) {
         let mut state = self.state.lock();
         let mut change = Change::default();
-        {
-            let log = self.log.lock();
-            let appended: Vec<*const Entry> = log.peek(self.reader()).map(Arc::as_ptr).collect();
-            if !appended.is_empty() {
-                entries.retain(|entry| !appended.contains(&Arc::as_ptr(entry)));
-            }
+        let appended = self.log.lock().identities(self.reader());
+        if !appended.is_empty() {
+            entries.retain(|entry| !appended.contains(&Arc::as_ptr(entry)));
         }
         for entry in entries {
             change.add(entry.size);
@@ -286,6 +283,7 @@ impl Group {
 
     /// The broker has closed: members end.
     pub(super) fn end(&self) {
+        self.tell_settlements();
         let wakers: Vec<Waker> =
             self.state.lock().members.iter_mut().filter_map(|member| member.waker.take()).collect();
         wakers.into_iter().for_each(Waker::wake);
@@ -412,8 +410,8 @@ impl Group {
             let Some(run) = self.log.lock().take(self.reader(), (window - taken).min(MAX_BATCH)) else { break };
             looked_at += run.len;
             if self.ordered || run.scheduled {
-                for entry in (run.start..run.start + run.len).filter_map(|slot| run.segment.entry(slot)) {
-                    self.arrive(state, Queued::new(Arc::clone(entry)));
+                for entry in (run.start..run.start + run.len).filter_map(|slot| run.segment.share(slot)) {
+                    self.arrive(state, Queued::new(entry));
                 }
             } else {
                 taken += run.len;
@@ -479,7 +477,7 @@ impl Group {
             if queued.entry.is_expired(now) {
                 state.counts.expired += 1;
                 change.remove(Sum { messages: 1, bytes: queued.entry.size });
-                self.depart(state, &queued);
+                self.depart(state, &queued.entry.message);
                 continue;
             }
             queued.attempts += 1;
@@ -530,11 +528,19 @@ impl Group {
         self.asked.store(true, Ordering::SeqCst);
     }
 
-    /// A publish found the group at its bound: looks at the acks that were not told yet. True if
-    /// that made room; else, and if the publish waits, each further settlement will tell.
-    pub(super) fn ask_for_settlements(&self, waits: bool, resume: &mut Vec<Arc<TopicState>>) -> bool {
+    /// A publish found the group at its bound: looks for settlements that were not told. True if
+    /// that made room.
+    ///
+    /// Who is at work on a batch tells when it is done, or when it comes for the next: told one by
+    /// one, each ack would wake a publisher for one message. Unless the publish `insists`; then, or
+    /// if nobody is at work, each settlement tells from now on, if the publish will `wait`.
+    pub(super) fn make_room(&self, wait: bool, insist: bool, resume: &mut Vec<Arc<TopicState>>) -> bool {
         let mut state = self.state.lock();
-        if waits {
+        let at_work = !state.members.is_empty() && state.members.iter().all(|member| member.waker.is_none());
+        if wait && !insist && at_work {
+            return false;
+        }
+        if wait {
             self.asked.store(true, Ordering::SeqCst);
         }
         let mut after = After::default();
@@ -551,7 +557,7 @@ impl Group {
     fn drop_expired(&self, state: &mut State, change: &mut Change) {
         let now = Timestamp::now();
         let mut log = self.log.lock();
-        while log.peek(self.reader()).next().is_some_and(|entry| entry.is_expired(now))
+        while log.next(self.reader()).is_some_and(|message| is_expired(message, now))
             && let Some(run) = log.take(self.reader(), 1)
         {
             state.counts.expired += 1;
@@ -559,31 +565,25 @@ impl Group {
         }
     }
 
-    /// A batch is done, or was asked.
-    pub(super) fn collect(&self, batch: &Batch) {
-        let mut after = After::default();
-        let mut state = self.state.lock();
-        let mut change = Change::default();
-        state.collect(batch.slot, &mut change, &mut after);
-        self.apply(change, &mut after);
-        self.rest(&state);
-        self.finish(state, after);
-        self.tell_drain();
-    }
-
-    /// Settles one delivery in full view: all but the ack of a group without order.
-    pub(super) fn settle(&self, batch: &Batch, index: u32, settlement: Settlement) {
+    /// Settles one delivery in full view: all but an ack that nobody asks for, and the last of a
+    /// batch. An ack has been counted by its batch already.
+    pub(super) fn settle(&self, batch: &Batch, index: u32, settlement: Settlement) -> Settle {
+        if self.is_closed() {
+            return Settle::from(closed());
+        }
         let mut after = After::default();
         let mut change = Change::default();
         let mut state = self.state.lock();
         if state.deleted {
-            return;
+            return Settle::done();
         }
-        batch.count(index);
+        if settlement != Settlement::Ack {
+            batch.count(index);
+        }
         // Counted as acked, like everything the counter says; what else it is follows.
         state.collect(batch.slot, &mut change, &mut after);
         if settlement == Settlement::Ack {
-            self.depart_key(&mut state, batch.entry(index));
+            self.depart(&mut state, batch.message(index));
         } else {
             state.counts.acked -= 1;
             let mut queued = batch.again(index);
@@ -619,6 +619,7 @@ impl Group {
         self.rest(&state);
         self.finish(state, after);
         self.tell_drain();
+        Settle::done()
     }
 
     fn put_back(&self, state: &mut State, mut queued: Queued, wait: Option<Duration>, change: &mut Change) {
@@ -637,7 +638,7 @@ impl Group {
 
     fn give_up(&self, state: &mut State, queued: Queued, failure: Failure, after: &mut After) {
         state.counts.dead_lettered += 1;
-        self.depart(state, &queued);
+        self.depart(state, &queued.entry.message);
         after.dead.push((queued, failure, Timestamp::now()));
     }
 
@@ -661,13 +662,9 @@ impl Group {
     }
 
     /// A message is done with: the next of its key may go.
-    fn depart(&self, state: &mut State, queued: &Queued) {
-        self.depart_key(state, &queued.entry);
-    }
-
-    fn depart_key(&self, state: &mut State, entry: &Entry) {
+    fn depart(&self, state: &mut State, message: &Message) {
         if self.ordered
-            && let Some(next) = state.lanes.leave(entry.message.key())
+            && let Some(next) = state.lanes.leave(message.key())
         {
             self.dispatch(state, next);
         }
@@ -702,7 +699,7 @@ impl Group {
             return;
         }
         let needed = self.ordered
-            || self.shared.is_closing()
+            || !self.shared.is_open()
             || state.members.iter().any(|member| member.full && member.waker.is_some())
             || self.log.lock().is_stalled_by(self.reader());
         self.asked.store(needed, Ordering::SeqCst);
@@ -726,7 +723,7 @@ impl Group {
             self.shared.bury(letter, dead_letter.as_ref());
         }
         after.wakers.into_iter().for_each(Waker::wake);
-        after.resume.into_iter().for_each(|topic| topic.resume(&self.shared));
+        after.resume.into_iter().for_each(|topic| topic.resume(&self.shared, false));
     }
 
     /// A drain may have waited for this.

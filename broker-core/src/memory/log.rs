@@ -15,10 +15,10 @@ use slab::Slab;
 use smallvec::SmallVec;
 
 use super::batch::Sum;
-use super::entry::{Entry, Segment};
+use super::entry::{Entry, Segment, is_scheduled};
 use super::group::Group;
 use super::topics::TopicState;
-use crate::{Backlog, Overflow, TopicFilter};
+use crate::{Backlog, Message, Overflow, Topic, TopicFilter};
 
 const MIN_SEGMENT: usize = 4;
 const MAX_SEGMENT: usize = 256;
@@ -195,36 +195,69 @@ impl LogState {
         }
     }
 
-    /// Appends an entry for which there is [`room`](Self::room); adds the groups to be told to
-    /// `wake`.
-    pub(super) fn append(&mut self, entry: &Arc<Entry>, wake: &mut Wake) {
+    /// Appends a message of a topic that has no other log, for which there is [`room`](Self::room);
+    /// adds the groups to be told to `wake`.
+    pub(super) fn append(&mut self, topic: &Topic, message: Message, size: u64, wake: &mut Wake) {
         if self.readers.is_empty() {
             return;
         }
+        let scheduled = is_scheduled(&message);
         if self.runs.back().is_none_or(Run::is_full) {
-            let capacity = self.burst.max(self.last_burst).next_power_of_two().clamp(MIN_SEGMENT, MAX_SEGMENT);
-            let segment = Segment::new(capacity);
-            self.runs.push_back(Run { base: self.tail, len: 0, bytes: 0, scheduled: false, readers: 0, segment });
+            let segment = Segment::own(topic, self.next_capacity());
+            self.add_run(segment);
         }
         if let Some(run) = self.runs.back_mut() {
-            run.segment.push(run.len, Arc::clone(entry));
+            if run.segment.is_own() {
+                run.segment.push_own(run.len, message, size);
+            } else {
+                run.segment.push_shared(run.len, Entry::new(topic.clone(), message));
+            }
+        }
+        self.appended(size, scheduled, wake);
+    }
+
+    /// [`append`](Self::append) for a message that is held elsewhere too.
+    pub(super) fn append_shared(&mut self, entry: &Arc<Entry>, wake: &mut Wake) {
+        if self.readers.is_empty() {
+            return;
+        }
+        if self.runs.back().is_none_or(|run| run.is_full() || run.segment.is_own()) {
+            let segment = Segment::shared(self.next_capacity());
+            self.add_run(segment);
+        }
+        if let Some(run) = self.runs.back_mut() {
+            run.segment.push_shared(run.len, Arc::clone(entry));
+        }
+        self.appended(entry.size, is_scheduled(&entry.message), wake);
+    }
+
+    fn next_capacity(&self) -> usize {
+        self.burst.max(self.last_burst).next_power_of_two().clamp(MIN_SEGMENT, MAX_SEGMENT)
+    }
+
+    fn add_run(&mut self, segment: Arc<Segment>) {
+        self.runs.push_back(Run { base: self.tail, len: 0, bytes: 0, scheduled: false, readers: 0, segment });
+    }
+
+    fn appended(&mut self, size: u64, scheduled: bool, wake: &mut Wake) {
+        if let Some(run) = self.runs.back_mut() {
             run.len += 1;
-            run.bytes += entry.size;
-            run.scheduled |= entry.is_scheduled();
+            run.bytes += size;
+            run.scheduled |= scheduled;
             run.readers += std::mem::take(&mut self.caught_up);
         }
         self.tail += 1;
-        self.tail_bytes += entry.size;
+        self.tail_bytes += size;
         self.burst += 1;
         self.room = self.room.saturating_sub(1);
-        self.room_bytes = self.room_bytes.saturating_sub(entry.size);
-        for key in std::mem::take(&mut self.waiting) {
+        self.room_bytes = self.room_bytes.saturating_sub(size);
+        for key in self.waiting.drain(..) {
             if let Some(reader) = self.readers.get_mut(key) {
                 reader.waits = false;
                 wake.push(Arc::clone(&reader.group));
             }
         }
-        for key in std::mem::take(&mut self.skipping) {
+        while let Some(key) = self.skipping.pop() {
             self.advance(key, 1);
             self.count_dropped(key);
         }
@@ -356,13 +389,23 @@ impl LogState {
         self.readers.get(key).map_or(Sum::default(), held)
     }
 
-    /// The entries before a reader, which stay there.
-    pub(super) fn peek(&self, key: usize) -> impl Iterator<Item = &Arc<Entry>> {
+    /// What is before a reader, and stays there: segments and slots.
+    fn before(&self, key: usize) -> impl Iterator<Item = (&Segment, usize)> {
         let cursor = self.readers.get(key).map_or(self.tail, |reader| reader.cursor);
-        self.runs.iter().filter(move |run| run.end() > cursor).flat_map(move |run| {
+        self.runs.iter().skip(self.run_of(cursor)).flat_map(move |run| {
             let start = cursor.saturating_sub(run.base) as usize;
-            (start..run.len).filter_map(|slot| run.segment.entry(slot))
+            (start..run.len).map(|slot| (&*run.segment, slot))
         })
+    }
+
+    /// The next message before a reader.
+    pub(super) fn next(&self, key: usize) -> Option<&Message> {
+        self.before(key).next().and_then(|(segment, slot)| segment.message(slot))
+    }
+
+    /// The shared entries before a reader, to tell them from others.
+    pub(super) fn identities(&self, key: usize) -> Vec<*const Entry> {
+        self.before(key).filter_map(|(segment, slot)| segment.identity(slot)).collect()
     }
 
     /// How many entries a reader lost because its group was at its bound.

@@ -6,10 +6,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
+use tokio::time::timeout;
 
 use super::Shared;
 use super::dedup::Window;
@@ -21,6 +23,9 @@ use crate::{
     Confirm, Error, Message, Operation, Overflow, Producer, Publish, PublishBatch, PublisherOptions, Receipt, Result,
     Topic,
 };
+
+/// How long a publish waits before it asks for every single settlement.
+const PATIENCE: Duration = Duration::from_millis(1);
 
 pub(super) struct TopicState {
     pub(super) topic: Topic,
@@ -44,7 +49,7 @@ struct Inner {
 }
 
 struct Waiting {
-    entry: Arc<Entry>,
+    message: Message,
     require_route: bool,
     waker: Option<Waker>,
     /// Whether somebody will ask for the outcome.
@@ -56,12 +61,18 @@ struct Waiting {
 struct After {
     wake: Wake,
     resume: Vec<Arc<TopicState>>,
+    /// Whether a full group is to tell each settlement.
+    insist: bool,
 }
 
 impl After {
+    #[inline]
     fn run(self, shared: &Arc<Shared>) {
+        if self.wake.is_empty() && self.resume.is_empty() {
+            return;
+        }
         self.wake.into_iter().for_each(|group| group.notify());
-        self.resume.into_iter().for_each(|topic| topic.resume(shared));
+        self.resume.into_iter().for_each(|topic| topic.resume(shared, false));
     }
 }
 
@@ -95,62 +106,81 @@ impl TopicState {
     }
 
     /// Publishes at once where there is room, and leaves a ticket in the queue where there is none.
-    fn publish(
-        self: &Arc<Self>,
-        shared: &Arc<Shared>,
-        messages: impl Iterator<Item = Message>,
-        require_route: bool,
-        mut each: impl FnMut(Publish),
-    ) {
+    fn publish(self: &Arc<Self>, shared: &Arc<Shared>, message: Message, require_route: bool) -> Publish {
         let mut after = After::default();
-        let mut inner = None;
-        for message in messages {
-            if !shared.is_open() {
-                each(Operation::from(closed()));
-                continue;
-            }
-            // Made before the lock is taken, where there is one message only.
-            let entry = Entry::new(self.topic.clone(), message);
-            let inner = inner.get_or_insert_with(|| self.state.lock());
-            each(match inner.admit_in_turn(self, shared, &entry, require_route, &mut after) {
-                Some(result) => Operation::ready(result),
-                None => {
-                    let ticket = inner.wait(Waiting { entry, require_route, waker: None, heard: true });
-                    let by: Arc<dyn Confirm<Receipt>> = Arc::<Self>::clone(self);
-                    Operation::confirmed(by, ticket)
-                }
-            });
-        }
+        let mut inner = self.state.lock();
+        let publish = inner.publish(self, shared, message, require_route, &mut after);
         drop(inner);
         after.run(shared);
+        publish
+    }
+
+    /// The same for several, in order, under one lock.
+    fn publish_batch(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        messages: Vec<Message>,
+        require_route: bool,
+    ) -> Vec<Publish> {
+        let mut after = After::default();
+        let mut inner = self.state.lock();
+        let publish = |message| inner.publish(self, shared, message, require_route, &mut after);
+        let publishes = messages.into_iter().map(publish).collect();
+        drop(inner);
+        after.run(shared);
+        publishes
+    }
+
+    /// A publish that waits for room: patiently at first, so that a batch of settlements makes room
+    /// for a batch of publishes, then for each single settlement.
+    fn waiting(self: &Arc<Self>, shared: &Arc<Shared>, ticket: u64) -> Publish {
+        let by: Arc<dyn Confirm<Receipt>> = Arc::<Self>::clone(self);
+        let mut publish = Operation::confirmed(by, ticket);
+        let (topic, shared) = (Arc::clone(self), Arc::clone(shared));
+        Operation::boxed(async move {
+            if let Ok(result) = timeout(PATIENCE, &mut publish).await {
+                return result;
+            }
+            topic.resume(&shared, true);
+            publish.await
+        })
     }
 
     /// Appends a dead letter for whoever listens; nobody hears of its outcome.
     pub(super) fn append_unheard(self: &Arc<Self>, shared: &Arc<Shared>, message: Message) {
         let mut after = After::default();
-        let entry = Entry::new(self.topic.clone(), message);
+        let mut message = Some(message);
         let mut inner = self.state.lock();
-        match inner.admit_in_turn(self, shared, &entry, false, &mut after) {
+        match inner.admit_in_turn(self, shared, &mut message, false, &mut after) {
             Some(Ok(_)) => {}
             Some(Err(error)) => {
                 tracing::warn!(topic = %self.topic, %error, "a dead letter did not reach a subscriber; it is kept")
             }
-            None => drop(inner.wait(Waiting { entry, require_route: false, waker: None, heard: false })),
+            None => drop(
+                message.map(|message| inner.wait(Waiting { message, require_route: false, waker: None, heard: false })),
+            ),
         }
         drop(inner);
         after.run(shared);
     }
 
-    /// A group has room again: the first in the queue go on.
-    pub(super) fn resume(self: &Arc<Self>, shared: &Arc<Shared>) {
-        let mut after = After::default();
+    /// A group may have room again: the first in the queue go on.
+    pub(super) fn resume(self: &Arc<Self>, shared: &Arc<Shared>, insist: bool) {
+        let mut after = After { insist, ..After::default() };
         let mut wakers = SmallVec::<[Waker; 8]>::new();
         let mut inner = self.state.lock();
-        while let Some((ticket, waiting)) = inner.waiting.pop_first() {
-            match inner.admit(self, shared, &waiting.entry, waiting.require_route, &mut after) {
-                Some(result) => wakers.extend(inner.finish(ticket, waiting, result)),
+        while let Some((ticket, Waiting { message, require_route, waker, heard })) = inner.waiting.pop_first() {
+            let mut message = Some(message);
+            match inner.admit(self, shared, &mut message, require_route, &mut after) {
+                Some(result) => {
+                    if heard {
+                        inner.done.insert(ticket, result);
+                    }
+                    wakers.extend(waker);
+                }
                 None => {
-                    inner.waiting.insert(ticket, waiting);
+                    let message = message.map(|message| Waiting { message, require_route, waker, heard });
+                    inner.waiting.extend(message.map(|waiting| (ticket, waiting)));
                     break;
                 }
             }
@@ -165,8 +195,13 @@ impl TopicState {
         let mut inner = self.state.lock();
         let waiting = std::mem::take(&mut inner.waiting);
         let failed = waiting.len() as u64;
-        let wakers: Vec<Waker> =
-            waiting.into_iter().filter_map(|(ticket, waiting)| inner.finish(ticket, waiting, Err(closed()))).collect();
+        let mut wakers = Vec::new();
+        for (ticket, Waiting { waker, heard, .. }) in waiting {
+            if heard {
+                inner.done.insert(ticket, Err(closed()));
+            }
+            wakers.extend(waker);
+        }
         drop(inner);
         wakers.into_iter().for_each(Waker::wake);
         failed
@@ -195,13 +230,6 @@ impl Inner {
         self.last_ticket
     }
 
-    fn finish(&mut self, ticket: u64, waiting: Waiting, result: Result<Receipt>) -> Option<Waker> {
-        if waiting.heard {
-            self.done.insert(ticket, result);
-        }
-        waiting.waker
-    }
-
     /// Brings the patterns that match up to date, if any was added or removed since.
     fn link(&mut self, shared: &Shared, topic: &Topic) {
         let version = shared.patterns_version.load(Ordering::Acquire);
@@ -213,40 +241,69 @@ impl Inner {
         }
     }
 
-    /// Appends the entry unless others wait already.
+    fn publish(
+        &mut self,
+        topic: &Arc<TopicState>,
+        shared: &Arc<Shared>,
+        message: Message,
+        require_route: bool,
+        after: &mut After,
+    ) -> Publish {
+        if !shared.is_open() {
+            return Operation::from(closed());
+        }
+        let mut message = Some(message);
+        if let Some(result) = self.admit_in_turn(topic, shared, &mut message, require_route, after) {
+            return Operation::ready(result);
+        }
+        match message {
+            Some(message) => {
+                topic.waiting(shared, self.wait(Waiting { message, require_route, waker: None, heard: true }))
+            }
+            None => Operation::from(closed()),
+        }
+    }
+
+    /// Appends the message unless others wait already.
+    #[inline]
     fn admit_in_turn(
         &mut self,
         topic: &Arc<TopicState>,
         shared: &Arc<Shared>,
-        entry: &Arc<Entry>,
+        message: &mut Option<Message>,
         require_route: bool,
         after: &mut After,
     ) -> Option<Result<Receipt>> {
-        if self.waiting.is_empty() { self.admit(topic, shared, entry, require_route, after) } else { None }
+        if self.waiting.is_empty() { self.admit(topic, shared, message, require_route, after) } else { None }
     }
 
-    /// Appends the entry to every matching log, or to none; `None` says that it must wait.
+    /// Appends the message to every matching log, or to none. `None` says that it must wait, and
+    /// leaves it where it was.
     fn admit(
         &mut self,
         topic: &Arc<TopicState>,
         shared: &Arc<Shared>,
-        entry: &Arc<Entry>,
+        message: &mut Option<Message>,
         require_route: bool,
         after: &mut After,
     ) -> Option<Result<Receipt>> {
         self.link(shared, &topic.topic);
-        let dedup_key = entry.message.dedup_key();
-        if let Some(key) = dedup_key
+        let waiting = message.as_ref()?;
+        let mut receipt = Receipt::new(waiting.id().clone());
+        // What few messages have is kept for after the message has gone.
+        let dedup_key = waiting.dedup_key().map(Arc::<str>::from);
+        if let Some(key) = &dedup_key
             && let Some(first) = self.dedup.as_mut().and_then(|window| window.seen(key, shared.clock.tick()))
         {
             return Some(Ok(first));
         }
-        let matched = loop {
-            match self.append(topic, entry, &mut after.wake) {
-                Ok(matched) => break matched,
+        let retains = shared.options.retention.is_some();
+        let (matched, retained) = loop {
+            match self.append(topic, message, retains, &mut after.wake) {
+                Ok(appended) => break appended,
                 // A batch tells its acks when it is done; at the bound they are asked for.
-                Err(Full::Wait(group)) if !group.ask_for_settlements(true, &mut after.resume) => return None,
-                Err(Full::Reject(group)) if !group.ask_for_settlements(false, &mut after.resume) => {
+                Err(Full::Wait(group)) if !group.make_room(true, after.insist, &mut after.resume) => return None,
+                Err(Full::Reject(group)) if !group.make_room(false, true, &mut after.resume) => {
                     return Some(Err(group.full()));
                 }
                 Err(_) => {}
@@ -258,45 +315,59 @@ impl Inner {
                 topic.topic
             ))));
         }
-        if let Some(retention) = &shared.options.retention {
-            self.history.get_or_insert_default().push(Arc::clone(entry), retention);
-        }
-        let receipt = Receipt::new(entry.message.id().clone()).with_matched(matched as u64);
+        (receipt.matched, receipt.routed) = (Some(matched as u64), Some(matched > 0));
         if let Some(key) = dedup_key {
             let until = shared.clock.tick_after(shared.options.dedup_window);
             self.dedup.get_or_insert_default().remember(key, until, receipt.clone());
         }
+        if let Some(retention) = &shared.options.retention
+            && let Some(entry) = retained
+        {
+            self.history.get_or_insert_default().push(entry, retention);
+        }
         Some(Ok(receipt))
     }
 
-    fn append(&self, topic: &Arc<TopicState>, entry: &Arc<Entry>, wake: &mut Wake) -> Result<usize, Full> {
+    /// Appends the message where there is room in every log for it, and then takes it. Tells how
+    /// many groups have it, and, if the topic `retains` it, the shared entry.
+    fn append(
+        &self,
+        topic: &Arc<TopicState>,
+        message: &mut Option<Message>,
+        retains: bool,
+        wake: &mut Wake,
+    ) -> Result<(usize, Option<Arc<Entry>>), Full> {
+        let size = message.as_ref().map_or(0, Message::size) as u64;
         match (&self.own, self.patterns.as_slice()) {
-            (None, []) => Ok(0),
-            (Some(log), []) | (None, [log]) => {
+            (None, []) if !retains => Ok((0, None)),
+            (Some(log), []) if !retains => {
                 let mut log = log.lock();
-                check(&mut log, topic, entry)?;
-                log.append(entry, wake);
-                Ok(log.readers())
+                check(&mut log, topic, size)?;
+                if let Some(message) = message.take() {
+                    log.append(&topic.topic, message, size, wake);
+                }
+                Ok((log.readers(), None))
             }
-            _ => {
-                let mut logs: SmallVec<[&Arc<Log>; 4]> = self.own.iter().chain(&self.patterns).collect();
+            (own, patterns) => {
+                let mut logs: SmallVec<[&Arc<Log>; 4]> = own.iter().chain(patterns).collect();
                 logs.sort_unstable_by_key(|log| log.id);
                 let mut logs: SmallVec<[MutexGuard<'_, LogState>; 4]> =
                     logs.into_iter().map(|log| log.lock()).collect();
                 for log in &mut logs {
-                    check(log, topic, entry)?;
+                    check(log, topic, size)?;
                 }
-                for log in &mut logs {
-                    log.append(entry, wake);
+                let entry = message.take().map(|message| Entry::new(topic.topic.clone(), message));
+                if let Some(entry) = &entry {
+                    logs.iter_mut().for_each(|log| log.append_shared(entry, wake));
                 }
-                Ok(logs.iter().map(|log| log.readers()).sum())
+                Ok((logs.iter().map(|log| log.readers()).sum(), entry.filter(|_| retains)))
             }
         }
     }
 }
 
-fn check(log: &mut LogState, topic: &Arc<TopicState>, entry: &Entry) -> Result<(), Full> {
-    match log.room(entry.size) {
+fn check(log: &mut LogState, topic: &Arc<TopicState>, size: u64) -> Result<(), Full> {
+    match log.room(size) {
         Room::Free => Ok(()),
         Room::Full(group, Overflow::Reject) => Err(Full::Reject(group)),
         Room::Full(group, _) => {
@@ -335,15 +406,11 @@ pub(super) struct TopicProducer {
 
 impl Producer for TopicProducer {
     fn publish(&self, message: Message) -> Publish {
-        let mut publish = None;
-        self.topic
-            .publish(&self.shared, std::iter::once(message), self.options.require_route, |one| publish = Some(one));
-        publish.unwrap_or_else(|| Operation::from(closed()))
+        self.topic.publish(&self.shared, message, self.options.require_route)
     }
 
     fn publish_batch(&self, messages: Vec<Message>) -> PublishBatch {
-        let mut publishes = Vec::with_capacity(messages.len());
-        self.topic.publish(&self.shared, messages.into_iter(), self.options.require_route, |one| publishes.push(one));
+        let publishes = self.topic.publish_batch(&self.shared, messages, self.options.require_route);
         if publishes.iter().all(Operation::is_ready) {
             return Operation::ready(Ok(publishes.into_iter().filter_map(Operation::into_ready).collect()));
         }
