@@ -1,0 +1,307 @@
+//! Questions about topics and groups, and their making. Everything here waits for the server, within
+//! the connect timeout, and is called on threads that may.
+
+use std::fmt;
+use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use broker_core::{Error, ErrorKind, Result, Topic, TopicFilter};
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::config::FromClientConfigAndContext;
+use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::error::RDKafkaErrorCode;
+use rdkafka::metadata::MetadataTopic;
+use rdkafka::{Offset, TopicPartitionList};
+
+use crate::client::{self, Context, Health, MAX_RECORD_BYTES, Role, rest};
+use crate::{KafkaConfig, check_collision, error};
+
+/// A partition of a topic.
+pub(crate) type Partition = (Topic, i32);
+
+pub(crate) struct Admin {
+    config: Arc<KafkaConfig>,
+    health: Arc<Health>,
+    /// A consumer without group: asks, and never creates a topic by asking.
+    asking: OnceLock<Result<Arc<BaseConsumer<Context>>>>,
+    making: OnceLock<Result<Arc<AdminClient<Context>>>>,
+}
+
+impl Admin {
+    pub(crate) fn new(config: Arc<KafkaConfig>) -> Self {
+        Self { config, health: Arc::default(), asking: OnceLock::new(), making: OnceLock::new() }
+    }
+
+    pub(crate) fn config(&self) -> &Arc<KafkaConfig> {
+        &self.config
+    }
+
+    pub(crate) fn health(&self) -> &Arc<Health> {
+        &self.health
+    }
+
+    pub(crate) fn context(&self) -> Context {
+        Context { health: Arc::clone(&self.health) }
+    }
+
+    fn timeout(&self) -> Duration {
+        self.config.connect_timeout
+    }
+
+    fn asking(&self) -> Result<&BaseConsumer<Context>> {
+        let make = || {
+            let mut settings = client::settings(&self.config, &[("allow.auto.create.topics", "false")]);
+            client::hand_on(&mut settings, &self.config, Role::Admin);
+            let made = BaseConsumer::from_config_and_context(&settings, self.context());
+            made.map(Arc::new).map_err(|error| client::not_made(&error))
+        };
+        self.asking.get_or_init(make).as_deref().map_err(Clone::clone)
+    }
+
+    fn making(&self) -> Result<&AdminClient<Context>> {
+        let make = || {
+            let mut settings = client::settings(&self.config, &[]);
+            client::hand_on(&mut settings, &self.config, Role::Admin);
+            let made = AdminClient::from_config_and_context(&settings, self.context());
+            made.map(Arc::new).map_err(|error| client::not_made(&error))
+        };
+        self.making.get_or_init(make).as_deref().map_err(Clone::clone)
+    }
+
+    fn options(&self) -> AdminOptions {
+        AdminOptions::new().request_timeout(Some(self.timeout())).operation_timeout(Some(self.timeout()))
+    }
+
+    /// Serves the client's callbacks: errors such as refused credentials are told there alone.
+    fn listen(&self, client: &BaseConsumer<Context>) {
+        while let Some(Err(error)) = client.poll(Duration::ZERO) {
+            self.health.failed(error::failed("the connection", &error));
+        }
+    }
+
+    /// Reaches the server.
+    pub(crate) fn connect(&self) -> Result<()> {
+        let client = self.asking()?;
+        let deadline = Instant::now() + self.timeout();
+        loop {
+            let slice = deadline.saturating_duration_since(Instant::now()).min(Duration::from_millis(250));
+            if client.client().fetch_cluster_id(slice).is_some() {
+                self.health.recovered();
+                return Ok(());
+            }
+            self.listen(client);
+            self.health.is_refused()?;
+            if Instant::now() >= deadline {
+                let within = broker_core::format_duration(self.timeout());
+                return Err(self.health.explain(Error::unavailable(format!(
+                    "no answer from {} within {within}",
+                    self.config.bootstrap_servers()
+                ))));
+            }
+        }
+    }
+
+    /// The partitions of `topic`; `None` if there is no such topic.
+    pub(crate) fn partitions(&self, topic: &Topic) -> Result<Option<Vec<i32>>> {
+        let client = self.asking()?;
+        let metadata = client.fetch_metadata(Some(topic.as_str()), self.timeout());
+        self.listen(client);
+        let metadata = metadata.map_err(|error| self.health.explain(error::failed("ask for the topic", &error)))?;
+        self.health.recovered();
+        let Some(found) = metadata.topics().iter().find(|found| found.name() == topic.as_str()) else {
+            return Ok(None);
+        };
+        match found.error().map(RDKafkaErrorCode::from) {
+            None if found.partitions().is_empty() => Ok(None),
+            None => Ok(Some(numbers(found))),
+            Some(RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic) => Ok(None),
+            Some(code) => Err(error::coded(format_args!("ask for topic {topic}"), code)),
+        }
+    }
+
+    /// The topics that `filter` matches, and their partitions.
+    pub(crate) fn matching(&self, filter: &TopicFilter) -> Result<Vec<Partition>> {
+        if let Some(topic) = filter.topic() {
+            let partitions = self.partitions(&topic)?.unwrap_or_default();
+            return Ok(partitions.into_iter().map(|partition| (topic.clone(), partition)).collect());
+        }
+        let mut matching = Vec::new();
+        self.every_topic(|found| {
+            if let Ok(topic) = Topic::new(found.name())
+                && filter.matches(&topic)
+            {
+                matching.extend(numbers(found).into_iter().map(|partition| (topic.clone(), partition)));
+            }
+        })?;
+        Ok(matching)
+    }
+
+    fn every_topic(&self, mut seen: impl FnMut(&MetadataTopic)) -> Result<()> {
+        let client = self.asking()?;
+        let metadata = client.fetch_metadata(None, self.timeout());
+        let metadata = metadata.map_err(|error| self.health.explain(error::failed("ask for the topics", &error)))?;
+        metadata.topics().iter().for_each(&mut seen);
+        Ok(())
+    }
+
+    /// Finds `topic`, or creates it where that is allowed.
+    pub(crate) fn ensure_topic(&self, topic: &Topic) -> Result<()> {
+        if self.partitions(topic)?.is_some() {
+            return Ok(());
+        }
+        if !self.config.auto_create {
+            return Err(Error::not_found(format!(
+                "topic {topic} does not exist, and auto_create=false: create it first"
+            )));
+        }
+        let mut names = Vec::new();
+        self.every_topic(|found| names.push(found.name().to_owned()))?;
+        check_collision(topic, names.iter().map(String::as_str))?;
+        self.create(topic)?;
+        // Other brokers hear of a new topic a little later than the one that made it.
+        let deadline = Instant::now() + self.timeout();
+        while self.partitions(topic)?.is_none() {
+            if Instant::now() > deadline {
+                return Err(Error::timeout(format!("topic {topic} was created and is not to be seen")));
+            }
+            rest(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    fn create(&self, topic: &Topic) -> Result<()> {
+        // -1 leaves it to the server; a replication factor is never forced.
+        let partitions = self.config.partitions.map_or(-1, |count| i32::try_from(count).unwrap_or(i32::MAX));
+        let new = NewTopic::new(topic.as_str(), partitions, TopicReplication::Fixed(-1))
+            // The server's default is a little less than a message of 1 MiB takes.
+            .set("max.message.bytes", MAX_RECORD_BYTES);
+        let created = pollster::block_on(self.making()?.create_topics([&new], &self.options()));
+        let created = created.map_err(|error| error::failed(format_args!("create topic {topic}"), &error))?;
+        match created.into_iter().next() {
+            Some(Err((_, RDKafkaErrorCode::TopicAlreadyExists))) | Some(Ok(_)) | None => Ok(()),
+            Some(Err((_, code))) => Err(error::coded(format_args!("create topic {topic}"), code)),
+        }
+    }
+
+    /// Asks again, within the connect timeout, while the answer is one that passes by itself: a topic
+    /// just made has no leader yet, a group's coordinator is just being loaded.
+    pub(crate) fn patiently<T>(&self, mut ask: impl FnMut() -> Result<T>) -> Result<T> {
+        let deadline = Instant::now() + self.timeout();
+        loop {
+            match ask() {
+                Err(error) if error.kind() == ErrorKind::Unavailable && Instant::now() < deadline => {
+                    rest(Duration::from_millis(20));
+                }
+                answer => return answer,
+            }
+        }
+    }
+
+    /// Offsets of `partitions`: the end, the beginning, or the first record of a time or later.
+    pub(crate) fn offsets(&self, partitions: &[Partition], at: At) -> Result<Vec<(Partition, i64)>> {
+        self.patiently(|| self.ask_offsets(partitions, at))
+    }
+
+    fn ask_offsets(&self, partitions: &[Partition], at: At) -> Result<Vec<(Partition, i64)>> {
+        if partitions.is_empty() {
+            return Ok(Vec::new());
+        }
+        let asked = match at {
+            At::End => Offset::End,
+            At::Beginning => Offset::Beginning,
+            At::Time(millis) => Offset::Offset(millis.max(0)),
+        };
+        let list = list(partitions.iter().map(|partition| (partition, asked)))?;
+        let answer = self.asking()?.offsets_for_times(list, self.timeout());
+        let answer = answer.map_err(|error| self.health.explain(error::failed("ask for offsets", &error)))?;
+        let mut offsets = Vec::with_capacity(partitions.len());
+        let mut beyond = Vec::new();
+        for element in answer.elements() {
+            element.error().map_err(|error| match error.rdkafka_error_code() {
+                // It was in the metadata: its leader has not heard of it yet.
+                Some(RDKafkaErrorCode::UnknownTopicOrPartition) => {
+                    Error::unavailable(format!("ask for offsets: {} is just being made", element.topic()))
+                }
+                _ => error::failed("ask for offsets", &error),
+            })?;
+            let partition = (Topic::new(element.topic())?, element.partition());
+            match element.offset() {
+                Offset::Offset(offset) => offsets.push((partition, offset)),
+                // No record is that young.
+                _ => beyond.push(partition),
+            }
+        }
+        if !beyond.is_empty() && at != At::End {
+            offsets.extend(self.offsets(&beyond, At::End)?);
+        }
+        Ok(offsets)
+    }
+
+    /// Members of a group, as the server counts them; `None` if it knows no such group.
+    pub(crate) fn members(&self, id: &str) -> Result<Option<u64>> {
+        let list = self.asking()?.fetch_group_list(Some(id), self.timeout());
+        let list = list.map_err(|error| error::failed("ask for the group", &error))?;
+        let found = list.groups().iter().find(|group| group.name() == id && group.state() != "Dead");
+        Ok(found.map(|group| group.members().len() as u64))
+    }
+
+    /// Deletes a group; false if there was none. A member that has just left may still be seen for a
+    /// moment.
+    pub(crate) fn delete_group(&self, id: &str) -> Result<bool> {
+        let deadline = Instant::now() + self.timeout();
+        loop {
+            let deleted = pollster::block_on(self.making()?.delete_groups(&[id], &self.options()));
+            let deleted = deleted.map_err(|error| error::failed(format_args!("delete group {id}"), &error))?;
+            match deleted.into_iter().next() {
+                None | Some(Ok(_)) => return Ok(true),
+                Some(Err((_, RDKafkaErrorCode::GroupIdNotFound))) => return Ok(false),
+                Some(Err((_, code))) => {
+                    let passing = matches!(code, RDKafkaErrorCode::NonEmptyGroup)
+                        || error::code_kind(code) == ErrorKind::Unavailable;
+                    if !passing || Instant::now() > deadline {
+                        return Err(error::coded(format_args!("delete group {id}"), code));
+                    }
+                    rest(Duration::from_millis(50));
+                }
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Admin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Admin").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Admin {
+    fn drop(&mut self) {
+        // Ending a client may wait for its connections.
+        let clients = (self.asking.take(), self.making.take());
+        let _ = thread::Builder::new().name("broker-kafka-end".to_owned()).spawn(move || drop(clients));
+    }
+}
+
+fn numbers(topic: &MetadataTopic) -> Vec<i32> {
+    topic.partitions().iter().map(rdkafka::metadata::MetadataPartition::id).collect()
+}
+
+/// Where in a partition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum At {
+    Beginning,
+    End,
+    /// Milliseconds since 1970.
+    Time(i64),
+}
+
+/// A list as librdkafka wants it.
+pub(crate) fn list<'a>(offsets: impl IntoIterator<Item = (&'a Partition, Offset)>) -> Result<TopicPartitionList> {
+    let mut list = TopicPartitionList::new();
+    for ((topic, partition), offset) in offsets {
+        let added = list.add_partition_offset(topic.as_str(), *partition, offset);
+        added.map_err(|error| error::failed("make a list of partitions", &error))?;
+    }
+    Ok(list)
+}

@@ -1,0 +1,183 @@
+//! What every client of librdkafka has in common: its settings, its log, its last error.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use broker_core::{Error, ErrorKind, Result};
+use parking_lot::Mutex;
+use rdkafka::ClientConfig;
+use rdkafka::client::ClientContext;
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::consumer::ConsumerContext;
+use rdkafka::error::KafkaError;
+use rdkafka::statistics::Statistics;
+
+use crate::config::{Sasl, Security};
+use crate::{KafkaConfig, error};
+
+/// Bytes of a request or a record: a message of 1 MiB, what we add, and room for header lengths.
+pub(crate) const MAX_RECORD_BYTES: &str = "2097152";
+
+/// The settings all clients share; those of the URL come last.
+pub(crate) fn settings(config: &KafkaConfig, own: &[(&str, &str)]) -> ClientConfig {
+    let mut settings = ClientConfig::new();
+    settings
+        .set("bootstrap.servers", config.bootstrap_servers())
+        .set("client.id", &config.client_id)
+        .set("security.protocol", protocol(config))
+        .set("message.max.bytes", MAX_RECORD_BYTES)
+        .set("topic.metadata.refresh.interval.ms", millis(config.metadata_refresh))
+        // A server that was away is back within a second of its return.
+        .set("reconnect.backoff.ms", "50")
+        .set("reconnect.backoff.max.ms", "1000")
+        .set_log_level(RDKafkaLogLevel::Warning);
+    if let Some(ca) = &config.ca {
+        settings.set("ssl.ca.location", ca.to_string_lossy());
+    }
+    if let (Some(sasl), Some(who)) = (config.sasl, &config.credentials) {
+        let mechanism = match sasl {
+            Sasl::Plain => "PLAIN",
+            Sasl::ScramSha256 => "SCRAM-SHA-256",
+            Sasl::ScramSha512 => "SCRAM-SHA-512",
+        };
+        settings
+            .set("sasl.mechanism", mechanism)
+            .set("sasl.username", who.username())
+            .set("sasl.password", who.password());
+    }
+    for (name, value) in own {
+        settings.set(*name, *value);
+    }
+    settings
+}
+
+fn protocol(config: &KafkaConfig) -> &'static str {
+    match (config.security, config.sasl.is_some()) {
+        (Security::Plaintext, false) => "plaintext",
+        (Security::Plaintext, true) => "sasl_plaintext",
+        (Security::Ssl, false) => "ssl",
+        (Security::Ssl, true) => "sasl_ssl",
+    }
+}
+
+/// A duration as librdkafka's settings want it, at least a millisecond.
+pub(crate) fn millis(duration: Duration) -> String {
+    duration.as_millis().clamp(1, i32::MAX as u128).to_string()
+}
+
+/// Waits, on a thread of our own: never called on a runtime's.
+#[allow(clippy::disallowed_methods)]
+pub(crate) fn rest(duration: Duration) {
+    std::thread::sleep(duration);
+}
+
+/// Which settings of librdkafka a client takes from the URL: those it knows, by what it is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    Producer,
+    Consumer,
+    Admin,
+}
+
+/// Settings that mean something to one kind of client only; given to the other, librdkafka warns at
+/// every start.
+const PRODUCER_ONLY: [&str; 4] = ["queue.buffering.", "linger.", "batch.", "sticky.partitioning."];
+const CONSUMER_ONLY: [&str; 6] = ["fetch.", "queued.", "session.", "heartbeat.", "max.poll.", "group."];
+
+/// Adds the settings that the URL hands on.
+pub(crate) fn hand_on(settings: &mut ClientConfig, config: &KafkaConfig, role: Role) {
+    for (name, value) in &config.librdkafka {
+        let of = |prefixes: &[&str]| prefixes.iter().any(|prefix| name.starts_with(prefix));
+        let skip = match role {
+            Role::Producer => of(&CONSUMER_ONLY),
+            Role::Consumer => of(&PRODUCER_ONLY),
+            Role::Admin => of(&CONSUMER_ONLY) || of(&PRODUCER_ONLY),
+        };
+        if !skip {
+            settings.set(name, value);
+        }
+    }
+}
+
+/// A client that cannot be made: a setting of the URL is wrong. The value is not repeated, it may be
+/// a password.
+pub(crate) fn not_made(error: &KafkaError) -> Error {
+    match error {
+        KafkaError::ClientConfig(_, why, name, _) => {
+            Error::invalid(format!("broker URL parameter \"librdkafka.{name}\": {why}"))
+        }
+        error => error::failed("make a client", error),
+    }
+}
+
+/// The state of the connection, as the clients of one broker last saw it.
+#[derive(Debug, Default)]
+pub(crate) struct Health {
+    last: Mutex<Option<Error>>,
+}
+
+impl Health {
+    /// The last error, if nothing succeeded since.
+    pub(crate) fn last_error(&self) -> Option<Error> {
+        self.last.lock().clone()
+    }
+
+    /// Something succeeded.
+    pub(crate) fn recovered(&self) {
+        *self.last.lock() = None;
+    }
+
+    /// Something failed.
+    pub(crate) fn failed(&self, error: Error) {
+        *self.last.lock() = Some(error);
+    }
+
+    /// `error`, or what the clients know better: that the credentials are wrong shows only in the log
+    /// of the connection.
+    pub(crate) fn explain(&self, error: Error) -> Error {
+        match self.last_error() {
+            Some(last) if last.kind() == ErrorKind::Unauthorized => last,
+            Some(last) if matches!(error.kind(), ErrorKind::Timeout | ErrorKind::Unavailable) => {
+                Error::new(error.kind(), format!("{} ({})", error.message(), last.message()))
+            }
+            _ => error,
+        }
+    }
+
+    /// Whether the clients are known to be refused.
+    pub(crate) fn is_refused(&self) -> Result<()> {
+        self.last_error().filter(|last| last.kind() == ErrorKind::Unauthorized).map_or(Ok(()), Err)
+    }
+}
+
+/// The callbacks of a client that needs no others.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Context {
+    pub(crate) health: Arc<Health>,
+}
+
+impl ClientContext for Context {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, line: &str) {
+        log(level, facility, line);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        self.health.failed(error::failed(reason, &error));
+    }
+
+    fn stats(&self, _: Statistics) {}
+}
+
+impl ConsumerContext for Context {}
+
+/// A line of librdkafka's log.
+pub(crate) fn log(level: RDKafkaLogLevel, facility: &str, line: &str) {
+    match level {
+        RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical | RDKafkaLogLevel::Error => {
+            // What fails is also told to whoever waits for it; a server away is no error of ours.
+            tracing::warn!(target: "librdkafka", facility, "{line}");
+        }
+        RDKafkaLogLevel::Warning => tracing::info!(target: "librdkafka", facility, "{line}"),
+        _ => tracing::debug!(target: "librdkafka", facility, "{line}"),
+    }
+}

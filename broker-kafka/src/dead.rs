@@ -1,0 +1,195 @@
+//! The dead letters of a group: listed, dropped, given to it again.
+//!
+//! They lie on the dead-letter topic, which groups of one name share, so that none can be deleted for
+//! one group alone. What a group has dropped or redriven is remembered as the offsets of a second
+//! consumer group, which never has members: `dead-letters:NAME@FILTER`.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use broker_core::{DeadLetter, Error, Group, Result, Topic, TopicFilter};
+use rdkafka::Offset;
+use rdkafka::config::FromClientConfigAndContext;
+use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::error::KafkaError;
+use rdkafka::message::Message as _;
+use rustc_hash::FxHashMap;
+
+use crate::admin::{Admin, At, Partition, list};
+use crate::client::{self, Context, Role};
+use crate::group::{GroupClient, Stored};
+use crate::producer::Publishing;
+use crate::progress::Progress;
+use crate::{error, record};
+
+/// Where a group's dead letters are.
+pub(crate) struct Grave {
+    admin: Arc<Admin>,
+    group: Group,
+    topic: Topic,
+    stored: Stored,
+    keeper: GroupClient,
+}
+
+/// A dead letter and where it lies.
+struct Kept {
+    partition: i32,
+    offset: i64,
+    letter: DeadLetter,
+}
+
+impl Grave {
+    /// `stored` are the group's settings, `topic` the dead-letter topic among them.
+    pub(crate) fn new(admin: &Arc<Admin>, group: &Group, topic: Topic, stored: Stored) -> Result<Self> {
+        let keeper = GroupClient::new(admin, &format!("dead-letters:{}", admin.config().group_id(group)))?;
+        Ok(Self { admin: Arc::clone(admin), group: group.clone(), topic, stored, keeper })
+    }
+
+    /// The oldest `max`.
+    pub(crate) fn letters(&self, max: usize) -> Result<Vec<DeadLetter>> {
+        Ok(self.oldest(max)?.into_iter().map(|kept| kept.letter).collect())
+    }
+
+    /// Forgets all there are now; tells how many.
+    pub(crate) fn purge(&self) -> Result<u64> {
+        let mut count = 0;
+        let end = self.scan(|_| {
+            count += 1;
+            true
+        })?;
+        self.forget(end)?;
+        Ok(count)
+    }
+
+    /// Publishes the oldest `max` to where they came from, for the group alone; tells how many.
+    pub(crate) fn redrive(&self, publishing: &Publishing, max: u64) -> Result<u64> {
+        let letters = self.oldest(usize::try_from(max).unwrap_or(usize::MAX))?;
+        let group = self.group.to_string();
+        let mut publishes = Vec::with_capacity(letters.len());
+        for Kept { partition, offset, letter } in letters {
+            let topic = publishing.topic(&letter.topic);
+            publishes.push((partition, offset, publishing.publish(&topic, letter.message, Some(&group))));
+        }
+        let (mut redriven, mut failed) = (0, None);
+        let mut forgotten: FxHashMap<i32, i64> = FxHashMap::default();
+        let mut stopped = Vec::new();
+        for (partition, offset, publish) in publishes {
+            match pollster::block_on(publish) {
+                // What comes after one that failed is kept, and may come twice: none is lost.
+                Ok(_) if stopped.contains(&partition) => redriven += 1,
+                Ok(_) => {
+                    redriven += 1;
+                    forgotten.insert(partition, offset + 1);
+                }
+                Err(error) => {
+                    stopped.push(partition);
+                    failed = Some(error);
+                }
+            }
+        }
+        self.forget(forgotten.into_iter().map(|(number, offset)| ((self.topic.clone(), number), offset)).collect())?;
+        failed.filter(|_| redriven == 0).map_or(Ok(redriven), Err)
+    }
+
+    fn oldest(&self, max: usize) -> Result<Vec<Kept>> {
+        let mut found: FxHashMap<i32, Vec<Kept>> = FxHashMap::default();
+        if max > 0 {
+            self.scan(|kept| {
+                let of_partition = found.entry(kept.partition).or_default();
+                of_partition.push(kept);
+                of_partition.len() < max
+            })?;
+        }
+        // Merged by time, each partition in its order: what is taken is the beginning of each.
+        let mut partitions: Vec<_> = found.into_values().map(|letters| letters.into_iter().peekable()).collect();
+        let mut oldest = Vec::new();
+        while oldest.len() < max {
+            let first = partitions
+                .iter_mut()
+                .filter_map(|letters| letters.peek().map(|kept| kept.letter.last).map(|last| (last, letters)))
+                .min_by_key(|(last, _)| *last);
+            let Some(kept) = first.and_then(|(_, letters)| letters.next()) else { break };
+            oldest.push(kept);
+        }
+        Ok(oldest)
+    }
+
+    fn forget(&self, offsets: Vec<(Partition, i64)>) -> Result<()> {
+        let offsets: Vec<_> = offsets
+            .into_iter()
+            .map(|(partition, watermark)| (partition, Progress { watermark, ..Progress::default() }))
+            .collect();
+        self.keeper.commit(&self.stored, &offsets)
+    }
+
+    /// Shows every letter of the group to `visit`, each partition in order, until it says false for
+    /// the partition; tells where the topic ended.
+    fn scan(&self, mut visit: impl FnMut(Kept) -> bool) -> Result<Vec<(Partition, i64)>> {
+        let partitions = self.admin.matching(&TopicFilter::from(&self.topic))?;
+        let end = self.admin.offsets(&partitions, At::End)?;
+        let mut from: FxHashMap<Partition, i64> = self.admin.offsets(&partitions, At::Beginning)?.into_iter().collect();
+        for committed in self.keeper.committed(&partitions)? {
+            if let (Some(from), Some(progress)) = (from.get_mut(&committed.partition), committed.progress) {
+                *from = progress.watermark.max(*from);
+            }
+        }
+        let mut open: FxHashMap<i32, i64> = end
+            .iter()
+            .filter(|(partition, end)| from.get(partition).is_some_and(|from| from < end))
+            .map(|((_, number), end)| (*number, *end))
+            .collect();
+        if open.is_empty() {
+            return Ok(end);
+        }
+        let consumer = self.consumer()?;
+        let assigned = from.iter().filter(|((_, number), _)| open.contains_key(number));
+        let assigned = list(assigned.map(|(partition, offset)| (partition, Offset::Offset(*offset))))?;
+        consumer.assign(&assigned).map_err(|error| error::failed("read the dead letters", &error))?;
+        let patience = self.admin.config().connect_timeout;
+        let mut deadline = Instant::now() + patience;
+        while !open.is_empty() {
+            if Instant::now() > deadline {
+                return Err(Error::timeout("the dead letters could not be read"));
+            }
+            match consumer.poll(Duration::from_millis(100)) {
+                None => continue,
+                Some(Err(KafkaError::PartitionEOF(partition))) => drop(open.remove(&partition)),
+                Some(Err(error)) => return Err(error::failed("read the dead letters", &error)),
+                Some(Ok(record)) => {
+                    let (partition, offset) = (record.partition(), record.offset());
+                    let Some(end) = open.get(&partition).copied() else { continue };
+                    let more = offset >= end
+                        || self.letter(&record).is_none_or(|letter| visit(Kept { partition, offset, letter }));
+                    if !more || offset + 1 >= end {
+                        open.remove(&partition);
+                    }
+                }
+            }
+            deadline = Instant::now() + patience;
+        }
+        Ok(end)
+    }
+
+    /// The dead letter that a record is, if it is one of the group's.
+    fn letter(&self, record: &rdkafka::message::BorrowedMessage<'_>) -> Option<DeadLetter> {
+        let decoded = record::decode(record);
+        let letter = DeadLetter::from_message(decoded.message).ok()?;
+        (decoded.problem.is_none() && letter.group.as_ref() == Some(&self.group)).then_some(letter)
+    }
+
+    fn consumer(&self) -> Result<BaseConsumer<Context>> {
+        let mut settings = client::settings(
+            self.admin.config(),
+            &[
+                ("group.id", "broker-no-group"),
+                ("enable.auto.commit", "false"),
+                ("enable.partition.eof", "true"),
+                ("auto.offset.reset", "earliest"),
+                ("fetch.wait.max.ms", "50"),
+            ],
+        );
+        client::hand_on(&mut settings, self.admin.config(), Role::Consumer);
+        let consumer = BaseConsumer::from_config_and_context(&settings, self.admin.context());
+        consumer.map_err(|error| client::not_made(&error))
+    }
+}

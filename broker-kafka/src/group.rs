@@ -1,0 +1,304 @@
+//! A group as the server keeps it: offsets, and in their metadata the group's settings.
+//!
+//! Kafka's groups have no settings. Ours are written as JSON into the metadata of every commit, beside
+//! the progress beyond the offset: `{"v":1,"start":"new","ordered":false,…,"progress":"…"}`. So they
+//! live and die with the group, and whoever joins can know them.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread;
+
+use broker_core::{Error, Group, GroupOptions, GroupSettings, Result, RetryPolicy, StartAt, Topic};
+use rdkafka::config::FromClientConfigAndContext;
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::topic_partition_list::TopicPartitionListElem;
+use rdkafka::{Offset, TopicPartitionList};
+use serde::{Deserialize, Serialize};
+
+use crate::admin::{Admin, At, Partition, list};
+use crate::client::{self, Context, Role};
+use crate::error;
+use crate::progress::Progress;
+
+/// Bytes of metadata that Kafka keeps with an offset (`offset.metadata.max.bytes`).
+const MAX_METADATA_BYTES: usize = 4096;
+/// Bytes of them that settings may take; the rest is for progress.
+const MAX_SETTINGS_BYTES: usize = 1536;
+
+/// A group's settings as they are written.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Stored {
+    v: u32,
+    start: StartAt,
+    ordered: bool,
+    retry: RetryPolicy,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dead_letter: Option<Topic>,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    progress: String,
+}
+
+impl Stored {
+    pub(crate) fn new(settings: &GroupSettings) -> Self {
+        Self {
+            v: 1,
+            start: settings.start.clone(),
+            ordered: settings.ordered,
+            retry: settings.retry,
+            dead_letter: settings.dead_letter.clone(),
+            progress: String::new(),
+        }
+    }
+
+    fn settings(&self) -> Result<GroupSettings> {
+        let mut options =
+            GroupOptions::new().with_start(self.start.clone()).with_ordered(self.ordered).with_retry(self.retry);
+        options.dead_letter = self.dead_letter.clone();
+        options.resolve(None)
+    }
+
+    /// The metadata of a commit with this progress.
+    pub(crate) fn metadata(&self, progress: &Progress) -> Result<String> {
+        let stored = Self { progress: progress.encode(), ..self.clone() };
+        serde_json::to_string(&stored).map_err(|error| Error::codec("write a group's settings").with_source(error))
+    }
+
+    /// Bytes of encoded progress that fit beside the settings.
+    ///
+    /// # Errors
+    ///
+    /// If the settings are too long: too many start positions.
+    pub(crate) fn room(&self) -> Result<usize> {
+        let bare = self.metadata(&Progress::default())?.len();
+        if bare > MAX_SETTINGS_BYTES {
+            return Err(Error::invalid(format!(
+                "the group's settings take {bare} bytes, of at most {MAX_SETTINGS_BYTES}: name fewer start positions"
+            )));
+        }
+        // The member's name and quotes, one entry more than is counted, base64.
+        Ok((MAX_METADATA_BYTES - bare - 48) / 4 * 3)
+    }
+
+    fn read(text: &str) -> Option<Self> {
+        serde_json::from_str(text).ok().filter(|stored: &Self| stored.v == 1)
+    }
+}
+
+/// What a group had committed in one partition.
+pub(crate) struct Committed {
+    pub(crate) partition: Partition,
+    pub(crate) progress: Option<Progress>,
+    stored: Option<Stored>,
+}
+
+/// The metadata of an offset, if it is text: it is anybody's to write.
+fn metadata(element: &TopicPartitionListElem<'_>) -> String {
+    // rdkafka panics at what is not UTF-8.
+    catch_unwind(AssertUnwindSafe(|| element.metadata().to_owned())).unwrap_or_default()
+}
+
+/// Reads committed offsets.
+pub(crate) fn read(list: &TopicPartitionList) -> Result<Vec<Committed>> {
+    let mut committed = Vec::with_capacity(list.count());
+    for element in list.elements() {
+        element.error().map_err(|error| error::failed("ask for the group's offsets", &error))?;
+        let stored = Stored::read(&metadata(&element));
+        let progress = match element.offset() {
+            Offset::Offset(offset) => {
+                let text = stored.as_ref().map_or("", |stored| stored.progress.as_str());
+                // Unreadable progress costs repeats, no messages.
+                Some(Progress::decode(offset, text).unwrap_or(Progress { watermark: offset, ..Progress::default() }))
+            }
+            _ => None,
+        };
+        committed.push(Committed { partition: (Topic::new(element.topic())?, element.partition()), progress, stored });
+    }
+    Ok(committed)
+}
+
+/// A client that speaks for a group without being a member.
+pub(crate) struct GroupClient {
+    admin: Arc<Admin>,
+    id: String,
+    consumer: Option<BaseConsumer<Context>>,
+}
+
+impl GroupClient {
+    pub(crate) fn new(admin: &Arc<Admin>, id: &str) -> Result<Self> {
+        let mut settings = client::settings(admin.config(), &[("group.id", id), ("enable.auto.commit", "false")]);
+        client::hand_on(&mut settings, admin.config(), Role::Admin);
+        let consumer = BaseConsumer::from_config_and_context(&settings, admin.context());
+        let consumer = consumer.map_err(|error| client::not_made(&error))?;
+        Ok(Self { admin: Arc::clone(admin), id: id.to_owned(), consumer: Some(consumer) })
+    }
+
+    fn consumer(&self) -> Result<&BaseConsumer<Context>> {
+        self.consumer.as_ref().ok_or_else(|| Error::closed("the client has ended"))
+    }
+
+    pub(crate) fn committed(&self, partitions: &[Partition]) -> Result<Vec<Committed>> {
+        if partitions.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.admin.patiently(|| self.ask_committed(partitions))
+    }
+
+    fn ask_committed(&self, partitions: &[Partition]) -> Result<Vec<Committed>> {
+        let list = list(partitions.iter().map(|partition| (partition, Offset::Invalid)))?;
+        let answer = self.consumer()?.committed_offsets(list, self.admin.config().connect_timeout);
+        let explain = |error| self.admin.health().explain(error::failed("ask for the group's offsets", &error));
+        read(&answer.map_err(explain)?)
+    }
+
+    /// Commits as nobody: the server takes it only while the group has no members.
+    pub(crate) fn commit(&self, stored: &Stored, offsets: &[(Partition, Progress)]) -> Result<()> {
+        let list = commit_list(stored, offsets)?;
+        if list.count() == 0 {
+            return Ok(());
+        }
+        self.admin.patiently(|| self.send(&list))
+    }
+
+    fn send(&self, list: &TopicPartitionList) -> Result<()> {
+        match self.consumer()?.commit(list, CommitMode::Sync) {
+            Ok(()) => Ok(()),
+            Err(KafkaError::ConsumerCommit(
+                RDKafkaErrorCode::UnknownMemberId | RDKafkaErrorCode::IllegalGeneration,
+            )) => Err(Error::conflict(format!("group {} has members: stop them first", self.id))),
+            Err(error) => Err(self.admin.health().explain(error::failed("commit", &error))),
+        }
+    }
+}
+
+impl Drop for GroupClient {
+    fn drop(&mut self) {
+        let consumer = self.consumer.take();
+        let _ = thread::Builder::new().name("broker-kafka-end".to_owned()).spawn(move || drop(consumer));
+    }
+}
+
+/// The offsets of a commit, with their metadata.
+pub(crate) fn commit_list(stored: &Stored, offsets: &[(Partition, Progress)]) -> Result<TopicPartitionList> {
+    let mut out = TopicPartitionList::with_capacity(offsets.len());
+    for ((topic, partition), progress) in offsets {
+        let mut element = out.add_partition(topic.as_str(), *partition);
+        let set = element.set_offset(Offset::Offset(progress.watermark));
+        set.map_err(|error| error::failed("make a commit", &error))?;
+        element.set_metadata(stored.metadata(progress)?);
+    }
+    Ok(out)
+}
+
+/// A group that stands.
+pub(crate) struct Standing {
+    pub(crate) created: bool,
+    pub(crate) settings: GroupSettings,
+}
+
+/// Finds the group, or creates it by committing where it starts. `known` are the settings, if this
+/// process knows them.
+pub(crate) fn ensure(
+    admin: &Arc<Admin>,
+    group: &Group,
+    options: &GroupOptions,
+    known: Option<GroupSettings>,
+) -> Result<Standing> {
+    let settings = options.resolve(Some(&group.name))?;
+    let stored = Stored::new(&settings);
+    stored.room()?;
+    if let Some(topic) = group.filter.topic() {
+        admin.ensure_topic(&topic)?;
+    }
+    let partitions = admin.matching(&group.filter)?;
+    // The start is looked up before the group is looked for: should another create it in between, and
+    // ours be taken last, ours is the earlier one, and nothing is lost.
+    let start = start_offsets(admin, &partitions, &settings.start)?;
+    let client = GroupClient::new(admin, &admin.config().group_id(group))?;
+    let committed = client.committed(&partitions)?;
+    let existing = committed.iter().any(|one| one.progress.is_some());
+    if existing || known.is_some() {
+        let stored = committed.iter().find_map(|one| one.stored.as_ref()).map(Stored::settings).transpose()?;
+        return match known.or(stored) {
+            Some(have) => {
+                options.check_joins(group, &have)?;
+                Ok(Standing { created: false, settings: have })
+            }
+            // Somebody else's group, adopted: it has what the first member asks for.
+            None => Ok(Standing { created: false, settings }),
+        };
+    }
+    let offsets: Vec<_> = start
+        .into_iter()
+        .map(|(partition, watermark)| (partition, Progress { watermark, ..Progress::default() }))
+        .collect();
+    match client.commit(&stored, &offsets) {
+        Ok(()) => Ok(Standing { created: true, settings }),
+        // It has members already, who created it meanwhile.
+        Err(error) if error.kind() == broker_core::ErrorKind::Conflict => Ok(Standing { created: false, settings }),
+        Err(error) => Err(error),
+    }
+}
+
+/// The settings of a group that has committed; the defaults if it is somebody else's.
+///
+/// # Errors
+///
+/// [`NotFound`](broker_core::ErrorKind::NotFound) if it has committed nothing.
+pub(crate) fn found(committed: Vec<Committed>, group: &Group) -> Result<GroupSettings> {
+    if committed.iter().all(|one| one.progress.is_none()) {
+        return Err(Error::not_found(format!("group {group} does not exist")));
+    }
+    match committed.iter().find_map(|one| one.stored.as_ref()) {
+        Some(stored) => stored.settings(),
+        None => GroupOptions::new().resolve(Some(&group.name)),
+    }
+}
+
+/// Where `start` is in each partition.
+pub(crate) fn start_offsets(admin: &Admin, partitions: &[Partition], start: &StartAt) -> Result<Vec<(Partition, i64)>> {
+    match start {
+        StartAt::New => admin.offsets(partitions, At::End),
+        StartAt::Earliest => admin.offsets(partitions, At::Beginning),
+        StartAt::Time(time) => admin.offsets(partitions, At::Time(time.as_millis())),
+        StartAt::Position(positions) => {
+            if let Some((_, offset)) = positions.iter().find(|(_, offset)| *offset < 0) {
+                return Err(Error::invalid(format!("start position {offset}: an offset is 0 or more")));
+            }
+            // A partition that is not named is read from its beginning: nothing is skipped unasked.
+            let mut offsets = admin.offsets(partitions, At::Beginning)?;
+            for ((_, number), offset) in &mut offsets {
+                if let Some((_, wanted)) = positions.iter().find(|(partition, _)| partition == number) {
+                    *offset = *wanted;
+                }
+            }
+            Ok(offsets)
+        }
+        _ => Err(Error::unsupported(format!("start {start}: Kafka has new, earliest, a time and positions"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_and_progress_fit_into_metadata_and_come_back() {
+        let settings = GroupOptions::new().with_ordered(true).resolve(Some(&"billing".parse().unwrap())).unwrap();
+        let stored = Stored::new(&settings);
+        assert!(stored.room().unwrap() > 2_000, "{}", stored.room().unwrap());
+        let mut progress = Progress { watermark: 7, ..Progress::default() };
+        progress.push_done(9..12);
+        let read = Stored::read(&stored.metadata(&progress).unwrap()).unwrap();
+        assert_eq!(read.settings().unwrap(), settings);
+        assert_eq!(Progress::decode(7, &read.progress), Some(progress));
+        assert!(Stored::read("somebody else's").is_none() && Stored::read(r#"{"v":2}"#).is_none());
+    }
+
+    #[test]
+    fn too_many_positions_are_refused() {
+        let positions = (0..1_000).map(|partition| (partition, 1_000_000)).collect();
+        let settings = GroupOptions::new().with_start(StartAt::Position(positions)).resolve(None).unwrap();
+        assert_eq!(Stored::new(&settings).room().unwrap_err().kind(), broker_core::ErrorKind::Invalid);
+    }
+}

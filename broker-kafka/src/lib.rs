@@ -1,0 +1,43 @@
+#![doc = include_str!("../README.md")]
+
+// What a URL means, what is refused, how things are called.
+mod capabilities;
+mod config;
+mod error;
+mod pattern;
+mod refusal;
+
+// The contract.
+mod broker;
+mod registry;
+
+// Talking to the server.
+mod admin;
+mod client;
+mod dead;
+mod group;
+mod record;
+
+// Publishing.
+mod producer;
+mod tickets;
+
+// Receiving: the state machines, then what drives them.
+mod lot;
+mod progress;
+mod tracker;
+
+mod delivery;
+mod member;
+mod poller;
+
+pub use broker::{KafkaBroker, connector};
+pub use capabilities::capabilities;
+pub use config::{Compression, Credentials, KafkaConfig, Sasl, Security};
+pub use error::error_kind;
+pub use pattern::topic_pattern;
+pub use producer::{Callbacks, RawProducer};
+pub use refusal::{check_collision, check_message, check_options};
+
+/// The client underneath, in the version this crate uses.
+pub use rdkafka;

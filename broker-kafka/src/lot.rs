@@ -1,0 +1,130 @@
+//! One partition in one generation, as a member has it: what is ready, what waits for its key, what
+//! is settled.
+
+use std::collections::VecDeque;
+
+use broker_core::{Message, Timestamp};
+use bytes::Bytes;
+use rustc_hash::FxHashMap;
+
+use crate::admin::Partition;
+use crate::progress::Progress;
+use crate::tracker::{Admission, Tracker};
+
+/// A record to be delivered.
+#[derive(Clone, Debug)]
+pub(crate) struct Entry {
+    /// Its number in the tracker.
+    pub(crate) seq: u64,
+    pub(crate) message: Message,
+    /// Attempts that failed.
+    pub(crate) failed: u32,
+    /// When it was first handed out by this member.
+    pub(crate) first: Option<Timestamp>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Lot {
+    /// Nobody else's, ever: a partition that comes back is another lot.
+    pub(crate) id: u64,
+    pub(crate) partition: Partition,
+    pub(crate) tracker: Tracker,
+    /// May be handed out now.
+    pub(crate) ready: VecDeque<Entry>,
+    /// Ordered: what waits behind the one of its key that is ready, out or due later. A key is here
+    /// while it is busy.
+    lanes: Option<FxHashMap<Bytes, VecDeque<Entry>>>,
+    /// Handed out and not settled.
+    pub(crate) out: usize,
+    /// On the way to the dead-letter topic.
+    pub(crate) burying: usize,
+    /// Bytes of messages held.
+    pub(crate) bytes: usize,
+    /// It goes to another member: nothing is handed out any more.
+    pub(crate) leaving: bool,
+    /// Something was settled since the last commit.
+    pub(crate) dirty: bool,
+}
+
+impl Lot {
+    pub(crate) fn new(
+        id: u64,
+        partition: Partition,
+        committed: Option<Progress>,
+        capacity: usize,
+        ordered: bool,
+    ) -> Self {
+        Self {
+            id,
+            partition,
+            tracker: Tracker::new(committed, capacity),
+            ready: VecDeque::new(),
+            lanes: ordered.then(FxHashMap::default),
+            out: 0,
+            burying: 0,
+            bytes: 0,
+            leaving: false,
+            dirty: false,
+        }
+    }
+
+    /// A record has arrived. `None` if it was settled before, or `wanted` is false: then it is.
+    pub(crate) fn admit(&mut self, offset: i64, message: Message, wanted: bool) -> Option<u64> {
+        let Admission::Take { seq, failed } = self.tracker.admit(offset) else {
+            self.dirty = true;
+            return None;
+        };
+        if !wanted {
+            self.tracker.finish(seq);
+            self.dirty = true;
+            return None;
+        }
+        self.bytes += message.size();
+        let entry = Entry { seq, message, failed, first: None };
+        let lane = self.lanes.as_mut().zip(entry.message.key());
+        match lane.map(|(lanes, key)| (lanes.get_mut(key), key.clone())) {
+            Some((Some(waiting), _)) => waiting.push_back(entry),
+            Some((None, key)) => {
+                if let Some(lanes) = &mut self.lanes {
+                    lanes.insert(key, VecDeque::new());
+                }
+                self.ready.push_back(entry);
+            }
+            None => self.ready.push_back(entry),
+        }
+        Some(seq)
+    }
+
+    /// A record is settled for good; the next of its key is ready.
+    pub(crate) fn finish(&mut self, seq: u64, message: &Message) {
+        self.tracker.finish(seq);
+        self.dirty = true;
+        self.bytes = self.bytes.saturating_sub(message.size());
+        let Some((lanes, key)) = self.lanes.as_mut().zip(message.key()) else { return };
+        match lanes.get_mut(key).map(VecDeque::pop_front) {
+            Some(Some(next)) => self.ready.push_back(next),
+            Some(None) => drop(lanes.remove(key)),
+            None => {}
+        }
+    }
+
+    /// A record has arrived that cannot be delivered: it is nobody's, and waits for no key. Its number
+    /// and the attempts that failed, unless it was settled before.
+    pub(crate) fn admit_apart(&mut self, offset: i64) -> Option<(u64, u32)> {
+        match self.tracker.admit(offset) {
+            Admission::Take { seq, failed } => Some((seq, failed)),
+            Admission::Skip => None,
+        }
+    }
+
+    /// Such a record is settled.
+    pub(crate) fn finish_apart(&mut self, seq: u64) {
+        self.tracker.finish(seq);
+        self.dirty = true;
+    }
+
+    /// Whether it can be let go: nothing of it is anywhere else.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.out == 0 && self.burying == 0
+    }
+}

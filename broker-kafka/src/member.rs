@@ -1,0 +1,620 @@
+//! A subscription's deliveries, shared between its reader, its settlements and its polling thread.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use broker_core::{
+    DeadLetter, Error, Failure, Group, GroupSettings, Message, Result, Settlement, Timestamp, Topic, TopicFilter,
+};
+use crossbeam_channel::Sender;
+use parking_lot::Mutex;
+use slab::Slab;
+use tokio::sync::oneshot;
+
+use crate::lot::{Entry, Lot};
+use crate::registry::Entry as GroupEntry;
+
+pub(crate) struct Member {
+    pub(crate) filter: TopicFilter,
+    pub(crate) group: Option<Group>,
+    /// What the members of the group in this process share.
+    pub(crate) entry: Arc<GroupEntry>,
+    max_in_flight: usize,
+    state: Mutex<State>,
+    /// Rouses the polling thread.
+    wake: Sender<()>,
+}
+
+#[derive(Default)]
+pub(crate) struct State {
+    lots: Slab<Lot>,
+    /// The lot to begin with.
+    rotation: usize,
+    /// Handed out and not settled.
+    out: usize,
+    /// Letters on their way, of lots that are here or gone.
+    burying: usize,
+    timers: BinaryHeap<Reverse<Timer>>,
+    burials: Vec<Burial>,
+    ending: Option<Ending>,
+    /// The polling thread is gone, and has committed what was settled.
+    finished: bool,
+    /// The broker was closed: settling is `Closed`.
+    closed: bool,
+    /// It was given a partition once.
+    takes_part: bool,
+    reader: Option<Waker>,
+    closers: Vec<Waker>,
+    /// The polling thread stopped reading because too much was held.
+    starved: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Ending {
+    /// Until when deliveries in flight are waited for.
+    deadline: Instant,
+    /// What the reader is told; `None` is a quiet end.
+    error: Option<Error>,
+}
+
+/// A retry that is due later.
+struct Timer {
+    due: Instant,
+    lot: Place,
+    entry: Entry,
+}
+
+impl PartialEq for Timer {
+    fn eq(&self, other: &Self) -> bool {
+        self.due == other.due
+    }
+}
+
+impl Eq for Timer {}
+
+impl PartialOrd for Timer {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Timer {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.due.cmp(&other.due)
+    }
+}
+
+/// Where a lot is, and which it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    index: usize,
+    id: u64,
+}
+
+/// A message on its way to the dead-letter topic: its record is settled when it has arrived.
+pub(crate) struct Burial {
+    place: Place,
+    seq: u64,
+    /// The original, if it was one that could be delivered.
+    message: Option<Message>,
+    pub(crate) topic: Topic,
+    pub(crate) letter: Message,
+    reply: Option<oneshot::Sender<Result<()>>>,
+}
+
+/// What a letter was.
+enum Origin {
+    /// A delivery; whoever settled it waits to hear.
+    Delivery(oneshot::Sender<Result<()>>),
+    /// A record that could not be delivered.
+    Apart,
+}
+
+/// A delivery handed out.
+#[derive(Debug)]
+pub(crate) struct Item {
+    place: Place,
+    pub(crate) topic: Topic,
+    pub(crate) entry: Entry,
+}
+
+impl Item {
+    pub(crate) fn attempt(&self) -> u32 {
+        self.entry.failed.saturating_add(1)
+    }
+}
+
+/// What became of a settlement.
+pub(crate) enum Settled {
+    Done,
+    /// When the dead letter has arrived.
+    Later(oneshot::Receiver<Result<()>>),
+    Refused(Error),
+}
+
+/// A record that was read, for [`Member::admit`].
+pub(crate) struct Arrival {
+    pub(crate) offset: i64,
+    pub(crate) decoded: crate::record::Decoded,
+}
+
+impl Member {
+    pub(crate) fn new(
+        filter: TopicFilter,
+        group: Option<Group>,
+        entry: Arc<GroupEntry>,
+        max_in_flight: usize,
+        wake: Sender<()>,
+    ) -> Self {
+        Self { filter, group, entry, max_in_flight, state: Mutex::default(), wake }
+    }
+
+    fn settings(&self) -> GroupSettings {
+        self.entry.settings()
+    }
+
+    // --- the reader ---------------------------------------------------------------------------------
+
+    /// Deliveries, as many as there are, at most `limit`; none if the subscription has ended.
+    pub(crate) fn poll_take(&self, cx: &mut Context<'_>, limit: usize) -> Poll<Result<Vec<Item>>> {
+        let mut state = self.state.lock();
+        if let Some(ending) = &state.ending {
+            return Poll::Ready(ending.error.clone().map_or_else(|| Ok(Vec::new()), Err));
+        }
+        let room = limit.min(self.max_in_flight.saturating_sub(state.out));
+        let items = state.hand_out(room, &self.entry);
+        if items.is_empty() {
+            match &mut state.reader {
+                Some(waker) => waker.clone_from(cx.waker()),
+                None => state.reader = Some(cx.waker().clone()),
+            }
+            return Poll::Pending;
+        }
+        let rouse = std::mem::take(&mut state.starved);
+        drop(state);
+        self.entry.counts.delivered.fetch_add(items.len() as u64, Ordering::Relaxed);
+        if rouse {
+            self.rouse();
+        }
+        Poll::Ready(Ok(items))
+    }
+
+    // --- settlements --------------------------------------------------------------------------------
+
+    pub(crate) fn settle(&self, item: &Item, settlement: Settlement) -> Settled {
+        let mut state = self.state.lock();
+        if state.closed {
+            return Settled::Refused(Error::closed("the broker is closed; the message comes back"));
+        }
+        let Some(lot) = state.lot(item.place) else {
+            return self.too_late(&state);
+        };
+        lot.out -= 1;
+        let counts = &self.entry.counts;
+        let settled = match settlement {
+            Settlement::Ack => {
+                lot.finish(item.entry.seq, &item.entry.message);
+                counts.acked.fetch_add(1, Ordering::Relaxed);
+                Settled::Done
+            }
+            Settlement::Release => {
+                lot.tracker.give_back(item.entry.seq, false);
+                lot.ready.push_front(item.entry.clone());
+                Settled::Done
+            }
+            Settlement::Retry { after, failure } => {
+                let settings = self.settings();
+                if settings.retry.is_exhausted(item.attempt()) {
+                    let failure = failure.unwrap_or_else(|| Failure::new("no attempt is left"));
+                    self.bury(&mut state, item, &settings, failure)
+                } else {
+                    lot.tracker.give_back(item.entry.seq, true);
+                    // The attempts are committed, too.
+                    lot.dirty = true;
+                    counts.retried.fetch_add(1, Ordering::Relaxed);
+                    if let Some(failure) = &failure {
+                        self.entry.failed(failure.reason());
+                    }
+                    let wait = after.unwrap_or_else(|| settings.retry.backoff(item.attempt()));
+                    let entry = Entry { failed: item.entry.failed.saturating_add(1), ..item.entry.clone() };
+                    let soonest = state.timers.peek().map(|Reverse(timer)| timer.due);
+                    let due = Instant::now() + wait;
+                    state.timers.push(Reverse(Timer { due, lot: item.place, entry }));
+                    if soonest.is_none_or(|soonest| due < soonest) {
+                        self.rouse();
+                    }
+                    Settled::Done
+                }
+            }
+            Settlement::Reject(failure) => {
+                let settings = self.settings();
+                self.bury(&mut state, item, &settings, failure)
+            }
+        };
+        state.out -= 1;
+        self.after_settling(&mut state);
+        settled
+    }
+
+    /// Nobody waits any more for what the delivery's partition was.
+    fn too_late(&self, state: &State) -> Settled {
+        let deleted = state.ending.as_ref().is_some_and(|ending| ending.error.is_some());
+        if deleted {
+            return Settled::Done;
+        }
+        Settled::Refused(Error::unavailable(
+            "the partition has moved to another member, or the subscription has ended; the message comes back",
+        ))
+    }
+
+    fn bury(&self, state: &mut State, item: &Item, settings: &GroupSettings, failure: Failure) -> Settled {
+        self.entry.failed(failure.reason());
+        let now = Timestamp::now();
+        let letter = DeadLetter {
+            message: item.entry.message.clone(),
+            topic: item.topic.clone(),
+            group: self.group.clone(),
+            failure,
+            attempts: item.attempt(),
+            first: item.entry.first.unwrap_or(now),
+            last: now,
+        };
+        let (sender, receiver) = oneshot::channel();
+        if self.bury_letter(state, item.place, item.entry.seq, letter, settings, Origin::Delivery(sender)) {
+            Settled::Later(receiver)
+        } else {
+            Settled::Done
+        }
+    }
+
+    /// False if there is nowhere to send it: then its record is settled.
+    fn bury_letter(
+        &self,
+        state: &mut State,
+        place: Place,
+        seq: u64,
+        letter: DeadLetter,
+        settings: &GroupSettings,
+        origin: Origin,
+    ) -> bool {
+        let Some(lot) = state.lot(place) else { return false };
+        let message = letter.message.clone();
+        let topic = settings.dead_letter.clone().filter(|topic| {
+            // One that fails again is kept where it is, not sent round.
+            !(DeadLetter::is_dead(&message) || *topic == letter.topic)
+        });
+        let Some(topic) = topic else {
+            match origin {
+                Origin::Delivery(_) => lot.finish(seq, &message),
+                Origin::Apart => lot.finish_apart(seq),
+            }
+            self.entry.counts.dead_lettered.fetch_add(1, Ordering::Relaxed);
+            let reason = letter.failure.reason();
+            tracing::warn!(topic = %letter.topic, id = %message.id(), reason, "a message failed for good and is discarded");
+            return false;
+        };
+        lot.burying += 1;
+        state.burying += 1;
+        let letter = letter.into_message();
+        let (message, reply) = match origin {
+            Origin::Delivery(reply) => (Some(message), Some(reply)),
+            Origin::Apart => (None, None),
+        };
+        state.burials.push(Burial { place, seq, message, topic, letter, reply });
+        self.rouse();
+        true
+    }
+
+    fn after_settling(&self, state: &mut State) {
+        if state.ending.is_some() {
+            if state.out == 0 {
+                self.rouse();
+            }
+        } else if state.has_ready() {
+            if let Some(reader) = state.reader.take() {
+                reader.wake();
+            }
+        } else if std::mem::take(&mut state.starved) {
+            self.rouse();
+        }
+        if state.lots.iter().any(|(_, lot)| lot.leaving && lot.is_quiet()) {
+            self.rouse();
+        }
+    }
+
+    // --- the polling thread -------------------------------------------------------------------------
+
+    /// Rouses the polling thread.
+    pub(crate) fn rouse(&self) {
+        // Full means that it is roused already.
+        let _ = self.wake.try_send(());
+    }
+
+    pub(crate) fn state<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        change(&mut self.state.lock())
+    }
+
+    /// Records of one partition have arrived.
+    pub(crate) fn admit(&self, place: Place, arrivals: Vec<Arrival>) {
+        let settings = self.settings();
+        let own = self.group.as_ref().map(ToString::to_string);
+        let mut state = self.state.lock();
+        for Arrival { offset, decoded } in arrivals {
+            let Some(lot) = state.lot(place) else { return };
+            if let Some(problem) = decoded.problem {
+                let topic = lot.partition.0.clone();
+                if let Some((seq, failed)) = lot.admit_apart(offset) {
+                    let letter = self.unreadable(topic, decoded.message, failed, &problem);
+                    self.bury_letter(&mut state, place, seq, letter, &settings, Origin::Apart);
+                }
+                continue;
+            }
+            let wanted = decoded.for_group.is_none() || decoded.for_group == own;
+            lot.admit(offset, decoded.message, wanted);
+        }
+        if state.has_ready()
+            && let Some(reader) = state.reader.take()
+        {
+            drop(state);
+            reader.wake();
+        }
+    }
+
+    fn unreadable(&self, topic: Topic, message: Message, attempts: u32, problem: &str) -> DeadLetter {
+        self.entry.failed(problem);
+        let now = Timestamp::now();
+        let failure = Failure::new(format!("it could not be decoded: {problem}"));
+        DeadLetter { message, topic, group: self.group.clone(), failure, attempts, first: now, last: now }
+    }
+
+    /// Makes ready what is due; tells when the next is.
+    pub(crate) fn run_timers(&self, now: Instant) -> Option<Instant> {
+        let mut state = self.state.lock();
+        let mut any = false;
+        let next = loop {
+            let Some(Reverse(timer)) = state.timers.peek() else { break None };
+            if timer.due > now {
+                break Some(timer.due);
+            }
+            let Some(Reverse(Timer { lot: place, entry, .. })) = state.timers.pop() else { break None };
+            if let Some(lot) = state.lot(place) {
+                lot.ready.push_front(entry);
+                any = true;
+            }
+        };
+        if any && let Some(reader) = state.reader.take() {
+            drop(state);
+            reader.wake();
+        }
+        next
+    }
+
+    /// A letter has arrived, or not.
+    pub(crate) fn buried(&self, burial: Burial, result: Result<()>) -> Option<Burial> {
+        let mut state = self.state.lock();
+        let Some(lot) = state.lot(burial.place) else {
+            state.burying -= 1;
+            if let Some(reply) = burial.reply {
+                let _ = reply.send(result);
+            }
+            return None;
+        };
+        if let Err(error) = result {
+            self.entry.failed(&format!("dead letter: {error}"));
+            return Some(burial);
+        }
+        lot.burying -= 1;
+        match &burial.message {
+            Some(message) => lot.finish(burial.seq, message),
+            None => lot.finish_apart(burial.seq),
+        }
+        state.burying -= 1;
+        self.entry.counts.dead_lettered.fetch_add(1, Ordering::Relaxed);
+        self.after_settling(&mut state);
+        drop(state);
+        if let Some(reply) = burial.reply {
+            let _ = reply.send(Ok(()));
+        }
+        None
+    }
+
+    // --- the end ------------------------------------------------------------------------------------
+
+    /// Hands out no more, waits until `deadline` for what is in flight, then leaves. The reader sees
+    /// `error`, or a quiet end.
+    pub(crate) fn end(&self, deadline: Instant, error: Option<Error>) {
+        let mut state = self.state.lock();
+        match &mut state.ending {
+            Some(ending) => ending.deadline = ending.deadline.min(deadline),
+            None => state.ending = Some(Ending { deadline, error }),
+        }
+        let reader = state.reader.take();
+        drop(state);
+        self.rouse();
+        if let Some(reader) = reader {
+            reader.wake();
+        }
+    }
+
+    /// The broker was closed: from now on settling is `Closed`. Tells how many deliveries are left.
+    pub(crate) fn close(&self) -> usize {
+        let mut state = self.state.lock();
+        state.closed = true;
+        state.out + state.burying
+    }
+
+    /// The polling thread is gone.
+    pub(crate) fn finish(&self) {
+        let mut state = self.state.lock();
+        state.finished = true;
+        state.lots.clear();
+        state.timers.clear();
+        let mut wakers = std::mem::take(&mut state.closers);
+        wakers.extend(state.reader.take());
+        drop(state);
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
+    pub(crate) fn is_finished(&self) -> bool {
+        self.state.lock().finished
+    }
+
+    pub(crate) fn poll_finished(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut state = self.state.lock();
+        if state.finished {
+            return Poll::Ready(());
+        }
+        state.closers.push(cx.waker().clone());
+        Poll::Pending
+    }
+
+    pub(crate) fn in_flight(&self) -> u64 {
+        let state = self.state.lock();
+        (state.out + state.burying) as u64
+    }
+
+    /// Whether it still takes part.
+    pub(crate) fn is_open(&self) -> bool {
+        self.state.lock().ending.is_none()
+    }
+}
+
+/// Messages and bytes of one partition that are held at most.
+const MAX_HELD: usize = 4096;
+const MAX_HELD_BYTES: usize = 8 << 20;
+
+impl State {
+    fn lot(&mut self, place: Place) -> Option<&mut Lot> {
+        self.lots.get_mut(place.index).filter(|lot| lot.id == place.id)
+    }
+
+    fn has_ready(&self) -> bool {
+        self.lots.iter().any(|(_, lot)| !lot.leaving && !lot.ready.is_empty())
+    }
+
+    fn hand_out(&mut self, room: usize, entry: &GroupEntry) -> Vec<Item> {
+        let mut items = Vec::new();
+        let now = Timestamp::now();
+        let places: Vec<usize> = self.lots.iter().map(|(index, _)| index).collect();
+        self.rotation = self.rotation.wrapping_add(1);
+        let turn = self.rotation.checked_rem(places.len()).unwrap_or(0);
+        for index in places.iter().skip(turn).chain(places.iter().take(turn)) {
+            let Some(lot) = self.lots.get_mut(*index).filter(|lot| !lot.leaving) else { continue };
+            while items.len() < room
+                && let Some(mut next) = lot.ready.pop_front()
+            {
+                if next.message.expires_at().is_some_and(|time| time <= now) {
+                    entry.counts.expired.fetch_add(1, Ordering::Relaxed);
+                    lot.finish(next.seq, &next.message);
+                    continue;
+                }
+                if !lot.tracker.hand_out(next.seq) {
+                    lot.ready.push_front(next);
+                    break;
+                }
+                lot.out += 1;
+                next.first.get_or_insert(now);
+                let place = Place { index: *index, id: lot.id };
+                items.push(Item { place, topic: lot.partition.0.clone(), entry: next });
+            }
+        }
+        self.out += items.len();
+        items
+    }
+
+    /// A partition is this member's.
+    pub(crate) fn add(&mut self, lot: impl FnOnce(u64) -> Lot) -> Place {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        let index = self.lots.insert(lot(id));
+        self.takes_part = true;
+        Place { index, id }
+    }
+
+    /// It is not any more.
+    pub(crate) fn remove(&mut self, place: Place) {
+        if let Some(lot) = self.lot(place) {
+            let out = lot.out;
+            self.lots.remove(place.index);
+            self.out -= out;
+            self.timers.retain(|Reverse(timer)| timer.lot != place);
+        }
+    }
+
+    /// It is to go: nothing of it is handed out any more.
+    pub(crate) fn let_go(&mut self, place: Place) {
+        if let Some(lot) = self.lot(place) {
+            lot.leaving = true;
+            lot.ready.clear();
+        }
+    }
+
+    pub(crate) fn is_quiet(&mut self, place: Place) -> bool {
+        self.lot(place).is_none_or(|lot| lot.is_quiet())
+    }
+
+    /// Whether more of it may be read.
+    pub(crate) fn has_room(&mut self, place: Place) -> bool {
+        let room = self
+            .lot(place)
+            .is_some_and(|lot| !lot.leaving && lot.tracker.open() < MAX_HELD + lot.out && lot.bytes < MAX_HELD_BYTES);
+        self.starved |= !room;
+        room
+    }
+
+    /// What is to be committed of `places`, or of all that changed.
+    pub(crate) fn commits(
+        &mut self,
+        places: Option<&[Place]>,
+    ) -> Vec<(crate::admin::Partition, crate::progress::Progress)> {
+        let mut commits = Vec::new();
+        for (index, lot) in &mut self.lots {
+            let wanted = places.is_none_or(|places| places.contains(&Place { index, id: lot.id }));
+            if wanted
+                && std::mem::take(&mut lot.dirty)
+                && let Some(progress) = lot.tracker.progress()
+            {
+                commits.push((lot.partition.clone(), progress));
+            }
+        }
+        commits
+    }
+
+    /// A commit was not taken: what it said is to be said again.
+    pub(crate) fn not_committed(&mut self) {
+        self.lots.iter_mut().for_each(|(_, lot)| lot.dirty = true);
+    }
+
+    pub(crate) fn take_burials(&mut self) -> Vec<Burial> {
+        std::mem::take(&mut self.burials)
+    }
+
+    /// Until when deliveries are waited for, if it ends.
+    pub(crate) fn ending(&self) -> Option<Instant> {
+        self.ending.as_ref().map(|ending| ending.deadline)
+    }
+
+    /// Whether it was given a partition, or will be given none.
+    pub(crate) fn takes_part(&self) -> bool {
+        self.takes_part || self.ending.is_some() || self.finished
+    }
+
+    /// Whether nothing is in flight.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.out == 0 && self.burying == 0
+    }
+}
+
+/// How long a member waits at most where it has nothing to do: everything else rouses it.
+pub(crate) const IDLE: Duration = Duration::from_millis(200);
+
+impl fmt::Debug for Member {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Member").field("filter", &self.filter).field("group", &self.group).finish_non_exhaustive()
+    }
+}

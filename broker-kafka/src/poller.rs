@@ -1,0 +1,579 @@
+//! The thread behind a subscription: reads, commits, and follows the group's rebalances.
+//!
+//! Each partition has a queue of its own (librdkafka's "split" queues), so that one that holds enough
+//! is left unread while the group's events and the other partitions go on; nothing is paused, which
+//! would throw away what was prefetched. A partition that is to go is let go when its deliveries in
+//! flight are settled, or after the drain timeout; then its progress is committed. One that is lost
+//! is dropped, and nothing said of it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context as TaskContext, Poll, Wake, Waker};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use broker_core::{Error, ErrorKind, Publish, Result, Topic};
+use crossbeam_channel::{Receiver, Sender};
+use parking_lot::Mutex;
+use rdkafka::client::ClientContext;
+use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
+use rdkafka::consumer::base_consumer::PartitionQueue;
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext, RebalanceProtocol};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::message::{BorrowedMessage, Message as _};
+use rdkafka::types::RDKafkaRespErr;
+use rdkafka::{Offset, TopicPartitionList};
+use rustc_hash::FxHashMap;
+
+use crate::admin::{Admin, Partition, list};
+use crate::client::{self, Health, Role, millis};
+use crate::group::{self, Stored};
+use crate::lot::Lot;
+use crate::member::{Arrival, Burial, IDLE, Member, Place};
+use crate::producer::Publishing;
+use crate::progress::Progress;
+use crate::{error, record, topic_pattern};
+
+/// The group of consumers without one: named because librdkafka wants a name, never joined, never
+/// committed to.
+const NO_GROUP: &str = "broker-no-group";
+
+/// Records read from one partition before the next has its turn.
+const TURN: usize = 512;
+
+/// Between tries of what the server did not take.
+const AGAIN: Duration = Duration::from_millis(500);
+
+type Client = BaseConsumer<Callbacks>;
+
+/// What librdkafka calls back for, on the polling thread.
+pub(crate) struct Callbacks {
+    health: Arc<Health>,
+    rebalances: Mutex<Vec<(RDKafkaRespErr, TopicPartitionList)>>,
+    /// The thread has done its part: what is revoked now is let go at once.
+    closing: AtomicBool,
+    commit_failed: Mutex<Option<Error>>,
+}
+
+impl ClientContext for Callbacks {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, line: &str) {
+        client::log(level, facility, line);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        self.health.failed(error::failed(reason, &error));
+    }
+}
+
+impl ConsumerContext for Callbacks {
+    fn rebalance(&self, consumer: &Client, what: RDKafkaRespErr, partitions: &mut TopicPartitionList) {
+        if self.closing.load(Ordering::Acquire) {
+            let _ = unassign(consumer, partitions);
+        } else {
+            self.rebalances.lock().push((what, partitions.clone()));
+        }
+    }
+
+    fn commit_callback(&self, result: KafkaResult<()>, _: &TopicPartitionList) {
+        if let Err(error) = result
+            && error.rdkafka_error_code() != Some(RDKafkaErrorCode::NoOffset)
+        {
+            *self.commit_failed.lock() = Some(error::failed("commit", &error));
+        }
+    }
+}
+
+fn assign(consumer: &Client, partitions: &TopicPartitionList) -> KafkaResult<()> {
+    match consumer.rebalance_protocol() {
+        RebalanceProtocol::Eager => consumer.assign(partitions),
+        _ => consumer.incremental_assign(partitions),
+    }
+}
+
+fn unassign(consumer: &Client, partitions: &TopicPartitionList) -> KafkaResult<()> {
+    match consumer.rebalance_protocol() {
+        RebalanceProtocol::Eager => consumer.unassign(),
+        _ => consumer.incremental_unassign(partitions),
+    }
+}
+
+/// Partitions that are to go.
+struct Leaving {
+    partitions: TopicPartitionList,
+    places: Vec<Place>,
+    deadline: Instant,
+}
+
+pub(crate) struct Poller {
+    member: Arc<Member>,
+    admin: Arc<Admin>,
+    publishing: Arc<Publishing>,
+    consumer: Arc<Client>,
+    /// The queues of the partitions that are here.
+    queues: Vec<(Place, PartitionQueue<Callbacks>)>,
+    places: FxHashMap<Partition, Place>,
+    roused: Receiver<()>,
+    rouse: Sender<()>,
+    /// Partitions whose committed offsets could not be read yet.
+    assigning: Vec<TopicPartitionList>,
+    leaving: Vec<Leaving>,
+    burying: Vec<(Burial, Publish)>,
+    /// Letters the dead-letter topic did not take, and when to try again.
+    refused: Vec<Burial>,
+    try_again: Instant,
+    next_commit: Instant,
+    /// Without group: when to look for new partitions, and what was found.
+    next_refresh: Instant,
+    found: (Sender<Vec<Partition>>, Receiver<Vec<Partition>>),
+}
+
+/// What a subscription reads from.
+pub(crate) enum Source {
+    /// What the group's coordinator assigns.
+    Group(String),
+    /// These partitions, from these offsets, and new ones from their beginning.
+    Alone(Vec<(Partition, i64)>),
+}
+
+/// Makes the client, joins, and starts the thread.
+pub(crate) fn start(
+    member: Arc<Member>,
+    admin: Arc<Admin>,
+    publishing: Arc<Publishing>,
+    source: Source,
+    wake: (Sender<()>, Receiver<()>),
+) -> Result<()> {
+    let (rouse, roused) = wake;
+    let consumer = Arc::new(make(&admin, &source, &rouse)?);
+    let pattern = topic_pattern(&member.filter);
+    let now = Instant::now();
+    let refresh = admin.config().metadata_refresh;
+    let mut poller = Poller {
+        member,
+        admin,
+        publishing,
+        consumer,
+        queues: Vec::new(),
+        places: FxHashMap::default(),
+        roused,
+        rouse,
+        assigning: Vec::new(),
+        leaving: Vec::new(),
+        burying: Vec::new(),
+        refused: Vec::new(),
+        try_again: now,
+        next_commit: now,
+        next_refresh: now + refresh,
+        found: crossbeam_channel::bounded(1),
+    };
+    match source {
+        Source::Group(_) => {
+            let joined = poller.consumer.subscribe(&[pattern.as_str()]);
+            joined.map_err(|error| error::failed("subscribe", &error))?;
+        }
+        Source::Alone(offsets) => poller.take_alone(offsets)?,
+    }
+    let spawned = thread::Builder::new().name("broker-kafka-poll".to_owned()).spawn(move || poller.run());
+    spawned.map(drop).map_err(|error| Error::backend("start a thread").with_source(error))
+}
+
+fn make(admin: &Admin, source: &Source, rouse: &Sender<()>) -> Result<Client> {
+    let group_id = match source {
+        Source::Group(id) => id.as_str(),
+        Source::Alone(_) => NO_GROUP,
+    };
+    let mut settings = client::settings(
+        admin.config(),
+        &[
+            ("group.id", group_id),
+            ("enable.auto.commit", "false"),
+            ("enable.auto.offset.store", "false"),
+            // What retention has taken is gone; what is left is read.
+            ("auto.offset.reset", "earliest"),
+            ("allow.auto.create.topics", "false"),
+            ("partition.assignment.strategy", "cooperative-sticky"),
+            // The default, a second, is a stall whenever the prefetch queue was full.
+            ("fetch.queue.backoff.ms", "10"),
+            ("fetch.wait.max.ms", "100"),
+            // How soon members hear that another has come or gone.
+            ("heartbeat.interval.ms", "500"),
+            ("topic.metadata.refresh.fast.interval.ms", "250"),
+        ],
+    );
+    settings.set("topic.metadata.refresh.interval.ms", millis(admin.config().metadata_refresh));
+    client::hand_on(&mut settings, admin.config(), Role::Consumer);
+    let callbacks = Callbacks {
+        health: Arc::clone(admin.health()),
+        rebalances: Mutex::default(),
+        closing: AtomicBool::new(false),
+        commit_failed: Mutex::default(),
+    };
+    let consumer = Client::from_config_and_context(&settings, callbacks);
+    let mut consumer = consumer.map_err(|error| client::not_made(&error))?;
+    let rouse = rouse.clone();
+    consumer.set_nonempty_callback(move || {
+        // Full means that it is roused already.
+        let _ = rouse.try_send(());
+    });
+    Ok(consumer)
+}
+
+impl Poller {
+    fn run(mut self) {
+        loop {
+            let busy = self.turn();
+            if let Some(deadline) = self.member.state(|state| state.ending())
+                && (self.member.state(|state| state.is_settled()) || Instant::now() >= deadline)
+            {
+                break;
+            }
+            if !busy {
+                self.wait();
+            }
+        }
+        self.leave();
+    }
+
+    /// Does what there is to do; tells whether there may be more.
+    fn turn(&mut self) -> bool {
+        self.serve_events();
+        self.finish_leaving();
+        let mut busy = false;
+        if self.member.is_open() {
+            busy = self.read();
+        }
+        self.bury();
+        self.commit();
+        self.refresh();
+        busy
+    }
+
+    fn wait(&mut self) {
+        let now = Instant::now();
+        let due = self.member.run_timers(now);
+        let mut until = now + IDLE;
+        until = due.map_or(until, |due| until.min(due));
+        if !self.assigning.is_empty() || !self.refused.is_empty() {
+            until = until.min(now + Duration::from_millis(50));
+        }
+        if due.is_none_or(|due| due > now) {
+            let _ = self.roused.recv_timeout(until.saturating_duration_since(Instant::now()));
+        }
+        self.member.run_timers(Instant::now());
+    }
+
+    // --- the group's events -------------------------------------------------------------------------
+
+    fn serve_events(&mut self) {
+        // Bounded: events must not keep records waiting.
+        for _ in 0..TURN {
+            let consumer = Arc::clone(&self.consumer);
+            match consumer.poll(Duration::ZERO) {
+                // Fetched before its partition had a queue of its own.
+                Some(Ok(record)) => self.admit_stray(&record),
+                Some(Err(error)) => self.failed(&error),
+                None => {
+                    let rebalances = std::mem::take(&mut *self.consumer.context().rebalances.lock());
+                    if rebalances.is_empty() {
+                        break;
+                    }
+                    rebalances.into_iter().for_each(|(what, partitions)| self.rebalance(what, partitions));
+                }
+            }
+        }
+        for partitions in std::mem::take(&mut self.assigning) {
+            self.assign(partitions);
+        }
+    }
+
+    fn failed(&self, error: &KafkaError) {
+        let fatal = matches!(error, KafkaError::MessageConsumptionFatal(_));
+        let error = error::failed("receive", error);
+        self.member.entry.failed(error.message());
+        if fatal || error.kind() == ErrorKind::Unauthorized {
+            self.member.end(Instant::now() + self.admin.config().drain_timeout, Some(error));
+        } else {
+            self.admin.health().failed(error);
+        }
+    }
+
+    fn admit_stray(&mut self, record: &BorrowedMessage<'_>) {
+        let Ok(topic) = Topic::new(record.topic()) else { return };
+        if let Some(place) = self.places.get(&(topic, record.partition())) {
+            self.member.admit(*place, vec![arrival(record)]);
+        }
+    }
+
+    fn rebalance(&mut self, what: RDKafkaRespErr, partitions: TopicPartitionList) {
+        match what {
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => self.assign(partitions),
+            _ => self.revoke(partitions),
+        }
+    }
+
+    fn assign(&mut self, partitions: TopicPartitionList) {
+        if partitions.count() == 0 {
+            self.report(assign(&self.consumer, &partitions));
+            return;
+        }
+        let committed = self.consumer.committed_offsets(partitions.clone(), AGAIN);
+        let committed = committed.map_err(|error| error::failed("ask for the group's offsets", &error));
+        match committed.and_then(|committed| group::read(&committed)) {
+            Ok(committed) => {
+                let offsets = committed.into_iter().map(|one| (one.partition, one.progress)).collect();
+                let taken = self.take(offsets);
+                self.report_error(taken);
+            }
+            Err(error) => {
+                // Where they are is not known, and without that nothing can be read.
+                self.member.entry.failed(error.message());
+                if self.consumer.assignment_lost() {
+                    self.report(unassign(&self.consumer, &partitions));
+                } else {
+                    self.assigning.push(partitions);
+                }
+            }
+        }
+    }
+
+    fn revoke(&mut self, partitions: TopicPartitionList) {
+        let places: Vec<Place> = partitions
+            .elements()
+            .iter()
+            .filter_map(|element| self.places.remove(&(Topic::new(element.topic()).ok()?, element.partition())))
+            .collect();
+        self.queues.retain(|(place, _)| !places.contains(place));
+        let lost = self.consumer.assignment_lost();
+        self.member.state(|state| places.iter().for_each(|place| state.let_go(*place)));
+        let wait = if lost { Duration::ZERO } else { self.admin.config().drain_timeout };
+        self.leaving.push(Leaving { partitions, places, deadline: Instant::now() + wait });
+        self.finish_leaving();
+    }
+
+    /// Lets go of partitions whose deliveries are settled, or have been waited for long enough.
+    fn finish_leaving(&mut self) {
+        if self.leaving.is_empty() {
+            return;
+        }
+        let lost = self.consumer.assignment_lost();
+        let now = Instant::now();
+        for leaving in std::mem::take(&mut self.leaving) {
+            let quiet = self.member.state(|state| leaving.places.iter().all(|place| state.is_quiet(*place)));
+            if !(quiet || lost || now >= leaving.deadline) {
+                self.leaving.push(leaving);
+                continue;
+            }
+            if !lost {
+                self.commit_now(Some(&leaving.places));
+            }
+            self.member.state(|state| leaving.places.iter().for_each(|place| state.remove(*place)));
+            self.report(unassign(&self.consumer, &leaving.partitions));
+        }
+    }
+
+    /// Partitions are ours from now on; `None` is a partition the group has committed nothing for.
+    fn take(&mut self, offsets: Vec<(Partition, Option<Progress>)>) -> Result<()> {
+        let settings = self.member.entry.settings();
+        let capacity = Stored::new(&settings).room()?;
+        let mut positions = Vec::with_capacity(offsets.len());
+        for (partition, progress) in offsets {
+            // What appeared after the group was made is read from its beginning.
+            let from = progress.as_ref().map_or(Offset::Beginning, |progress| Offset::Offset(progress.watermark));
+            positions.push((partition.clone(), from));
+            let lot = |id| Lot::new(id, partition.clone(), progress, capacity, settings.ordered);
+            let place = self.member.state(|state| state.add(lot));
+            let (topic, number) = &partition;
+            // Before the assignment, so that nothing is fetched into the common queue first.
+            let queue = self.consumer.split_partition_queue(topic.as_str(), *number);
+            let mut queue =
+                queue.ok_or_else(|| Error::backend(format!("partition {number} of {topic} has no queue")))?;
+            let rouse = self.rouse.clone();
+            queue.set_nonempty_callback(move || {
+                // Full means that it is roused already.
+                let _ = rouse.try_send(());
+            });
+            self.queues.push((place, queue));
+            self.places.insert(partition, place);
+        }
+        let positions = list(positions.iter().map(|(partition, offset)| (partition, *offset)))?;
+        assign(&self.consumer, &positions).map_err(|error| error::failed("take partitions", &error))
+    }
+
+    fn take_alone(&mut self, offsets: Vec<(Partition, i64)>) -> Result<()> {
+        let at = |watermark| Some(Progress { watermark, ..Progress::default() });
+        self.take(offsets.into_iter().map(|(partition, offset)| (partition, at(offset))).collect())
+    }
+
+    /// Without group, nobody tells of new partitions.
+    fn refresh(&mut self) {
+        if self.member.group.is_some() {
+            return;
+        }
+        if let Ok(found) = self.found.1.try_recv() {
+            let new = found.into_iter().filter(|partition| !self.places.contains_key(partition));
+            let new: Vec<_> = new.map(|partition| (partition, None)).collect();
+            if !new.is_empty() {
+                let taken = self.take(new);
+                self.report_error(taken);
+            }
+        }
+        let now = Instant::now();
+        if now >= self.next_refresh {
+            self.next_refresh = now + self.admin.config().metadata_refresh;
+            let (admin, filter, found) = (Arc::clone(&self.admin), self.member.filter.clone(), self.found.0.clone());
+            // The server may be slow to answer; what is here goes on.
+            let ask = move || {
+                if let Ok(partitions) = admin.matching(&filter) {
+                    let _ = found.try_send(partitions);
+                }
+            };
+            let _ = thread::Builder::new().name("broker-kafka-find".to_owned()).spawn(ask);
+        }
+    }
+
+    fn report(&self, result: KafkaResult<()>) {
+        self.report_error(result.map_err(|error| error::failed("change the assignment", &error)));
+    }
+
+    fn report_error(&self, result: Result<()>) {
+        if let Err(error) = result {
+            tracing::warn!(filter = %self.member.filter, %error, "a subscription to Kafka met an error");
+            self.member.entry.failed(error.message());
+        }
+    }
+
+    // --- records ------------------------------------------------------------------------------------
+
+    fn read(&mut self) -> bool {
+        let mut busy = false;
+        for (place, queue) in &self.queues {
+            if !self.member.state(|state| state.has_room(*place)) {
+                continue;
+            }
+            let mut arrivals = Vec::new();
+            while arrivals.len() < TURN {
+                match queue.poll(Duration::ZERO) {
+                    Some(Ok(record)) => arrivals.push(arrival(&record)),
+                    Some(Err(error)) => self.failed(&error),
+                    None => break,
+                }
+            }
+            busy |= arrivals.len() == TURN;
+            if !arrivals.is_empty() {
+                self.member.admit(*place, arrivals);
+            }
+        }
+        busy
+    }
+
+    // --- dead letters -------------------------------------------------------------------------------
+
+    fn bury(&mut self) {
+        let now = Instant::now();
+        let mut fresh = self.member.state(|state| state.take_burials());
+        if now >= self.try_again {
+            fresh.append(&mut self.refused);
+        }
+        for burial in fresh {
+            let topic = self.publishing.topic(&burial.topic);
+            let publish = self.publishing.publish_late(&topic, burial.letter.clone());
+            self.burying.push((burial, publish));
+        }
+        if self.burying.is_empty() {
+            return;
+        }
+        let waker = Waker::from(Arc::new(Rouse(self.rouse.clone())));
+        let mut cx = TaskContext::from_waker(&waker);
+        for (burial, mut publish) in std::mem::take(&mut self.burying) {
+            match std::pin::Pin::new(&mut publish).poll(&mut cx) {
+                Poll::Pending => self.burying.push((burial, publish)),
+                Poll::Ready(result) => {
+                    if let Some(burial) = self.member.buried(burial, result.map(drop)) {
+                        self.refused.push(burial);
+                        self.try_again = now + AGAIN;
+                    }
+                }
+            }
+        }
+    }
+
+    // --- commits ------------------------------------------------------------------------------------
+
+    fn commit(&mut self) {
+        if self.member.group.is_none() {
+            return;
+        }
+        if let Some(error) = self.consumer.context().commit_failed.lock().take() {
+            self.member.entry.failed(error.message());
+            self.member.state(|state| state.not_committed());
+        }
+        let now = Instant::now();
+        if now < self.next_commit {
+            return;
+        }
+        self.next_commit = now + self.admin.config().commit_interval;
+        let commits = self.member.state(|state| state.commits(None));
+        self.send_commit(&commits, CommitMode::Async);
+    }
+
+    /// Commits, and waits until the server has it.
+    fn commit_now(&self, places: Option<&[Place]>) {
+        if self.member.group.is_none() {
+            return;
+        }
+        let commits = self.member.state(|state| state.commits(places));
+        self.send_commit(&commits, CommitMode::Sync);
+    }
+
+    fn send_commit(&self, commits: &[(Partition, Progress)], mode: CommitMode) {
+        if commits.is_empty() {
+            return;
+        }
+        let stored = Stored::new(&self.member.entry.settings());
+        let sent = group::commit_list(&stored, commits)
+            .and_then(|list| self.consumer.commit(&list, mode).map_err(|error| error::failed("commit", &error)));
+        if sent.is_err() {
+            self.member.state(|state| state.not_committed());
+        }
+        self.report_error(sent);
+    }
+
+    // --- the end ------------------------------------------------------------------------------------
+
+    fn leave(mut self) {
+        self.member.state(|state| self.queues.iter().for_each(|(place, _)| state.let_go(*place)));
+        // Acks of before are committed whatever comes after.
+        self.commit_now(None);
+        self.queues.clear();
+        for leaving in std::mem::take(&mut self.leaving) {
+            self.report(unassign(&self.consumer, &leaving.partitions));
+        }
+        for partitions in std::mem::take(&mut self.assigning) {
+            self.report(assign(&self.consumer, &partitions));
+        }
+        self.consumer.context().closing.store(true, Ordering::Release);
+        for (what, partitions) in std::mem::take(&mut *self.consumer.context().rebalances.lock()) {
+            self.report(match what {
+                RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => assign(&self.consumer, &partitions),
+                _ => unassign(&self.consumer, &partitions),
+            });
+        }
+        let Self { member, consumer, .. } = self;
+        // Leaves the group; may take long while the server is away, and nobody waits for this thread.
+        drop(consumer);
+        member.finish();
+    }
+}
+
+fn arrival(record: &BorrowedMessage<'_>) -> Arrival {
+    Arrival { offset: record.offset(), decoded: record::decode(record) }
+}
+
+/// Rouses the polling thread when a dead letter has arrived.
+struct Rouse(Sender<()>);
+
+impl Wake for Rouse {
+    fn wake(self: Arc<Self>) {
+        let _ = self.0.try_send(());
+    }
+}

@@ -1,0 +1,404 @@
+//! Publishing: one idempotent producer for a broker, a queue for each topic.
+//!
+//! A publish goes straight to librdkafka, which copies it once, and its future is completed from the
+//! delivery callback. It waits in its topic's queue, in the order of the calls, only while the topic
+//! is looked up for the first time or librdkafka's own queue is full.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use broker_core::{Error, ErrorKind, Message, Operation, Producer, Publish, PublishBatch, Result, Topic};
+use parking_lot::{Mutex, RwLock};
+use rdkafka::client::ClientContext;
+use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::{DeliveryResult, Message as _};
+use rdkafka::producer::{BaseProducer, BaseRecord, Producer as _, ProducerContext, PurgeConfig};
+use rustc_hash::FxHashMap;
+
+use crate::admin::Admin;
+use crate::client::{self, Health, Role, millis, rest};
+use crate::tickets::Tickets;
+use crate::{KafkaConfig, check_message, error, record};
+
+/// The raw client of librdkafka that publishes.
+pub type RawProducer = BaseProducer<Callbacks>;
+
+/// What a broker's publishers share.
+pub(crate) struct Publishing {
+    /// For the callbacks, which must not keep it alive.
+    this: Weak<Self>,
+    config: Arc<KafkaConfig>,
+    admin: Arc<Admin>,
+    tickets: Arc<Tickets>,
+    client: OnceLock<Result<Arc<RawProducer>>>,
+    topics: RwLock<FxHashMap<Topic, Arc<TopicQueue>>>,
+    /// Messages in the topics' queues.
+    queued: AtomicUsize,
+    closed: AtomicBool,
+    /// Not even the broker's own publishes are taken.
+    ended: AtomicBool,
+}
+
+impl Publishing {
+    pub(crate) fn new(config: Arc<KafkaConfig>, admin: Arc<Admin>) -> Arc<Self> {
+        Arc::new_cyclic(|this| Self {
+            this: Weak::clone(this),
+            config,
+            admin,
+            tickets: Arc::default(),
+            client: OnceLock::new(),
+            topics: RwLock::default(),
+            queued: AtomicUsize::new(0),
+            closed: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+        })
+    }
+
+    /// The queue of `topic`. No I/O.
+    pub(crate) fn topic(&self, topic: &Topic) -> Arc<TopicQueue> {
+        if let Some(queue) = self.topics.read().get(topic) {
+            return Arc::clone(queue);
+        }
+        let mut topics = self.topics.write();
+        let queue = topics.entry(topic.clone()).or_insert_with(|| {
+            Arc::new(TopicQueue { topic: topic.clone(), direct: AtomicBool::new(false), waiting: Mutex::default() })
+        });
+        Arc::clone(queue)
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    /// Publishes; `for_group` says that it is for that group alone.
+    pub(crate) fn publish(&self, topic: &TopicQueue, message: Message, for_group: Option<&str>) -> Publish {
+        if self.is_closed() {
+            return Operation::from(closed());
+        }
+        self.begin(topic, message, for_group)
+    }
+
+    /// Publishes what the broker itself has to say, while it closes, too: dead letters.
+    pub(crate) fn publish_late(&self, topic: &TopicQueue, message: Message) -> Publish {
+        if self.ended.load(Ordering::Acquire) {
+            return Operation::from(closed());
+        }
+        self.begin(topic, message, None)
+    }
+
+    fn begin(&self, topic: &TopicQueue, message: Message, for_group: Option<&str>) -> Publish {
+        let client = match self.client() {
+            Ok(client) => client,
+            Err(error) => return Operation::from(error),
+        };
+        let (ticket, publish) = self.tickets.issue(message.id().clone());
+        if topic.direct.load(Ordering::Acquire) {
+            match send(client, &topic.topic, &message, for_group, ticket) {
+                Ok(()) => return publish,
+                Err(Refused::Full) => {}
+                Err(Refused::Failed(error)) => {
+                    self.tickets.complete(ticket, Err(error));
+                    return publish;
+                }
+            }
+        }
+        self.tickets.queued(ticket);
+        self.enqueue(topic, Queued { ticket, message, for_group: for_group.map(str::to_owned) });
+        publish
+    }
+
+    fn enqueue(&self, topic: &TopicQueue, queued: Queued) {
+        let mut waiting = topic.waiting.lock();
+        topic.direct.store(false, Ordering::Release);
+        waiting.messages.push_back(queued);
+        self.queued.fetch_add(1, Ordering::AcqRel);
+        match waiting.state {
+            Lookup::Done => self.drain(topic, &mut waiting),
+            Lookup::Running => {}
+            Lookup::Needed => {
+                waiting.state = Lookup::Running;
+                drop(waiting);
+                self.look_up(topic.topic.clone());
+            }
+        }
+    }
+
+    /// Finds or creates the topic on a thread of its own: it may wait for the server, and neither a
+    /// caller nor the delivery callbacks should.
+    fn look_up(&self, topic: Topic) {
+        let this = Weak::clone(&self.this);
+        let name = topic.clone();
+        let looking = move || {
+            let Some(publishing) = this.upgrade() else { return };
+            let found = publishing.admin.ensure_topic(&topic);
+            publishing.looked_up(&topic, found);
+        };
+        let spawned = thread::Builder::new().name("broker-kafka-topic".to_owned()).spawn(looking);
+        if let Err(error) = spawned {
+            self.looked_up(&name, Err(Error::backend("start a thread").with_source(error)));
+        }
+    }
+
+    fn looked_up(&self, topic: &Topic, found: Result<()>) {
+        let queue = self.topic(topic);
+        let mut waiting = queue.waiting.lock();
+        match found {
+            Ok(()) => {
+                waiting.state = Lookup::Done;
+                self.drain(&queue, &mut waiting);
+            }
+            Err(error) => {
+                // The next publish tries again.
+                waiting.state = Lookup::Needed;
+                let failed = std::mem::take(&mut waiting.messages);
+                self.queued.fetch_sub(failed.len(), Ordering::AcqRel);
+                drop(waiting);
+                let error = error.context(format_args!("publish to {topic}"));
+                failed.into_iter().for_each(|queued| self.tickets.complete(queued.ticket, Err(error.clone())));
+            }
+        }
+    }
+
+    /// Gives librdkafka what waits, in order, as far as there is room.
+    fn drain(&self, topic: &TopicQueue, waiting: &mut Waiting) {
+        let Ok(client) = self.client() else { return };
+        while let Some(queued) = waiting.messages.pop_front() {
+            if self.tickets.take(queued.ticket) {
+                match send(client, &topic.topic, &queued.message, queued.for_group.as_deref(), queued.ticket) {
+                    Ok(()) => {}
+                    Err(Refused::Full) => {
+                        self.tickets.queued(queued.ticket);
+                        waiting.messages.push_front(queued);
+                        return;
+                    }
+                    Err(Refused::Failed(error)) => self.tickets.complete(queued.ticket, Err(error)),
+                }
+            }
+            self.queued.fetch_sub(1, Ordering::AcqRel);
+        }
+        topic.direct.store(true, Ordering::Release);
+    }
+
+    /// Room was made in librdkafka's queue.
+    fn drain_all(&self) {
+        let full: Vec<Arc<TopicQueue>> = self.topics.read().values().cloned().collect();
+        for topic in full {
+            let mut waiting = topic.waiting.lock();
+            if matches!(waiting.state, Lookup::Done) && !waiting.messages.is_empty() {
+                self.drain(&topic, &mut waiting);
+            }
+        }
+    }
+
+    /// The client, made when it is first needed: making a broker does no I/O.
+    pub(crate) fn client(&self) -> Result<&Arc<RawProducer>> {
+        self.client.get_or_init(|| self.make()).as_ref().map_err(Clone::clone)
+    }
+
+    fn make(&self) -> Result<Arc<RawProducer>> {
+        let config = &self.config;
+        let mut settings = client::settings(
+            config,
+            &[
+                ("enable.idempotence", "true"),
+                ("acks", "all"),
+                // A publish on its own waits for no company; under load batches form while requests
+                // are on their way.
+                ("linger.ms", "0"),
+                ("compression.type", config.compression.as_str()),
+                ("message.timeout.ms", &millis(config.publish_timeout)),
+                // Where Java's own client puts a key.
+                ("partitioner", "murmur2_random"),
+                ("queue.buffering.max.kbytes", "262144"),
+            ],
+        );
+        client::hand_on(&mut settings, config, Role::Producer);
+        let callbacks = Callbacks {
+            publishing: Weak::clone(&self.this),
+            tickets: Arc::clone(&self.tickets),
+            health: Arc::clone(self.admin.health()),
+        };
+        let client = BaseProducer::from_config_and_context(&settings, callbacks);
+        let client = Arc::new(client.map_err(|error| client::not_made(&error))?);
+        let (this, polled) = (Weak::clone(&self.this), Arc::clone(&client));
+        let poll = move || {
+            while this.strong_count() > 0 {
+                polled.poll(Duration::from_millis(100));
+            }
+        };
+        let spawned = thread::Builder::new().name("broker-kafka-publish".to_owned()).spawn(poll);
+        spawned.map_err(|error| Error::backend("start a thread").with_source(error))?;
+        Ok(client)
+    }
+
+    /// Takes no more; waits until `deadline` for what was taken, and gives up the rest. Tells how many
+    /// publishes that were.
+    pub(crate) fn close(&self, deadline: Instant) -> usize {
+        self.stop_intake();
+        self.ended.store(true, Ordering::Release);
+        while self.tickets.pending() > 0 && Instant::now() < deadline {
+            rest(Duration::from_millis(2));
+        }
+        let left = self.tickets.pending();
+        for topic in self.topics.read().values() {
+            let queued = std::mem::take(&mut topic.waiting.lock().messages);
+            queued.into_iter().for_each(|queued| self.tickets.complete(queued.ticket, Err(closed())));
+        }
+        if left > 0
+            && let Some(Ok(client)) = self.client.get()
+        {
+            // The callbacks of what is purged complete the futures.
+            client.purge(PurgeConfig::default().queue().inflight());
+        }
+        left
+    }
+
+    /// Takes no more.
+    pub(crate) fn stop_intake(&self) {
+        self.closed.store(true, Ordering::Release);
+    }
+}
+
+impl fmt::Debug for Publishing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Publishing").field("closed", &self.is_closed()).finish_non_exhaustive()
+    }
+}
+
+fn closed() -> Error {
+    Error::closed("the broker is closed")
+}
+
+/// The publishes to one topic.
+#[derive(Debug)]
+pub(crate) struct TopicQueue {
+    topic: Topic,
+    /// Whether publishes go straight to librdkafka: the topic is there and nobody waits.
+    direct: AtomicBool,
+    waiting: Mutex<Waiting>,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    state: Lookup,
+    messages: VecDeque<Queued>,
+}
+
+#[derive(Debug, Default)]
+enum Lookup {
+    #[default]
+    Needed,
+    Running,
+    Done,
+}
+
+#[derive(Debug)]
+struct Queued {
+    ticket: usize,
+    message: Message,
+    for_group: Option<String>,
+}
+
+enum Refused {
+    /// Librdkafka's queue is full.
+    Full,
+    Failed(Error),
+}
+
+fn send(
+    client: &RawProducer,
+    topic: &Topic,
+    message: &Message,
+    for_group: Option<&str>,
+    ticket: usize,
+) -> Result<(), Refused> {
+    let mut record = BaseRecord::<[u8], [u8], usize>::with_opaque_to(topic.as_str(), ticket);
+    record.payload = (!message.is_tombstone()).then(|| &message.payload()[..]);
+    record.key = message.key().map(|key| &key[..]);
+    record.timestamp = record::field_timestamp(message);
+    record.headers = Some(record::headers(message, for_group));
+    match client.send(record) {
+        Ok(()) => Ok(()),
+        Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), _)) => Err(Refused::Full),
+        Err((error, _)) => Err(Refused::Failed(error::failed(format_args!("publish to {topic}"), &error))),
+    }
+}
+
+/// What librdkafka calls back for.
+#[derive(Debug)]
+pub struct Callbacks {
+    publishing: Weak<Publishing>,
+    tickets: Arc<Tickets>,
+    health: Arc<Health>,
+}
+
+impl ClientContext for Callbacks {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, line: &str) {
+        client::log(level, facility, line);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        self.health.failed(error::failed(reason, &error));
+    }
+}
+
+impl ProducerContext for Callbacks {
+    type DeliveryOpaque = usize;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, ticket: usize) {
+        let outcome = match result {
+            Ok(record) => Ok((record.partition(), record.offset())),
+            Err((error, record)) => {
+                let error = error::failed(format_args!("publish to {}", record.topic()), error);
+                Err(if error.kind() == ErrorKind::Closed { closed() } else { self.health.explain(error) })
+            }
+        };
+        self.tickets.complete(ticket, outcome);
+        if let Some(publishing) = self.publishing.upgrade()
+            && publishing.queued.load(Ordering::Acquire) > 0
+        {
+            publishing.drain_all();
+        }
+    }
+}
+
+/// The publisher of one topic.
+#[derive(Debug)]
+pub(crate) struct KafkaProducer {
+    pub(crate) publishing: Arc<Publishing>,
+    pub(crate) topic: Arc<TopicQueue>,
+}
+
+impl KafkaProducer {
+    fn start(&self, message: Message) -> Publish {
+        match check_message(&message) {
+            Ok(()) => self.publishing.publish(&self.topic, message, None),
+            Err(error) => Operation::from(error),
+        }
+    }
+}
+
+impl Producer for KafkaProducer {
+    fn publish(&self, message: Message) -> Publish {
+        self.start(message)
+    }
+
+    fn publish_batch(&self, messages: Vec<Message>) -> PublishBatch {
+        if self.publishing.is_closed() {
+            return Operation::from(closed());
+        }
+        let publishes: Vec<Publish> = messages.into_iter().map(|message| self.start(message)).collect();
+        Operation::boxed(async move {
+            let mut results = Vec::with_capacity(publishes.len());
+            for publish in publishes {
+                results.push(publish.await);
+            }
+            Ok(results)
+        })
+    }
+}

@@ -1,0 +1,175 @@
+#!/usr/bin/env bash
+# Apache Kafka for the tests: one KRaft node of our own on free ports, from Maven Central's jars.
+#
+#   kafka.sh up             start it (or use KAFKA_URL, or the one that runs) and print KAFKA_URL=…
+#   kafka.sh down           stop it and remove what it kept
+#   kafka.sh stop|start [URL]   stop it, start it again on the same ports with what it kept
+#
+# Needs a JDK 17 or newer and Maven, once. The jars are kept in ~/.cache/broker-tests; everything else is
+# in .servers/kafka of this repository. Sourced by tests/servers, which calls kafka_up and so on.
+#
+# Besides the plain listener the node has LINKS listeners that tell their clients another port to come
+# back to: a test puts a proxy on that port and has a connection that it can cut. They are printed as
+# KAFKA_LINKS=ADVERTISED:LISTENING,…
+
+KAFKA_VERSION=4.3.0
+KAFKA_HOME_DIR="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/.servers/kafka"
+KAFKA_CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/broker-tests/kafka-$KAFKA_VERSION"
+KAFKA_LINK_COUNT=4
+
+kafka_up() {
+    if [ -n "${KAFKA_URL:-}" ]; then
+        echo "KAFKA_URL=$KAFKA_URL"
+        return
+    fi
+    if ! _kafka_runs; then
+        [ -f "$KAFKA_HOME_DIR/server.properties" ] || _kafka_prepare || return
+        _kafka_launch || return
+    fi
+    cat "$KAFKA_HOME_DIR/environment"
+}
+
+kafka_down() {
+    kafka_stop
+    rm -rf "$KAFKA_HOME_DIR"
+}
+
+kafka_stop() {
+    local pid
+    pid=$(_kafka_pid) || return 0
+    # A clean stop first: an unclean one costs the next start a recovery.
+    kill -TERM "$pid" 2>/dev/null || true
+    _kafka_wait 300 _kafka_gone || { kill -KILL "$pid" 2>/dev/null; _kafka_wait 50 _kafka_gone; }
+    rm -f "$KAFKA_HOME_DIR/pid"
+}
+
+kafka_start() {
+    _kafka_runs && return
+    [ -f "$KAFKA_HOME_DIR/server.properties" ] || { echo "kafka: nothing to start; use up" >&2; return 1; }
+    _kafka_launch
+}
+
+# --- how -------------------------------------------------------------------------------------------
+
+_kafka_prepare() {
+    local java
+    java=$(java -version 2>&1 | sed -n 's/.*version "\([0-9]*\).*/\1/p' | head -1)
+    [ "${java:-0}" -ge 17 ] || { echo "kafka: needs Java 17 or newer (openjdk-17-jre-headless)" >&2; return 1; }
+    _kafka_fetch || return
+    mkdir -p "$KAFKA_HOME_DIR"
+    local ports=() port links="" advertised="" listeners="" protocols="" n
+    # Free ports that stay ours: bound to be known, all at once so that they differ.
+    read -r -a ports < <(_kafka_free_ports $((2 + 2 * KAFKA_LINK_COUNT)))
+    [ "${#ports[@]}" -eq $((2 + 2 * KAFKA_LINK_COUNT)) ] || { echo "kafka: no free ports" >&2; return 1; }
+    for ((n = 0; n < KAFKA_LINK_COUNT; n++)); do
+        local told=${ports[2 + 2 * n]} listening=${ports[3 + 2 * n]}
+        listeners+=",LINK$n://127.0.0.1:$listening"
+        advertised+=",LINK$n://127.0.0.1:$told"
+        protocols+=",LINK$n:PLAINTEXT"
+        links+="${links:+,}$told:$listening"
+    done
+    cat >"$KAFKA_HOME_DIR/server.properties" <<-PROPERTIES
+		process.roles=broker,controller
+		node.id=1
+		controller.quorum.voters=1@127.0.0.1:${ports[1]}
+		listeners=PLAINTEXT://127.0.0.1:${ports[0]},CONTROLLER://127.0.0.1:${ports[1]}$listeners
+		advertised.listeners=PLAINTEXT://127.0.0.1:${ports[0]}$advertised
+		listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT$protocols
+		inter.broker.listener.name=PLAINTEXT
+		controller.listener.names=CONTROLLER
+		log.dirs=$KAFKA_HOME_DIR/data
+		offsets.topic.replication.factor=1
+		offsets.topic.num.partitions=4
+		transaction.state.log.replication.factor=1
+		transaction.state.log.min.isr=1
+		transaction.state.log.num.partitions=4
+		share.coordinator.state.topic.replication.factor=1
+		share.coordinator.state.topic.min.isr=1
+		group.initial.rebalance.delay.ms=0
+		num.partitions=3
+		auto.create.topics.enable=false
+	PROPERTIES
+    cat >"$KAFKA_HOME_DIR/log4j2.properties" <<-PROPERTIES
+		rootLogger.level=WARN
+		rootLogger.appenderRef.stdout.ref=out
+		appender.stdout.type=Console
+		appender.stdout.name=out
+		appender.stdout.layout.type=PatternLayout
+		appender.stdout.layout.pattern=%d %p %c %m%n
+	PROPERTIES
+    printf 'KAFKA_URL=kafka://127.0.0.1:%s\nKAFKA_LINKS=%s\n' "${ports[0]}" "$links" >"$KAFKA_HOME_DIR/environment"
+    java -Xmx256m -cp "$KAFKA_CACHE/libs/*" kafka.tools.StorageTool format -t broker-tests-cluster-00 \
+        -c "$KAFKA_HOME_DIR/server.properties" >"$KAFKA_HOME_DIR/format.log" 2>&1 ||
+        { cat "$KAFKA_HOME_DIR/format.log" >&2; rm -rf "$KAFKA_HOME_DIR"; return 1; }
+}
+
+_kafka_fetch() {
+    [ -f "$KAFKA_CACHE/complete" ] && return
+    command -v mvn >/dev/null || { echo "kafka: needs Maven (apt-get install maven) to fetch Kafka once" >&2; return 1; }
+    mkdir -p "$KAFKA_CACHE"
+    cat >"$KAFKA_CACHE/pom.xml" <<-POM
+		<project xmlns="http://maven.apache.org/POM/4.0.0">
+		  <modelVersion>4.0.0</modelVersion>
+		  <groupId>broker-tests</groupId><artifactId>kafka</artifactId><version>1</version>
+		  <dependencies>
+		    <dependency><groupId>org.apache.kafka</groupId><artifactId>kafka_2.13</artifactId><version>$KAFKA_VERSION</version></dependency>
+		    <dependency><groupId>org.apache.logging.log4j</groupId><artifactId>log4j-slf4j-impl</artifactId><version>2.25.1</version></dependency>
+		  </dependencies>
+		</project>
+	POM
+    (cd "$KAFKA_CACHE" && timeout 600 mvn -q -B dependency:copy-dependencies -DoutputDirectory=libs) >"$KAFKA_CACHE/fetch.log" 2>&1 ||
+        { tail -20 "$KAFKA_CACHE/fetch.log" >&2; return 1; }
+    touch "$KAFKA_CACHE/complete"
+}
+
+_kafka_launch() {
+    # Apart from our terminal and pipes, so that it outlives this script and holds nobody's output open.
+    setsid java -Xmx512m -XX:+UseSerialGC -Dlog4j2.configurationFile="$KAFKA_HOME_DIR/log4j2.properties" \
+        -cp "$KAFKA_CACHE/libs/*" kafka.Kafka "$KAFKA_HOME_DIR/server.properties" \
+        >>"$KAFKA_HOME_DIR/server.log" 2>&1 </dev/null &
+    echo $! >"$KAFKA_HOME_DIR/pid"
+    _kafka_wait 600 _kafka_answers_or_gone && _kafka_runs ||
+        { echo "kafka: it did not start:" >&2; tail -20 "$KAFKA_HOME_DIR/server.log" >&2; return 1; }
+}
+
+_kafka_port() { sed -n 's/^KAFKA_URL=.*:\([0-9]*\)$/\1/p' "$KAFKA_HOME_DIR/environment"; }
+
+_kafka_answers() { (exec 3<>"/dev/tcp/127.0.0.1/$(_kafka_port)") 2>/dev/null; }
+
+_kafka_answers_or_gone() { _kafka_answers || _kafka_gone; }
+
+# The pid, if it is still our server: pids are used again.
+_kafka_pid() {
+    local pid
+    pid=$(cat "$KAFKA_HOME_DIR/pid" 2>/dev/null) || return 1
+    tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -qF "$KAFKA_HOME_DIR/server.properties" && echo "$pid"
+}
+
+_kafka_runs() { _kafka_pid >/dev/null; }
+
+_kafka_gone() { ! _kafka_runs; }
+
+# Waits up to $1 tenths of a second for a command to succeed.
+_kafka_wait() {
+    local n
+    for ((n = 0; n < $1; n++)); do
+        "$2" && return
+        sleep 0.1
+    done
+    return 1
+}
+
+_kafka_free_ports() {
+    python3 -c '
+import socket, sys
+held = [socket.socket() for _ in range(int(sys.argv[1]))]
+for one in held: one.bind(("127.0.0.1", 0))
+print(*(one.getsockname()[1] for one in held))' "$1"
+}
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+    case "${1:-}" in
+    up | down | stop | start) "kafka_$1" ;;
+    *) sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    esac
+fi

@@ -1,0 +1,234 @@
+//! The suite on a real Apache Kafka: the one that KAFKA_URL names, or one of our own that
+//! `tests/servers up kafka` starts.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use broker_core::{BoxFuture, Broker, Connectors, Error, Result, Topic};
+use broker_kafka::KafkaBroker;
+use broker_kafka::rdkafka::message::{Header, OwnedHeaders};
+use broker_kafka::rdkafka::producer::BaseRecord;
+use broker_tests::{Fault, Harness, Link, Proxy, Report, Secret, Suite, Timing, summary};
+use parking_lot::Mutex;
+
+/// What `tests/servers up kafka` printed.
+struct Server {
+    url: String,
+    /// Where a listener tells its clients to come back to, and where it listens; free ones.
+    links: Mutex<Vec<(String, String)>>,
+    /// Whether it is ours to restart.
+    ours: bool,
+}
+
+fn script() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("servers")
+}
+
+fn run(arguments: &[&str]) -> std::result::Result<String, String> {
+    let output = Command::new(script()).args(arguments).output().map_err(|error| error.to_string())?;
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+fn server() -> &'static Server {
+    static SERVER: OnceLock<Server> = OnceLock::new();
+    SERVER.get_or_init(|| {
+        let printed = run(&["up", "kafka"]).unwrap_or_else(|error| panic!("tests/servers up kafka: {error}"));
+        let value = |name: &str| {
+            let line = printed.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+            line.map(str::to_owned)
+        };
+        let link = |pair: &str| {
+            let (told, listening) = pair.split_once(':')?;
+            Some((format!("127.0.0.1:{told}"), format!("127.0.0.1:{listening}")))
+        };
+        let links = value("KAFKA_LINKS");
+        Server {
+            url: value("KAFKA_URL").unwrap_or_else(|| panic!("no KAFKA_URL in {printed:?}")),
+            ours: links.is_some(),
+            links: Mutex::new(links.iter().flat_map(|links| links.split(',')).filter_map(link).collect()),
+        }
+    })
+}
+
+fn open(address: &str, parameters: &str) -> Result<Arc<dyn Broker>> {
+    let mut connectors = Connectors::new();
+    connectors.add(["kafka"], broker_kafka::connector());
+    connectors.open(&format!("{address}?partitions=3&metadata_refresh=1s{parameters}"))
+}
+
+/// Where nobody listens.
+fn nowhere() -> Result<String> {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
+    listener.map(|address| address.to_string()).map_err(|error| Error::backend("no free port").with_source(error))
+}
+
+#[derive(Debug)]
+struct Kafka;
+
+impl Harness for Kafka {
+    fn name(&self) -> String {
+        "kafka:".to_owned()
+    }
+
+    fn open(&self) -> Result<Arc<dyn Broker>> {
+        open(&server().url, "")
+    }
+
+    fn timing(&self) -> Timing {
+        // A member that joins or leaves is noticed by the others at their next heartbeat.
+        Timing { patience: Duration::from_secs(60), guard: Duration::from_secs(300), ..Timing::default() }
+    }
+
+    fn link(&self) -> BoxFuture<'_, Result<Option<Arc<dyn Link>>>> {
+        Box::pin(async {
+            let Some((told, listening)) = server().links.lock().pop() else { return Ok(None) };
+            let proxy = Proxy::start_at(&told, listening.clone()).await;
+            let proxy = proxy.map_err(|error| Error::backend("start a proxy").with_source(error))?;
+            Ok(Some(Arc::new(Proxied { proxy, told, listening }) as Arc<dyn Link>))
+        })
+    }
+
+    fn unreachable(&self) -> Option<Result<Arc<dyn Broker>>> {
+        let short = "&connect_timeout=2s&publish_timeout=2s";
+        Some(nowhere().and_then(|nowhere| open(&format!("kafka://{nowhere}"), short)))
+    }
+
+    fn secret(&self) -> Option<Secret> {
+        let text = "hunter2-suite".to_owned();
+        let address = server().url.replace("kafka://", &format!("kafka://user:{text}@"));
+        Some(Secret { opened: open(&address, "&connect_timeout=2s&publish_timeout=2s"), text })
+    }
+
+    fn inject<'a>(&'a self, topic: &'a Topic) -> BoxFuture<'a, Option<Result<()>>> {
+        Box::pin(async move {
+            let injected = async {
+                let broker = KafkaBroker::new(config(&server().url)?);
+                broker.connect().await?;
+                let producer = broker.raw_producer()?;
+                // No header of a message has no name.
+                let headers = OwnedHeaders::new().insert(Header { key: "", value: Some("nameless") });
+                let record = BaseRecord::with_opaque_to(topic.as_str(), usize::MAX).key("k").payload("\u{1}raw");
+                let sent = producer.send(record.headers(headers)).map_err(|(error, _)| error);
+                sent.map_err(|error| Error::backend("inject").with_source(error))?;
+                while broker_kafka::rdkafka::producer::Producer::in_flight_count(&*producer) > 0 {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                broker.close(Duration::from_secs(5)).await;
+                Ok(())
+            };
+            Some(injected.await)
+        })
+    }
+
+    fn raw_client(&self, broker: &dyn Broker) -> Option<bool> {
+        let broker: &dyn std::any::Any = broker;
+        Some(broker.downcast_ref::<KafkaBroker>().is_some_and(|kafka| kafka.raw_producer().is_ok()))
+    }
+}
+
+fn config(url: &str) -> Result<broker_kafka::KafkaConfig> {
+    broker_kafka::KafkaConfig::from_url(broker_core::BrokerUrl::parse(url)?)
+}
+
+/// The way through a proxy that the server itself names.
+struct Proxied {
+    proxy: Proxy,
+    told: String,
+    listening: String,
+}
+
+impl fmt::Debug for Proxied {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Proxied").field(&self.proxy).finish()
+    }
+}
+
+impl Drop for Proxied {
+    fn drop(&mut self) {
+        // The port is free when the proxy has ended, a moment later; the pool is longer than a moment.
+        server().links.lock().insert(0, (self.told.clone(), self.listening.clone()));
+    }
+}
+
+fn done() -> BoxFuture<'static, ()> {
+    Box::pin(std::future::ready(()))
+}
+
+impl Link for Proxied {
+    fn open(&self) -> Result<Arc<dyn Broker>> {
+        // A member whose link is gone cannot say goodbye: the server's patience with it is cut short.
+        let short = "&connect_timeout=5s&publish_timeout=5s&librdkafka.session.timeout.ms=6000";
+        open(&format!("kafka://{}", self.told), short)
+    }
+
+    fn connections(&self) -> Option<u64> {
+        Some(self.proxy.accepted())
+    }
+
+    fn cut(&self) -> BoxFuture<'_, ()> {
+        self.proxy.cut();
+        done()
+    }
+
+    fn down(&self) -> BoxFuture<'_, ()> {
+        self.proxy.set(Fault::Refuse);
+        self.proxy.cut();
+        done()
+    }
+
+    fn stall(&self) -> BoxFuture<'_, ()> {
+        self.proxy.set(Fault::Stall);
+        done()
+    }
+
+    fn up(&self) -> BoxFuture<'_, ()> {
+        self.proxy.set(Fault::None);
+        done()
+    }
+
+    fn restart(&self) -> BoxFuture<'_, Result<bool>> {
+        Box::pin(async {
+            if !server().ours {
+                return Err(Error::unsupported("the server that KAFKA_URL names is not ours to restart"));
+            }
+            let restarted = tokio::task::spawn_blocking(|| run(&["restart", &server().url])).await;
+            let restarted = restarted.map_err(|error| Error::backend("restart the server").with_source(error))?;
+            restarted.map(|_| true).map_err(|error| Error::backend(format!("restart the server: {error}")))
+        })
+    }
+}
+
+/// Whether `id` restarts the server that others would be using.
+fn restarts(id: &str) -> bool {
+    id == "F1"
+}
+
+/// KAFKA_CHECKS=A1,B runs only those.
+fn wanted() -> Option<Vec<String>> {
+    let wanted = std::env::var("KAFKA_CHECKS").ok()?;
+    Some(wanted.split(',').map(str::to_owned).collect())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn every_check() {
+    let mut suite = Suite::new("kafka:", || Arc::new(Kafka));
+    if let Some(wanted) = wanted() {
+        suite = suite.only(wanted);
+    }
+    let (alone, shared): (Vec<&str>, Vec<&str>) =
+        suite.checks().iter().map(|check| check.id).partition(|id| restarts(id));
+    let mut reports = Vec::new();
+    for (checks, parallel) in [(shared, 3), (alone, 1)] {
+        let part = suite.clone().only(checks).parallel(parallel);
+        reports.extend(part.run(|report| println!("{report} ({} ms)", report.millis)).await);
+    }
+    println!("{}", summary("kafka:", &reports));
+    let bad: Vec<String> = reports.iter().filter(|report| !report.is_good()).map(Report::to_string).collect();
+    assert!(bad.is_empty(), "{}", bad.join("\n"));
+}
