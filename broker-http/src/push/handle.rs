@@ -263,8 +263,9 @@ impl Push {
     pub async fn test(&self) -> Attempt {
         let engine = &self.engine;
         let message = test_message();
-        let exchange = lane::exchange(engine, &mut None, || engine.encoder.encode_test(self.marked(&message))).await;
-        let verdict = judge(&exchange.outcome, &engine.spec.verdicts, std::time::SystemTime::now());
+        let exchange =
+            lane::exchange(engine, &mut lane::Line::new(), || engine.encoder.encode_test(self.marked(&message))).await;
+        let verdict = judge(&exchange.outcome, &engine.spec.verdicts, std::time::SystemTime::now);
         Attempt {
             id: message.id().clone(),
             attempt: 1,

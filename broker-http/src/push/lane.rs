@@ -6,6 +6,7 @@ use std::task::Poll;
 use std::time::{Duration, SystemTime};
 
 use broker_core::{Delivery, Settlement, Timestamp};
+use smallvec::SmallVec;
 use tokio::time::Instant;
 
 use super::Attempt;
@@ -13,23 +14,36 @@ use super::connection::{Broken, Connection, Content};
 use super::core::Parcel;
 use super::encode::envelope;
 use super::engine::Engine;
+use super::timer::Timer;
 use super::verdict::{self, Decision, Item, Outcome, Verdict};
 use crate::Mode;
 
 /// Carries parcels until there has been none for a while.
 pub(crate) async fn run(engine: Arc<Engine>, id: usize, parcel: Parcel) {
-    let mut connection = None;
+    let mut line = Line::new();
     let mut next = Some(parcel);
     while let Some(parcel) = next {
         let encode = || {
             let name = engine.name.as_str();
             engine.encoder.encode(parcel.deliveries.iter().map(|delivery| envelope(delivery, name)))
         };
-        let exchange = exchange(&engine, &mut connection, encode).await;
+        let exchange = exchange(&engine, &mut line, encode).await;
         next = settle(&engine, id, parcel, exchange).await;
         if next.is_none() {
-            next = idle(&engine, id, &mut connection).await;
+            next = idle(&engine, id, &mut line).await;
         }
+    }
+}
+
+/// What a lane keeps from one request to the next.
+pub(crate) struct Line {
+    connection: Option<Connection>,
+    timer: Timer,
+}
+
+impl Line {
+    pub(crate) fn new() -> Self {
+        Self { connection: None, timer: Timer::new() }
     }
 }
 
@@ -42,11 +56,8 @@ pub(crate) struct Exchange {
 
 /// Sends a request on the connection that is kept, or on a new one, and waits for the answer within
 /// the subscription's time. A connection of no further use is closed.
-pub(crate) async fn exchange(
-    engine: &Engine,
-    connection: &mut Option<Connection>,
-    encode: impl Fn() -> Content,
-) -> Exchange {
+pub(crate) async fn exchange(engine: &Engine, line: &mut Line, encode: impl Fn() -> Content) -> Exchange {
+    let Line { connection, timer } = line;
     let mut permit = None;
     if !connection.as_ref().is_some_and(Connection::is_open) {
         *connection = None;
@@ -71,9 +82,9 @@ pub(crate) async fn exchange(
             }
         }
     };
-    let outcome = match tokio::time::timeout(engine.spec.timeout, attempt).await {
-        Ok(outcome) => outcome,
-        Err(_) => {
+    let outcome = match timer.until(began + engine.spec.timeout, attempt).await {
+        Some(outcome) => outcome,
+        None => {
             *connection = None;
             // Who shares it may be waiting in vain too.
             engine.route.forget();
@@ -88,7 +99,7 @@ pub(crate) async fn exchange(
 
 /// Settles what was pushed, and asks for more.
 async fn settle(engine: &Arc<Engine>, id: usize, parcel: Parcel, exchange: Exchange) -> Option<Parcel> {
-    let verdict = verdict::judge(&exchange.outcome, &engine.spec.verdicts, SystemTime::now());
+    let verdict = verdict::judge(&exchange.outcome, &engine.spec.verdicts, SystemTime::now);
     let items = judge_items(engine, &parcel, &exchange.outcome, &verdict);
     let disabled = {
         let mut state = engine.lock();
@@ -117,7 +128,7 @@ async fn settle(engine: &Arc<Engine>, id: usize, parcel: Parcel, exchange: Excha
     }
     let count = parcel.deliveries.len();
     let mut kept = Vec::new();
-    let mut settling = Vec::new();
+    let mut settling = SmallVec::new();
     for (index, delivery) in parcel.deliveries.into_iter().enumerate() {
         let item = items.as_ref().and_then(|items| items.get(index));
         let (decision, reason) =
@@ -138,7 +149,12 @@ async fn settle(engine: &Arc<Engine>, id: usize, parcel: Parcel, exchange: Excha
 }
 
 /// Settles a delivery. What the broker took at once costs nothing more.
-fn begin(engine: &Engine, delivery: Delivery, settlement: Settlement, settling: &mut Vec<broker_core::Settle>) {
+fn begin(
+    engine: &Engine,
+    delivery: Delivery,
+    settlement: Settlement,
+    settling: &mut SmallVec<[broker_core::Settle; 1]>,
+) {
     if let Settlement::Reject(failure) = &settlement {
         let id = delivery.message().id();
         tracing::debug!(subscription = %engine.name, %id, reason = failure.reason(), "a message is dead-lettered");
@@ -158,14 +174,15 @@ fn judge_items(engine: &Engine, parcel: &Parcel, outcome: &Outcome, verdict: &Ve
 
 /// Keeps the connection until there is a parcel, the endpoint closes it, or it has been idle for
 /// too long; without a connection there is nothing to keep.
-async fn idle(engine: &Engine, id: usize, connection: &mut Option<Connection>) -> Option<Parcel> {
+async fn idle(engine: &Engine, id: usize, line: &mut Line) -> Option<Parcel> {
+    let Line { connection, timer } = line;
     if let Some(open) = connection {
         let parcel = poll_fn(|cx| match engine.poll_idle(id, cx) {
             Poll::Pending => open.poll_closed(cx).map(|()| None),
             ready => ready,
         });
-        let idle_timeout = engine.route.client().idle_timeout();
-        if let Ok(Some(parcel)) = tokio::time::timeout(idle_timeout, parcel).await {
+        let deadline = Instant::now() + engine.route.client().idle_timeout();
+        if let Some(Some(parcel)) = timer.until(deadline, parcel).await {
             return Some(parcel);
         }
         *connection = None;

@@ -24,6 +24,7 @@ mod lane;
 mod rate;
 mod sign;
 mod target;
+mod timer;
 mod verdict;
 mod window;
 

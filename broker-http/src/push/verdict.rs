@@ -79,8 +79,8 @@ pub(crate) struct Verdict {
     pub(crate) reason: Cow<'static, str>,
 }
 
-/// The table. `now` is for a `Retry-After` that is a date.
-pub(crate) fn judge(outcome: &Outcome, own: &BTreeMap<u16, StatusVerdict>, now: SystemTime) -> Verdict {
+/// The table. `now` is asked for a `Retry-After` that is a date.
+pub(crate) fn judge(outcome: &Outcome, own: &BTreeMap<u16, StatusVerdict>, now: fn() -> SystemTime) -> Verdict {
     let answer = match outcome {
         Outcome::Answer(answer) => answer,
         Outcome::TimedOut(limit) => {
@@ -133,19 +133,19 @@ fn failing(status: u16) -> Health {
     if matches!(status, 429 | 503) { Health::Overloaded } else { Health::Failing }
 }
 
-fn retry(answer: &Answer, slow: bool, now: SystemTime) -> Decision {
+fn retry(answer: &Answer, slow: bool, now: fn() -> SystemTime) -> Decision {
     Decision::Retry { slow, floor: answer.retry_after.as_deref().and_then(|text| retry_after(text, now)) }
 }
 
 /// `Retry-After` (RFC 9110, section 10.2.3): seconds or a date; what is neither is ignored, what is
 /// longer than [`MAX_RETRY_AFTER`] is cut.
-fn retry_after(text: &str, now: SystemTime) -> Option<Duration> {
+fn retry_after(text: &str, now: fn() -> SystemTime) -> Option<Duration> {
     let text = text.trim();
     let wait = if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
         // More digits than fit are a long time.
         text.parse().map_or(MAX_RETRY_AFTER, Duration::from_secs)
     } else {
-        httpdate::parse_http_date(text).ok()?.duration_since(now).unwrap_or_default()
+        httpdate::parse_http_date(text).ok()?.duration_since(now()).unwrap_or_default()
     };
     Some(wait.min(MAX_RETRY_AFTER))
 }
@@ -274,7 +274,7 @@ pub(crate) fn settlement(
 mod tests {
     use super::*;
 
-    const NOW: SystemTime = SystemTime::UNIX_EPOCH;
+    const NOW: fn() -> SystemTime = || SystemTime::UNIX_EPOCH;
 
     fn answer(status: u16, retry_after: Option<&str>, body: &str) -> Outcome {
         Outcome::Answer(Answer { status, retry_after: retry_after.map(str::to_owned), body: body.as_bytes().to_vec() })
@@ -360,7 +360,7 @@ mod tests {
 
     #[test]
     fn retry_after_is_seconds_or_a_date_and_bounded() {
-        let now = NOW + Duration::from_secs(784_111_777);
+        let now = || NOW() + Duration::from_secs(784_111_777);
         for (text, wait) in [
             ("5", Some(5)),
             (" 5 ", Some(5)),

@@ -102,7 +102,8 @@ async fn attribute_filters_choose() {
 async fn ordered_means_one_of_a_key_at_a_time() {
     let fail = std::sync::atomic::AtomicU32::new(0);
     let mut endpoint = Endpoint::new(move |_| {
-        status(if fail.fetch_add(1, std::sync::atomic::Ordering::Relaxed) % 3 == 0 { 500 } else { 200 })
+        let fails = fail.fetch_add(1, std::sync::atomic::Ordering::Relaxed).is_multiple_of(3);
+        status(if fails { 500 } else { 200 })
     })
     .await;
     let retry = r#""ordered":true,"retry":{"initial":"1ms","max":"2ms"}"#;
