@@ -1,0 +1,197 @@
+//! Which deliveries of a channel are settled, and how that is said on the wire.
+//!
+//! To the user an ack is exact. On the wire one `multiple` ack can stand for every delivery up to its
+//! own, so that acks of contiguous deliveries, which are most, cost one frame for many.
+
+use std::collections::VecDeque;
+
+/// An ack to send.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct WireAck {
+    pub(crate) tag: u64,
+    /// Whether it stands for everything before it as well.
+    pub(crate) multiple: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Slot {
+    /// Delivered and not settled.
+    Out,
+    /// Acked by the user, and the server not told yet.
+    Acked,
+    /// The server knows.
+    Told,
+}
+
+/// The deliveries of one channel: their tags count from 1.
+#[derive(Debug)]
+pub(crate) struct Acks {
+    /// The tag of the first slot.
+    base: u64,
+    slots: VecDeque<Slot>,
+    /// Tags acked since the last [`flush`](Self::flush), in the order they were.
+    pending: Vec<u64>,
+}
+
+impl Acks {
+    pub(crate) fn new() -> Self {
+        Self { base: 1, slots: VecDeque::new(), pending: Vec::new() }
+    }
+
+    /// The server delivered `tag`.
+    pub(crate) fn delivered(&mut self, tag: u64) {
+        // The server counts without gaps; should it not, what is missing needs no ack.
+        while self.base + (self.slots.len() as u64) < tag {
+            self.slots.push_back(Slot::Told);
+        }
+        if self.base + (self.slots.len() as u64) == tag {
+            self.slots.push_back(Slot::Out);
+        }
+    }
+
+    /// The user acked `tag`. False if it is settled already.
+    pub(crate) fn ack(&mut self, tag: u64) -> bool {
+        let settled = self.turn(tag, Slot::Acked);
+        if settled {
+            self.pending.push(tag);
+        }
+        settled
+    }
+
+    /// `tag` is settled by a frame of its own (a nack). False if it is settled already.
+    pub(crate) fn told(&mut self, tag: u64) -> bool {
+        let settled = self.turn(tag, Slot::Told);
+        self.shrink();
+        settled
+    }
+
+    fn turn(&mut self, tag: u64, to: Slot) -> bool {
+        let index = tag.checked_sub(self.base).and_then(|index| usize::try_from(index).ok());
+        match index.and_then(|index| self.slots.get_mut(index)) {
+            Some(slot) if *slot == Slot::Out => {
+                *slot = to;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Acks waiting to be sent.
+    pub(crate) fn pending(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// What to send for every ack since the last time: the longest settled prefix as one, what lies
+    /// beyond a delivery that is still out one by one.
+    pub(crate) fn flush(&mut self) -> Vec<WireAck> {
+        if self.pending.is_empty() {
+            return Vec::new();
+        }
+        let mut wire = Vec::new();
+        let mut prefix = None;
+        let mut covered = 0_usize;
+        while let Some(slot) = self.slots.front().copied().filter(|slot| *slot != Slot::Out) {
+            if slot == Slot::Acked {
+                prefix = Some(self.base);
+                covered += 1;
+            }
+            self.slots.pop_front();
+            self.base += 1;
+        }
+        if let Some(tag) = prefix {
+            wire.push(WireAck { tag, multiple: covered > 1 });
+        }
+        for tag in std::mem::take(&mut self.pending) {
+            if tag >= self.base {
+                if let Some(slot) = self.slots.get_mut((tag - self.base) as usize) {
+                    *slot = Slot::Told;
+                }
+                wire.push(WireAck { tag, multiple: false });
+            }
+        }
+        wire
+    }
+
+    fn shrink(&mut self) {
+        while self.slots.front() == Some(&Slot::Told) {
+            self.slots.pop_front();
+            self.base += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn contiguous_acks_are_one_frame() {
+        let mut acks = Acks::new();
+        (1..=5).for_each(|tag| acks.delivered(tag));
+        [2, 1, 3, 5].into_iter().for_each(|tag| assert!(acks.ack(tag)));
+        assert!(!acks.ack(5), "once");
+        let one = |tag| WireAck { tag, multiple: false };
+        assert_eq!(acks.flush(), [WireAck { tag: 3, multiple: true }, one(5)]);
+        assert!(acks.flush().is_empty());
+        assert!(acks.ack(4));
+        assert_eq!(acks.flush(), [one(4)]);
+    }
+
+    /// What the server does: it knows the tags it has delivered, and refuses others.
+    #[derive(Default)]
+    struct Server {
+        last: u64,
+        outstanding: BTreeSet<u64>,
+    }
+
+    impl Server {
+        fn take(&mut self, ack: WireAck) {
+            assert!(self.outstanding.contains(&ack.tag), "unknown delivery tag {}", ack.tag);
+            if ack.multiple {
+                self.outstanding.retain(|tag| *tag > ack.tag);
+            } else {
+                self.outstanding.remove(&ack.tag);
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_server_settles_exactly_what_the_user_did(steps in proptest::collection::vec((0_u8..5, any::<prop::sample::Index>()), 0..200)) {
+            let (mut acks, mut server) = (Acks::new(), Server::default());
+            let (mut out, mut acked) = (BTreeSet::new(), BTreeSet::new());
+            for (step, index) in steps {
+                let chosen = (!out.is_empty()).then(|| *index.get(&out.iter().copied().collect::<Vec<u64>>()));
+                match (step, chosen) {
+                    (0 | 1, _) => {
+                        server.last += 1;
+                        server.outstanding.insert(server.last);
+                        acks.delivered(server.last);
+                        out.insert(server.last);
+                    }
+                    (2, Some(tag)) => {
+                        prop_assert!(acks.ack(tag));
+                        out.remove(&tag);
+                        acked.insert(tag);
+                    }
+                    (3, Some(tag)) => {
+                        prop_assert!(acks.told(tag));
+                        prop_assert!(server.outstanding.remove(&tag));
+                        out.remove(&tag);
+                    }
+                    _ => {
+                        acks.flush().into_iter().for_each(|ack| server.take(ack));
+                        acked.clear();
+                        prop_assert_eq!(&server.outstanding, &out);
+                    }
+                }
+                prop_assert_eq!(acks.pending(), acked.len());
+            }
+            acks.flush().into_iter().for_each(|ack| server.take(ack));
+            prop_assert_eq!(&server.outstanding, &out);
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! A subscription's task: a channel, its consumer, and both again when they are lost.
+
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use broker_core::{Consumer, Delivery, Error, Gap, Result, Topic};
+use bytes::Bytes;
+use futures_util::future::join_all;
+use futures_util::{FutureExt, StreamExt};
+use lapin::Channel;
+use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions};
+use lapin::types::{FieldTable, ShortString};
+use tokio::sync::oneshot;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::error::{from_lapin, is_final};
+use crate::link::{Live, Wait, closed};
+use crate::member::{Member, Undecodable};
+use crate::topology;
+use crate::wire;
+
+/// How long acks wait for more of them, so that one frame stands for many.
+const COALESCE: Duration = Duration::from_millis(1);
+/// Deliveries taken over from lapin in one go.
+const BATCH: usize = 256;
+
+/// The subscriber's end; dropping it ends the subscription.
+pub(crate) struct Receiver {
+    pub(crate) member: Arc<Member>,
+}
+
+impl Consumer for Receiver {
+    fn poll_receive(&mut self, cx: &mut Context<'_>, batch: &mut Vec<Delivery>, limit: usize) -> Poll<Result<usize>> {
+        let mut state = self.member.state.lock();
+        let count = match &state.ended {
+            Some(_) => 0,
+            None => self.member.hand_out(&mut state, batch, limit),
+        };
+        if count > 0 {
+            return Poll::Ready(Ok(count));
+        }
+        if let Some(ended) = &state.ended {
+            return Poll::Ready(ended.clone().map(|()| 0));
+        }
+        state.waker = Some(cx.waker().clone());
+        Poll::Pending
+    }
+
+    fn gap(&mut self) -> Option<Gap> {
+        self.member.take_gap()
+    }
+
+    fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        self.member.stop.cancel();
+        let mut state = self.member.state.lock();
+        if state.ended.is_some() {
+            return Poll::Ready(Ok(()));
+        }
+        state.close_waker = Some(cx.waker().clone());
+        Poll::Pending
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        self.member.stop.cancel();
+    }
+}
+
+/// Runs a subscription until it is stopped; tells `ready` when it first stands, or why it does not.
+pub(crate) async fn run(member: Arc<Member>, ready: oneshot::Sender<Result<()>>) {
+    let shared = Arc::clone(&member.shared);
+    let ended = tokio::select! {
+        () = shared.closed.cancelled() => Ok(()),
+        ended = keep(&member, ready) => ended,
+    };
+    member.lost();
+    member.end(ended);
+    shared.leave(&member);
+}
+
+async fn keep(member: &Arc<Member>, ready: oneshot::Sender<Result<()>>) -> Result<()> {
+    let mut ready = Some(ready);
+    let mut wait = Wait::new(member.shared.options.max_reconnect_wait);
+    loop {
+        let opened = tokio::select! {
+            () = member.stop.cancelled() => Err(closed()),
+            opened = open(member, ready.is_none()) => opened,
+        };
+        if member.stop.is_cancelled() {
+            if let Some(ready) = ready.take() {
+                let _ = ready.send(Err(closed()));
+            }
+            return Ok(());
+        }
+        let error = match opened {
+            Ok((live, channel, consumer, queue)) => {
+                wait.reset();
+                let epoch = member.begin(queue.clone());
+                if let Some(ready) = ready.take()
+                    && ready.send(Ok(())).is_err()
+                {
+                    // Whoever subscribed has gone away.
+                    member.stop.cancel();
+                }
+                match consume(member, epoch, &channel, consumer).await {
+                    Ended::Stopped => {
+                        let _ = channel.close(200, "OK".into()).await;
+                        return Ok(());
+                    }
+                    Ended::Lost(error) => {
+                        member.lost();
+                        error
+                    }
+                    Ended::Cancelled => {
+                        member.lost();
+                        // The server says so when the queue is deleted, or its node goes down.
+                        match topology::queue_state(&live.connection, &queue).await {
+                            Ok(None) if member.group.is_some() => {
+                                return Err(Error::not_found("the group was deleted: its subscriptions end"));
+                            }
+                            _ => Error::unavailable("the server cancelled the consumer"),
+                        }
+                    }
+                }
+            }
+            Err(error) => error,
+        };
+        *member.known.last_error.lock() = Some(error.to_string());
+        if let Some(ready) = ready.take() {
+            let _ = ready.send(Err(error));
+            return Ok(());
+        }
+        if is_final(&error) {
+            return Err(error);
+        }
+        tracing::debug!(filter = %member.filter, %error, "a subscription is lost; it is made again");
+        tokio::select! {
+            () = member.stop.cancelled() => return Ok(()),
+            () = sleep(wait.next()) => {}
+        }
+    }
+}
+
+type Opened = (Live, Channel, lapin::Consumer, ShortString);
+
+async fn open(member: &Member, patient: bool) -> Result<Opened> {
+    let shared = &member.shared;
+    // Once it stood, it waits for the connection as long as it takes.
+    let patience = if patient { Duration::from_secs(365 * 24 * 3600) } else { shared.options.connect_timeout };
+    let live = shared.consuming.live(Instant::now() + patience, patient).await?;
+    let opening = async {
+        let channel = live.connection.create_channel().await.map_err(from_lapin)?;
+        let queue = match &member.group {
+            Some(group) => {
+                let names = &member.known.names;
+                let ordered = member.known.settings.ordered;
+                topology::declare_group(&channel, names, &member.filter, ordered, &shared.options)
+                    .await
+                    .map_err(|error| topology::conflict(group, error))?;
+                names.queue.clone()
+            }
+            None => topology::declare_own(&channel, &member.filter, &shared.options).await?,
+        };
+        channel.basic_qos(member.prefetch, BasicQosOptions { global: false }).await.map_err(from_lapin)?;
+        let consumer = channel
+            .basic_consume(queue.clone(), ShortString::default(), BasicConsumeOptions::default(), FieldTable::default())
+            .await
+            .map_err(from_lapin)?;
+        Ok((live.clone(), channel, consumer, queue))
+    };
+    match timeout(shared.options.connect_timeout, opening).await {
+        Ok(opened) => opened,
+        Err(_) => Err(Error::timeout("RabbitMQ did not answer in time")),
+    }
+}
+
+enum Ended {
+    /// By ourselves; everything handed out is settled.
+    Stopped,
+    /// The server ended the consumer.
+    Cancelled,
+    Lost(Error),
+}
+
+async fn consume(member: &Arc<Member>, epoch: u64, channel: &Channel, mut consumer: lapin::Consumer) -> Ended {
+    let telling = tell(member, channel);
+    let receiving = async {
+        tokio::select! {
+            biased;
+            () = member.stop.cancelled() => {}
+            ended = receive(member, epoch, &mut consumer) => return ended,
+        }
+        match leave(member, channel, &mut consumer).await {
+            Ok(()) => Ended::Stopped,
+            Err(error) => Ended::Lost(error),
+        }
+    };
+    tokio::select! {
+        error = telling => Ended::Lost(error),
+        ended = receiving => ended,
+    }
+}
+
+async fn receive(member: &Arc<Member>, epoch: u64, consumer: &mut lapin::Consumer) -> Ended {
+    loop {
+        let mut batch = Vec::new();
+        let mut next = consumer.next().await;
+        let ended = loop {
+            match next {
+                Some(Ok(delivery)) => batch.push(read(delivery)),
+                Some(Err(error)) => break Some(Ended::Lost(from_lapin(error))),
+                None => break Some(Ended::Cancelled),
+            }
+            if batch.len() >= BATCH {
+                break None;
+            }
+            match consumer.next().now_or_never() {
+                Some(more) => next = more,
+                None => break None,
+            }
+        };
+        member.arrived(epoch, batch);
+        if let Some(ended) = ended {
+            return ended;
+        }
+    }
+}
+
+fn read(delivery: lapin::message::Delivery) -> (u64, Result<wire::Arrived, Undecodable>) {
+    let tag = delivery.delivery_tag;
+    let body = Bytes::from(delivery.data);
+    let arrived = wire::decode(delivery.routing_key.as_str(), &delivery.properties, Bytes::clone(&body));
+    let arrived =
+        arrived.map_err(|reason| Undecodable { reason, body, topic: Topic::new(delivery.routing_key.as_str()).ok() });
+    (tag, arrived)
+}
+
+/// Stops consuming, gives back what was not handed out, and waits until the rest is settled.
+async fn leave(member: &Member, channel: &Channel, consumer: &mut lapin::Consumer) -> Result<()> {
+    channel.basic_cancel(consumer.tag(), BasicCancelOptions::default()).await.map_err(from_lapin)?;
+    // What was on its way when the server heard of it; then the stream ends.
+    while let Some(delivery) = consumer.next().await {
+        member.refuse(delivery.map_err(from_lapin)?.delivery_tag);
+    }
+    member.give_back_waiting();
+    // The acks and nacks so far are told before anybody hears that this is over.
+    told(member).await;
+    member.end(Ok(()));
+    loop {
+        let settled = member.settled.notified();
+        if member.handed() == 0 {
+            break;
+        }
+        settled.await;
+    }
+    told(member).await;
+    Ok(())
+}
+
+async fn told(member: &Member) {
+    loop {
+        let (acks, nacks) = member.waiting_to_tell();
+        if acks == 0 && !nacks && !member.telling() {
+            return;
+        }
+        member.wire.notify_one();
+        member.full.notify_one();
+        sleep(COALESCE).await;
+    }
+}
+
+/// Tells the server what is settled, until the channel is lost.
+async fn tell(member: &Member, channel: &Channel) -> Error {
+    loop {
+        member.wire.notified().await;
+        let (acks, urgent) = member.waiting_to_tell();
+        if acks < member.threshold() && !urgent {
+            tokio::select! {
+                () = member.full.notified() => {}
+                () = sleep(COALESCE) => {}
+            }
+        }
+        let (acks, nacks) = member.to_tell();
+        let acks =
+            acks.into_iter().map(|ack| channel.basic_ack(ack.tag, BasicAckOptions { multiple: ack.multiple }).boxed());
+        let nacks = nacks
+            .into_iter()
+            .map(|tag| channel.basic_nack(tag, BasicNackOptions { multiple: false, requeue: true }).boxed());
+        let told = join_all(acks.chain(nacks)).await;
+        member.told();
+        if let Some(error) = told.into_iter().find_map(Result::err) {
+            return from_lapin(error);
+        }
+    }
+}

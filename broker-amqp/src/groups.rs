@@ -1,0 +1,306 @@
+//! Groups from outside: making, deleting, purging, asking, and their dead letters.
+
+use std::sync::Arc;
+
+use broker_core::{
+    DeadLetter, Error, Group, GroupOptions, GroupSettings, GroupStatus, Result, StartAt, State, Status,
+    SubscriptionStatus, TopicFilter,
+};
+use bytes::Bytes;
+use lapin::Channel;
+use lapin::options::{BasicAckOptions, BasicGetOptions, BasicNackOptions};
+use lapin::types::ShortString;
+
+use crate::AmqpOptions;
+use crate::broker::Shared;
+use crate::error::from_lapin;
+use crate::link::closed;
+use crate::member::Known;
+use crate::naming::GroupNames;
+use crate::settings;
+use crate::topology::{self, on_channel, queue_state, state_on};
+use crate::wire::{self, Travel};
+use crate::writer::{Envelope, Route};
+
+/// What is asked for and cannot be kept is refused.
+fn check(options: &GroupOptions) -> Result<()> {
+    match &options.start {
+        None | Some(StartAt::New) => {}
+        Some(start) => {
+            return Err(Error::unsupported(format!(
+                "start {start}: a RabbitMQ queue holds what came since it was declared; start is new"
+            )));
+        }
+    }
+    if options.backlog.is_some() {
+        return Err(Error::unsupported(
+            "a backlog's bound: RabbitMQ neither names the full group nor counts what it drops; leave backlog out",
+        ));
+    }
+    Ok(())
+}
+
+/// Makes sure that a group stands, and learns its settings. True if it was not there before.
+pub(crate) async fn ensure(shared: &Shared, group: &Group, options: &GroupOptions) -> Result<(Arc<Known>, bool)> {
+    check(options)?;
+    let names = GroupNames::of(group, &shared.options)?;
+    let defaults = options.resolve(Some(&group.name))?;
+    let live = shared.connection().await?;
+    let connection = &live.connection;
+    shared
+        .bounded(async {
+            let existed = queue_state(connection, &names.queue).await?.is_some();
+            if !existed {
+                // What was known of an earlier one of the name is over.
+                shared.forget(group);
+            }
+            if !existed && shared.options.passive {
+                return Err(Error::not_found(format!("group {group}: there is no queue {}", names.queue)));
+            }
+            let mut settings = None;
+            if existed {
+                settings = settings::read(connection, group, &names, &defaults).await?;
+                if let Some(settings) = &settings {
+                    options.check_joins(group, settings)?;
+                }
+            } else if !names.adopted {
+                settings::write(connection, &shared.writer, &names, &defaults).await?;
+            }
+            let settings = settings.unwrap_or(defaults);
+            on_channel(connection, async |channel| {
+                topology::declare_group(channel, &names, &group.filter, settings.ordered, &shared.options).await
+            })
+            .await
+            .map_err(|error| topology::conflict(group, error))?;
+            Ok((shared.know(group, known(names, settings)), !existed))
+        })
+        .await
+}
+
+fn known(names: GroupNames, settings: GroupSettings) -> Known {
+    Known { names, settings, counts: Default::default(), last_error: Default::default() }
+}
+
+/// What a subscription without group goes by.
+pub(crate) fn alone(options: &GroupOptions, amqp: &AmqpOptions) -> Result<Known> {
+    check(options)?;
+    // Its names are never used: nothing of it has one.
+    let nobody = Group::new("alone".parse()?, TopicFilter::new("alone")?);
+    Ok(known(GroupNames::of(&nobody, amqp)?, options.resolve(None)?))
+}
+
+/// Changes nothing: RabbitMQ fixes a queue's arguments, and members go by the settings they joined with.
+pub(crate) async fn alter(shared: &Shared, group: &Group, options: &GroupOptions) -> Result<()> {
+    let names = GroupNames::of(group, &shared.options)?;
+    let live = shared.connection().await?;
+    shared
+        .bounded(async {
+            if queue_state(&live.connection, &names.queue).await?.is_none() {
+                return Err(missing(group));
+            }
+            if options.start.is_some() {
+                return Err(Error::conflict(format!("group {group}: start counted when it was created")));
+            }
+            if *options == GroupOptions::new() {
+                return Ok(());
+            }
+            Err(Error::unsupported(format!(
+                "group {group}: on RabbitMQ its settings are fixed when it is created; delete it and create it anew"
+            )))
+        })
+        .await
+}
+
+pub(crate) async fn delete(shared: &Shared, group: &Group) -> Result<bool> {
+    let names = GroupNames::of(group, &shared.options)?;
+    let live = shared.connection().await?;
+    shared
+        .bounded(async {
+            shared.forget(group);
+            let existed = queue_state(&live.connection, &names.queue).await?.is_some();
+            if existed {
+                on_channel(&live.connection, async |channel| {
+                    topology::delete(channel, &names.queue).await?;
+                    topology::delete(channel, &names.settings).await
+                })
+                .await?;
+            }
+            Ok(existed)
+        })
+        .await
+}
+
+pub(crate) async fn purge(shared: &Shared, group: &Group) -> Result<u64> {
+    let names = GroupNames::of(group, &shared.options)?;
+    let live = shared.connection().await?;
+    let purge = on_channel(&live.connection, async |channel| topology::purge(channel, &names.queue).await);
+    shared.bounded(purge).await.map_err(|error| error.context(format_args!("group {group}")))
+}
+
+fn missing(group: &Group) -> Error {
+    Error::not_found(format!("group {group} does not exist"))
+}
+
+/// Whether there is a keeping queue; an error if there is no group either.
+async fn keeps(connection: &lapin::Connection, group: &Group, names: &GroupNames) -> Result<bool> {
+    if queue_state(connection, &names.dead).await?.is_some() {
+        return Ok(true);
+    }
+    match queue_state(connection, &names.queue).await? {
+        Some(_) => Ok(false),
+        None => Err(missing(group)),
+    }
+}
+
+async fn get(channel: &Channel, queue: &ShortString) -> Result<Option<lapin::message::Delivery>> {
+    let got = channel.basic_get(queue.clone(), BasicGetOptions::default()).await.map_err(from_lapin)?;
+    Ok(got.map(|got| got.delivery))
+}
+
+fn letter(delivery: &mut lapin::message::Delivery) -> Result<DeadLetter> {
+    let body = Bytes::from(std::mem::take(&mut delivery.data));
+    let arrived = wire::decode(delivery.routing_key.as_str(), &delivery.properties, body).or_else(|_| {
+        // Reached by name: the routing key is no topic.
+        let body = Bytes::new();
+        wire::decode("unknown", &delivery.properties, body)
+    });
+    DeadLetter::from_message(arrived.map_err(Error::codec)?.message)
+}
+
+pub(crate) async fn dead_letters(shared: &Shared, group: &Group, max: usize) -> Result<Vec<DeadLetter>> {
+    let names = GroupNames::of(group, &shared.options)?;
+    let live = shared.connection().await?;
+    shared
+        .bounded(async {
+            if !keeps(&live.connection, group, &names).await? {
+                return Ok(Vec::new());
+            }
+            on_channel(&live.connection, async |channel| {
+                let mut letters = Vec::new();
+                let mut last = None;
+                while letters.len() < max {
+                    let Some(mut delivery) = get(channel, &names.dead).await? else { break };
+                    last = Some(delivery.delivery_tag);
+                    match letter(&mut delivery) {
+                        Ok(letter) => letters.push(letter),
+                        Err(error) => tracing::warn!(%group, %error, "the keeping queue holds what is no dead letter"),
+                    }
+                }
+                // They go back to where they were.
+                if let Some(tag) = last {
+                    let back = BasicNackOptions { multiple: true, requeue: true };
+                    channel.basic_nack(tag, back).await.map_err(from_lapin)?;
+                    state_on(channel, &names.dead).await?;
+                }
+                Ok(letters)
+            })
+            .await
+        })
+        .await
+}
+
+/// Purges the keeping queue; with the group gone, deletes it.
+pub(crate) async fn purge_dead_letters(shared: &Shared, group: &Group) -> Result<u64> {
+    let names = GroupNames::of(group, &shared.options)?;
+    let live = shared.connection().await?;
+    shared
+        .bounded(async {
+            if !keeps(&live.connection, group, &names).await? {
+                return Ok(0);
+            }
+            let gone = queue_state(&live.connection, &names.queue).await?.is_none();
+            on_channel(&live.connection, async |channel| {
+                let purged = topology::purge(channel, &names.dead).await?;
+                if gone {
+                    topology::delete(channel, &names.dead).await?;
+                }
+                Ok(purged)
+            })
+            .await
+        })
+        .await
+}
+
+/// Sends dead letters to the group's queue, each acked after the copy is confirmed.
+pub(crate) async fn redrive(shared: &Shared, group: &Group, max: u64) -> Result<u64> {
+    let names = GroupNames::of(group, &shared.options)?;
+    let live = shared.connection().await?;
+    let kept = shared
+        .bounded(async {
+            if queue_state(&live.connection, &names.queue).await?.is_none() {
+                return Err(missing(group));
+            }
+            queue_state(&live.connection, &names.dead).await.map(|state| state.map_or(0, |state| state.ready))
+        })
+        .await?;
+    if kept == 0 {
+        return Ok(0);
+    }
+    let redriving = on_channel(&live.connection, async |channel| {
+        let mut redriven = 0;
+        // No more than were there: one that dies again at once is not sent round.
+        while redriven < max.min(kept) {
+            let Some(mut delivery) = get(channel, &names.dead).await? else { break };
+            let letter = letter(&mut delivery)?;
+            shared
+                .writer
+                .submit(Envelope {
+                    route: Route::Queue(names.queue.clone()),
+                    message: letter.message,
+                    travel: Travel { topic: Some(letter.topic), ..Travel::default() },
+                    require_route: false,
+                })
+                .await?;
+            channel.basic_ack(delivery.delivery_tag, BasicAckOptions::default()).await.map_err(from_lapin)?;
+            redriven += 1;
+        }
+        Ok(redriven)
+    });
+    tokio::select! {
+        () = shared.closed.cancelled() => Err(closed()),
+        redriven = redriving => redriven,
+    }
+}
+
+/// Adds every group known and every subscription without group.
+pub(crate) async fn status(shared: &Shared, status: &mut Status) -> Result<()> {
+    let members = shared.members();
+    for member in members.iter().filter(|member| member.group.is_none() && !member.stop.is_cancelled()) {
+        let mut one = SubscriptionStatus::new(member.filter.clone(), status.state);
+        one.in_flight = Some(member.handed());
+        one.counts = *member.known.counts.lock();
+        one.last_error = member.known.last_error.lock().clone();
+        status.subscriptions.push(one);
+    }
+    if shared.closing.is_cancelled() {
+        return Ok(());
+    }
+    let groups = shared.groups();
+    if groups.is_empty() {
+        return Ok(());
+    }
+    let live = shared.connection().await?;
+    for (group, known) in groups {
+        let states = shared.bounded(async {
+            let own = queue_state(&live.connection, &known.names.queue).await?;
+            let dead = queue_state(&live.connection, &known.names.dead).await?;
+            Ok((own, dead))
+        });
+        let (Some(own), dead) = states.await? else {
+            shared.forget(&group);
+            continue;
+        };
+        let ours = members.iter().filter(|member| member.group.as_ref() == Some(&group));
+        let (unacked, handed) =
+            ours.fold((0, 0), |(unacked, handed), member| (unacked + member.unacked(), handed + member.handed()));
+        let mut one = GroupStatus::new(group, State::Active);
+        one.lag = Some(own.ready + unacked);
+        one.in_flight = Some(handed);
+        one.members = Some(own.consumers);
+        one.dead_letters = Some(dead.map_or(0, |dead| dead.ready));
+        one.counts = *known.counts.lock();
+        one.last_error = known.last_error.lock().clone();
+        status.groups.push(one);
+    }
+    Ok(())
+}

@@ -1,0 +1,53 @@
+#![doc = include_str!("../README.md")]
+
+mod broker;
+mod config;
+
+// Publishing.
+mod returns;
+mod writer;
+
+// Consuming.
+mod acks;
+mod consumer;
+mod lanes;
+mod member;
+
+// What stands on the server.
+mod groups;
+mod ladder;
+mod naming;
+mod settings;
+mod topology;
+
+// The wire and the connection.
+mod error;
+mod foreign;
+mod link;
+mod wire;
+
+use std::sync::Arc;
+
+use broker_core::{Broker, BrokerUrl, Connector};
+
+pub use broker::AmqpBroker;
+pub use config::{AmqpOptions, QueueType};
+/// The client underneath, of the version this crate uses.
+pub use lapin;
+
+/// Opens `amqp:` and `amqps:` URLs.
+///
+/// ```
+/// use broker_core::Connectors;
+///
+/// let mut connectors = Connectors::new();
+/// connectors.add(["amqp", "amqps"], broker_amqp::connector());
+/// assert_eq!(connectors.open("amqp://user:secret@localhost/orders")?.name(), "amqp://localhost/orders");
+/// # Ok::<(), broker_core::Error>(())
+/// ```
+pub fn connector() -> impl Connector {
+    |url: BrokerUrl| {
+        let broker: Arc<dyn Broker> = Arc::new(AmqpBroker::new(AmqpOptions::from_url(url)?));
+        Ok(broker)
+    }
+}

@@ -1,0 +1,318 @@
+//! A connection that comes back: one loop makes it, watches it, and makes it again.
+//!
+//! lapin's own recovery is not used: what must be replayed (topology, consumers, unconfirmed publishes)
+//! is known above, and so is the order.
+
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use broker_core::{Error, Result};
+use futures_util::StreamExt;
+use lapin::tcp::{AMQPUriTcpExt, AsyncTcpStream, OwnedIdentity, OwnedTLSConfig};
+use lapin::types::LongString;
+use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo};
+use lapin::{Connection, ConnectionProperties, Event};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
+
+use crate::AmqpOptions;
+use crate::error::{from_lapin, is_final};
+
+/// A connection that stands.
+#[derive(Clone)]
+pub(crate) struct Live {
+    pub(crate) connection: Arc<Connection>,
+    socket: Socket,
+}
+
+impl Live {
+    /// Whether it is of any use still.
+    pub(crate) fn is_up(&self) -> bool {
+        self.connection.status().connected()
+    }
+
+    /// Breaks it at once, whatever it is waiting for.
+    pub(crate) fn kill(&self) {
+        self.socket.shutdown();
+    }
+}
+
+/// A second handle on the connection's socket, since lapin's own waits cannot be cut short.
+#[derive(Clone, Default)]
+struct Socket(Arc<Mutex<Option<std::net::TcpStream>>>);
+
+impl Socket {
+    fn shutdown(&self) {
+        if let Some(socket) = self.0.lock().take() {
+            // Gone already is as good.
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+#[derive(Clone, Default)]
+pub(crate) struct LinkState {
+    pub(crate) live: Option<Live>,
+    /// How often every host was tried in vain.
+    failures: u64,
+    pub(crate) last_error: Option<Error>,
+    /// Why the server takes nothing from publishers, while it does not.
+    pub(crate) blocked: Option<String>,
+}
+
+/// One connection of a broker's two.
+pub(crate) struct Link {
+    /// What it is for, as the server's listing shows it.
+    purpose: &'static str,
+    options: Arc<AmqpOptions>,
+    state: watch::Sender<LinkState>,
+    closed: CancellationToken,
+}
+
+impl Link {
+    pub(crate) fn new(purpose: &'static str, options: Arc<AmqpOptions>, closed: CancellationToken) -> Self {
+        Self { purpose, options, state: watch::Sender::new(LinkState::default()), closed }
+    }
+
+    pub(crate) fn state(&self) -> LinkState {
+        self.state.borrow().clone()
+    }
+
+    pub(crate) fn watch(&self) -> watch::Receiver<LinkState> {
+        self.state.subscribe()
+    }
+
+    /// The connection, as soon as it stands. With `patient` false, the first round of failures ends
+    /// the wait.
+    ///
+    /// # Errors
+    ///
+    /// Why there is none, at the deadline at the latest.
+    pub(crate) async fn live(&self, deadline: Instant, patient: bool) -> Result<Live> {
+        let mut state = self.state.subscribe();
+        let failures = state.borrow().failures;
+        let ready = |state: &LinkState| {
+            let failed = state.failures > failures && !patient;
+            let hopeless = state.last_error.as_ref().is_some_and(is_final) && state.failures > failures;
+            state.live.is_some() || failed || hopeless
+        };
+        let waited = tokio::select! {
+            () = self.closed.cancelled() => return Err(closed()),
+            waited = timeout_at(deadline, state.wait_for(ready)) => waited,
+        };
+        let state = match waited {
+            Ok(Ok(state)) => state.clone(),
+            Ok(Err(_)) => return Err(closed()),
+            Err(_) => self.state(),
+        };
+        state
+            .live
+            .ok_or_else(|| state.last_error.unwrap_or_else(|| Error::timeout("the connection did not stand in time")))
+    }
+
+    /// Makes the connection, and again, until the broker closes.
+    pub(crate) async fn run(self: Arc<Self>) {
+        let mut made = 0;
+        let mut wait = Wait::new(self.options.max_reconnect_wait);
+        while !self.closed.is_cancelled() {
+            match self.connect_any(made).await {
+                Ok((connection, socket)) => {
+                    made += 1;
+                    wait.reset();
+                    let live = Live { connection: Arc::new(connection), socket };
+                    let events = live.connection.events_listener();
+                    self.state.send_modify(|state| {
+                        state.live = Some(live.clone());
+                        state.last_error = None;
+                        state.blocked = None;
+                    });
+                    let error = self.lost(&live, events).await;
+                    live.kill();
+                    if self.closed.is_cancelled() {
+                        break;
+                    }
+                    tracing::warn!(purpose = self.purpose, %error, "the connection to RabbitMQ is lost; it is made again");
+                    self.state.send_modify(|state| {
+                        state.live = None;
+                        state.last_error = Some(error);
+                    });
+                }
+                Err(error) => {
+                    let wait = wait.next();
+                    tracing::debug!(purpose = self.purpose, %error, ?wait, "RabbitMQ is not reached");
+                    self.state.send_modify(|state| {
+                        state.failures += 1;
+                        state.last_error = Some(error);
+                    });
+                    tokio::select! {
+                        () = self.closed.cancelled() => break,
+                        () = tokio::time::sleep(wait) => {}
+                    }
+                }
+            }
+        }
+        if let Some(live) = self.state().live {
+            live.kill();
+        }
+        self.state.send_modify(|state| state.live = None);
+    }
+
+    /// Waits until the connection is lost, and tells why.
+    async fn lost(&self, live: &Live, events: impl futures_util::Stream<Item = Event>) -> Error {
+        let mut events = std::pin::pin!(events);
+        loop {
+            let event = tokio::select! {
+                () = self.closed.cancelled() => return closed(),
+                // An event lost would be a connection lost unseen.
+                event = timeout(Duration::from_secs(1), events.next()) => event,
+            };
+            match event {
+                Ok(Some(Event::ConnectionBlocked(reason))) => {
+                    tracing::warn!(%reason, "RabbitMQ blocks publishers");
+                    self.state.send_modify(|state| state.blocked = Some(reason));
+                }
+                Ok(Some(Event::ConnectionUnblocked)) => self.state.send_modify(|state| state.blocked = None),
+                // A channel's error comes this way as well; the connection then still stands.
+                Ok(Some(Event::Error(error))) if !live.is_up() => return from_lapin(error),
+                Ok(None) => return Error::unavailable("the connection is lost"),
+                _ if !live.is_up() => return Error::unavailable("the connection is lost"),
+                _ => {}
+            }
+        }
+    }
+
+    /// Tries the hosts in turn, another one first each time.
+    async fn connect_any(&self, first: usize) -> Result<(Connection, Socket)> {
+        let hosts = &self.options.hosts;
+        let mut last = None;
+        for (host, port) in hosts.iter().cycle().skip(first % hosts.len().max(1)).take(hosts.len()) {
+            let socket = Socket::default();
+            let connecting = timeout(self.options.connect_timeout, self.connect(host, *port, socket.clone()));
+            let connected = tokio::select! {
+                () = self.closed.cancelled() => Ok(Err(closed())),
+                connected = connecting => connected,
+            };
+            let error = match connected {
+                Ok(Ok(connection)) => return Ok((connection, socket)),
+                Ok(Err(error)) => error,
+                Err(_) => Error::timeout(format!("no answer within {:?}", self.options.connect_timeout)),
+            };
+            // What lapin is still waiting for on it would never end.
+            socket.shutdown();
+            let error = error.context(format_args!("{host}:{port}"));
+            // A host that says no says more than one that is not there.
+            if last.as_ref().is_none_or(|last| !is_final(last)) {
+                last = Some(error);
+            }
+        }
+        Err(last.unwrap_or_else(|| Error::unavailable("no host is given")))
+    }
+
+    async fn connect(&self, host: &str, port: u16, socket: Socket) -> Result<Connection> {
+        let options = &self.options;
+        let uri = AMQPUri {
+            scheme: if options.tls { AMQPScheme::AMQPS } else { AMQPScheme::AMQP },
+            authority: AMQPAuthority {
+                userinfo: AMQPUserInfo { username: options.username.clone(), password: options.password.clone() },
+                host: host.to_owned(),
+                port,
+            },
+            vhost: options.vhost.clone(),
+            query: AMQPQueryString {
+                heartbeat: Some(u16::try_from(options.heartbeat.as_secs()).unwrap_or(u16::MAX)),
+                ..AMQPQueryString::default()
+            },
+        };
+        let tls = if options.tls { tls_config(options).await? } else { OwnedTLSConfig::default() };
+        let name = format!("{} ({})", options.service, self.purpose);
+        let properties = ConnectionProperties::default()
+            .with_connection_name(LongString::from(name))
+            .with_client_property("product".into(), "broker-amqp".into())
+            .with_client_property("version".into(), env!("CARGO_PKG_VERSION").into());
+        let secure = options.tls;
+        let runtime = lapin::runtime::default_runtime().map_err(from_lapin)?;
+        let reactor = runtime.clone();
+        let connect = async move |uri: AMQPUri, _| -> lapin::Result<_> {
+            // The bare connection first, since encryption hides the socket.
+            let bare = AMQPUri { scheme: AMQPScheme::AMQP, ..uri };
+            let stream = bare.connect_async(&reactor).await?;
+            if let AsyncTcpStream::Plain(plain) = &stream {
+                *socket.0.lock() = Some(plain.get_ref().as_fd().try_clone_to_owned()?.into());
+            }
+            if secure { Ok(stream.into_tls(&bare.authority.host, tls.as_ref()).await?) } else { Ok(stream) }
+        };
+        Connection::connector(uri, runtime, connect, properties).await.map_err(from_lapin)
+    }
+
+    /// Says goodbye, for `patience` at most.
+    pub(crate) async fn goodbye(&self, patience: Duration) {
+        let Some(live) = self.state().live else { return };
+        let closing = live.connection.close(200, "OK".into());
+        let _ = timeout(patience, closing).await;
+        live.kill();
+    }
+}
+
+async fn tls_config(options: &AmqpOptions) -> Result<OwnedTLSConfig> {
+    let read = |path: std::path::PathBuf| {
+        tokio::task::spawn_blocking(move || {
+            std::fs::read(&path).map_err(|error| Error::invalid(format!("{} cannot be read: {error}", path.display())))
+        })
+    };
+    let load = async |path: &Option<std::path::PathBuf>| match path {
+        Some(path) => read(path.clone()).await.map_err(|_| closed())?.map(Some),
+        None => Ok(None),
+    };
+    let cert_chain = match load(&options.ca).await? {
+        Some(pem) => Some(String::from_utf8(pem).map_err(|_| Error::invalid("the ca file is no PEM"))?),
+        None => None,
+    };
+    let identity = load(&options.cert).await?.zip(load(&options.key).await?);
+    Ok(OwnedTLSConfig { identity: identity.map(|(pem, key)| OwnedIdentity::PKCS8 { pem, key }), cert_chain })
+}
+
+pub(crate) fn closed() -> Error {
+    Error::closed("the broker is closed")
+}
+
+/// Waits between tries: doubling up to a cap, and at random between half and whole.
+pub(crate) struct Wait {
+    next: Duration,
+    max: Duration,
+}
+
+impl Wait {
+    pub(crate) fn new(max: Duration) -> Self {
+        Self { next: Duration::from_millis(50).min(max), max }
+    }
+
+    pub(crate) fn next(&mut self) -> Duration {
+        let wait = self.next;
+        self.next = (wait * 2).min(self.max);
+        wait.mul_f64(0.5 + fastrand::f64() / 2.0)
+    }
+
+    pub(crate) fn reset(&mut self) {
+        *self = Self::new(self.max);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_grow_to_the_cap_and_vary() {
+        let max = Duration::from_secs(1);
+        let mut wait = Wait::new(max);
+        let waits: Vec<_> = (0..20).map(|_| wait.next()).collect();
+        assert!(waits.iter().all(|wait| *wait <= max));
+        assert!(waits.iter().skip(10).all(|wait| *wait >= max / 2));
+        wait.reset();
+        assert!(wait.next() <= Duration::from_millis(50));
+    }
+}

@@ -1,0 +1,190 @@
+//! Exchanges, queues and bindings, and what is declared when.
+
+use std::collections::BTreeMap;
+
+use broker_core::{Error, ErrorKind, Result, TopicFilter};
+use lapin::options::{
+    ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions, QueuePurgeOptions,
+};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::{Channel, Connection, ExchangeKind};
+
+use crate::error::from_lapin;
+use crate::ladder::{Leads, Rung};
+use crate::naming::{GroupNames, binding_key, short};
+use crate::{AmqpOptions, QueueType};
+
+/// Dead letters a group's keeping queue has at most; the oldest are dropped.
+const MAX_DEAD_LETTERS: i64 = 100_000;
+const MAX_DEAD_LETTER_BYTES: i64 = 256 << 20;
+/// A limit is there so that the server's default, should it have one, is not ours; ours comes first.
+const SERVER_DELIVERY_LIMIT: i64 = 1_000_000;
+
+/// What a passive declaration tells of a queue.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct QueueState {
+    /// Messages that wait for a consumer.
+    pub(crate) ready: u64,
+    pub(crate) consumers: u64,
+}
+
+/// Runs `work` on a channel of its own, since the server answers a mistake by closing the channel.
+pub(crate) async fn on_channel<T>(connection: &Connection, work: impl AsyncFnOnce(&Channel) -> Result<T>) -> Result<T> {
+    let channel = connection.create_channel().await.map_err(from_lapin)?;
+    let done = work(&channel).await;
+    if channel.status().connected() {
+        // What it held goes back; that it may have been lost meanwhile changes nothing.
+        let _ = channel.close(200, "OK".into()).await;
+    }
+    done
+}
+
+/// The state of a queue; `None` if there is no such queue.
+pub(crate) async fn queue_state(connection: &Connection, queue: &ShortString) -> Result<Option<QueueState>> {
+    let state = on_channel(connection, async |channel| state_on(channel, queue).await).await;
+    match state {
+        Ok(state) => Ok(Some(state)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// As [`queue_state`], on a channel that a missing queue will close.
+pub(crate) async fn state_on(channel: &Channel, queue: &ShortString) -> Result<QueueState> {
+    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    let declared = channel.queue_declare(queue.clone(), options, FieldTable::default()).await.map_err(from_lapin)?;
+    Ok(QueueState { ready: declared.message_count().into(), consumers: declared.consumer_count().into() })
+}
+
+/// The exchange of topics.
+pub(crate) async fn declare_exchange(channel: &Channel, options: &AmqpOptions) -> Result<()> {
+    let declare =
+        ExchangeDeclareOptions { durable: true, passive: options.passive, ..ExchangeDeclareOptions::default() };
+    let exchange = short("exchange", &options.exchange)?;
+    channel.exchange_declare(exchange, ExchangeKind::Topic, declare, FieldTable::default()).await.map_err(from_lapin)
+}
+
+/// A delay queue and the exchange before it. One that is there under the name serves as it is: it was
+/// made by a peer that chose the other queue type.
+pub(crate) async fn declare_rung(connection: &Connection, rung: Rung, options: &AmqpOptions) -> Result<()> {
+    let name = rung.name(&options.exchange)?;
+    let exchange = match rung.leads {
+        Leads::ToQueue => String::new(),
+        Leads::ToTopic => options.exchange.clone(),
+    };
+    let ttl = i64::try_from(rung.ttl().as_millis()).unwrap_or(i64::MAX);
+    let arguments = table([
+        ("x-queue-type", AMQPValue::LongString(options.queue_type.as_str().into())),
+        ("x-message-ttl", AMQPValue::LongLongInt(ttl)),
+        ("x-dead-letter-exchange", AMQPValue::LongString(exchange.into())),
+    ]);
+    let declared = on_channel(connection, async |channel| {
+        let declared = channel.queue_declare(name.clone(), QueueDeclareOptions::durable(), arguments).await;
+        declared.map(drop).map_err(from_lapin)
+    });
+    match declared.await {
+        Err(error) if error.kind() != ErrorKind::Conflict => return Err(error),
+        _ => {}
+    }
+    on_channel(connection, async |channel| {
+        let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+        channel
+            .exchange_declare(name.clone(), ExchangeKind::Fanout, durable, FieldTable::default())
+            .await
+            .map_err(from_lapin)?;
+        bind(channel, &name, &name, ShortString::default()).await
+    })
+    .await
+}
+
+/// A group's queue and its binding. Declaring what is there is a comparison.
+pub(crate) async fn declare_group(
+    channel: &Channel,
+    names: &GroupNames,
+    filter: &TopicFilter,
+    ordered: bool,
+    options: &AmqpOptions,
+) -> Result<()> {
+    declare_exchange(channel, options).await?;
+    if options.passive || names.adopted {
+        state_on(channel, &names.queue).await?;
+        if options.passive {
+            return Ok(());
+        }
+    } else {
+        let mut arguments = group_arguments(options.queue_type);
+        if ordered {
+            arguments.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
+        }
+        channel
+            .queue_declare(names.queue.clone(), QueueDeclareOptions::durable(), arguments)
+            .await
+            .map_err(from_lapin)?;
+    }
+    bind(channel, &names.queue, &short("exchange", &options.exchange)?, binding_key(filter)?).await
+}
+
+/// The queue that keeps a group's dead letters, reached by a key of its own beside the topic's.
+pub(crate) async fn declare_keeping(channel: &Channel, names: &GroupNames, options: &AmqpOptions) -> Result<()> {
+    let mut arguments = group_arguments(options.queue_type);
+    arguments.insert("x-max-length".into(), AMQPValue::LongLongInt(MAX_DEAD_LETTERS));
+    arguments.insert("x-max-length-bytes".into(), AMQPValue::LongLongInt(MAX_DEAD_LETTER_BYTES));
+    arguments.insert("x-overflow".into(), AMQPValue::LongString("drop-head".into()));
+    channel.queue_declare(names.dead.clone(), QueueDeclareOptions::durable(), arguments).await.map_err(from_lapin)?;
+    bind(channel, &names.dead, &short("exchange", &options.exchange)?, names.dead_key.clone()).await
+}
+
+fn group_arguments(queue_type: QueueType) -> FieldTable {
+    let mut arguments = table([("x-queue-type", AMQPValue::LongString(queue_type.as_str().into()))]);
+    if queue_type == QueueType::Quorum {
+        arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(SERVER_DELIVERY_LIMIT));
+    }
+    arguments
+}
+
+/// A queue of one subscription's own, which goes with the connection.
+pub(crate) async fn declare_own(channel: &Channel, filter: &TopicFilter, options: &AmqpOptions) -> Result<ShortString> {
+    declare_exchange(channel, options).await?;
+    let declare = QueueDeclareOptions { exclusive: true, auto_delete: true, ..QueueDeclareOptions::default() };
+    let queue =
+        channel.queue_declare(ShortString::default(), declare, FieldTable::default()).await.map_err(from_lapin)?;
+    let queue = queue.name().clone();
+    bind(channel, &queue, &short("exchange", &options.exchange)?, binding_key(filter)?).await?;
+    Ok(queue)
+}
+
+pub(crate) async fn bind(
+    channel: &Channel,
+    queue: &ShortString,
+    exchange: &ShortString,
+    key: ShortString,
+) -> Result<()> {
+    let options = QueueBindOptions::default();
+    channel.queue_bind(queue.clone(), exchange.clone(), key, options, FieldTable::default()).await.map_err(from_lapin)
+}
+
+/// Deletes a queue and what is in it. Deleting what is not there is fine.
+pub(crate) async fn delete(channel: &Channel, queue: &ShortString) -> Result<u64> {
+    let deleted = channel.queue_delete(queue.clone(), QueueDeleteOptions::default()).await;
+    deleted.map(u64::from).map_err(from_lapin)
+}
+
+/// Drops what waits in a queue, and tells how many.
+pub(crate) async fn purge(channel: &Channel, queue: &ShortString) -> Result<u64> {
+    let purged = channel.queue_purge(queue.clone(), QueuePurgeOptions::default()).await;
+    purged.map(u64::from).map_err(from_lapin)
+}
+
+pub(crate) fn table<const N: usize>(entries: [(&str, AMQPValue); N]) -> FieldTable {
+    FieldTable::from(
+        entries.into_iter().map(|(name, value)| (ShortString::from(name), value)).collect::<BTreeMap<_, _>>(),
+    )
+}
+
+/// The server's word on a declaration that differs, as the group's conflict.
+pub(crate) fn conflict(group: &impl std::fmt::Display, error: Error) -> Error {
+    match error.kind() {
+        ErrorKind::Conflict => error.context(format_args!("group {group} exists with another setting")),
+        _ => error.context(format_args!("group {group}")),
+    }
+}

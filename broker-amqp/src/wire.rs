@@ -1,0 +1,342 @@
+//! A message as AMQP properties and headers, and back.
+//!
+//! | of the message | on the wire |
+//! |---|---|
+//! | id, content type | `message-id`, `content-type` |
+//! | timestamp | `timestamp` (seconds), and the header `x-broker-timestamp` (milliseconds) |
+//! | key | the header `x-broker-key`; absent where there is none |
+//! | headers | headers of the same name, a string (of any bytes) each; a repeated name is an array of strings |
+//! | their order | the header `x-broker-order`, names by line, where it is not that of the sorted names |
+//! | expiry | the header `x-broker-expires` (milliseconds), and `expiration` a minute later |
+//! | delivery time | the header `x-broker-due` (milliseconds) |
+//! | tombstone | an empty body and the header `x-broker-tombstone` |
+//! | deliveries so far, the first of them, the topic (of a retry) | `x-broker-attempt`, `x-broker-first`, `x-broker-topic` |
+//!
+//! Names that RabbitMQ gives a meaning (`CC`, `BCC`, `x-death` and its like) and names beginning with
+//! `x-broker-` travel with `x-broker-header-` before them. The server discards what expired a minute ago,
+//! uncounted; a member discards it at once, and counts it.
+
+use std::collections::BTreeMap;
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use broker_core::{Error, Headers, Message, MessageId, Result, Timestamp, Topic};
+use bytes::Bytes;
+use lapin::BasicProperties;
+use lapin::types::{AMQPValue, FieldArray, FieldTable, LongString, ShortString};
+
+use crate::foreign;
+use crate::naming::short;
+
+const OURS: &str = "x-broker-";
+const ESCAPED: &str = "x-broker-header-";
+const KEY: &str = "x-broker-key";
+const TIMESTAMP: &str = "x-broker-timestamp";
+const EXPIRES: &str = "x-broker-expires";
+const DUE: &str = "x-broker-due";
+const TOMBSTONE: &str = "x-broker-tombstone";
+const ORDER: &str = "x-broker-order";
+const ATTEMPT: &str = "x-broker-attempt";
+const FIRST: &str = "x-broker-first";
+const TOPIC: &str = "x-broker-topic";
+/// What a quorum queue counts.
+const DELIVERY_COUNT: &str = "x-delivery-count";
+
+/// How long after its expiry the server may discard a message that nobody has counted.
+const EXPIRY_GRACE: Duration = Duration::from_secs(60);
+
+/// What a message takes along besides itself.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Travel {
+    /// Deliveries so far.
+    pub(crate) attempts: u32,
+    /// When the first of them was.
+    pub(crate) first: Option<Timestamp>,
+    /// The topic, where the routing key is not it.
+    pub(crate) topic: Option<Topic>,
+    /// When it is due, where it waits.
+    pub(crate) due: Option<Timestamp>,
+    /// A second routing key, which the server takes off before it delivers.
+    pub(crate) also_to: Option<ShortString>,
+}
+
+/// A message as it came, and what it took along.
+#[derive(Debug)]
+pub(crate) struct Arrived {
+    pub(crate) message: Message,
+    pub(crate) topic: Topic,
+    pub(crate) attempts: u32,
+    pub(crate) first: Option<Timestamp>,
+    pub(crate) due: Option<Timestamp>,
+    /// How often the server has redelivered it, where it counts.
+    pub(crate) redeliveries: u64,
+}
+
+/// Bytes that the content header of a message has at most about; it must fit into one frame.
+pub(crate) fn header_bytes(message: &Message) -> usize {
+    // Names are written once more where their order is kept.
+    let headers: usize = message.headers().iter().map(|(name, value)| 2 * name.as_str().len() + value.len() + 24).sum();
+    headers + message.key().map_or(0, Bytes::len) + 1024
+}
+
+/// Checks that AMQP can carry the message.
+pub(crate) fn check(message: &Message, frame_max: usize) -> Result<()> {
+    if message.dedup_key().is_some() {
+        return Err(Error::unsupported("RabbitMQ does not deduplicate: publish without a deduplication key"));
+    }
+    let size = header_bytes(message);
+    if size > frame_max {
+        return Err(Error::unsupported(format!(
+            "message {}: its key and headers come to {size} bytes; AMQP carries them in one frame, of {frame_max} bytes here",
+            message.id()
+        )));
+    }
+    message.headers().iter().try_for_each(|(name, _)| wire_name(name.as_str()).map(drop))
+}
+
+fn wire_name(name: &str) -> Result<ShortString> {
+    let special = name.starts_with(OURS)
+        || matches!(name, "CC" | "BCC" | "x-death" | DELIVERY_COUNT)
+        || name.starts_with("x-first-death-")
+        || name.starts_with("x-last-death-");
+    if special { short("header, escaped,", &format!("{ESCAPED}{name}")) } else { short("header", name) }
+}
+
+/// The properties of a message.
+pub(crate) fn encode(message: &Message, travel: &Travel, persistent: bool) -> Result<BasicProperties> {
+    let mut table = BTreeMap::new();
+    let mut put = |name: &str, value: AMQPValue| table.insert(ShortString::from(name), value);
+    let millis = message.timestamp().as_millis();
+    put(TIMESTAMP, AMQPValue::LongLongInt(millis));
+    if let Some(key) = message.key() {
+        put(KEY, bytes_value(key));
+    }
+    if message.is_tombstone() {
+        put(TOMBSTONE, AMQPValue::Boolean(true));
+    }
+    if let Some(time) = message.expires_at() {
+        put(EXPIRES, AMQPValue::LongLongInt(time.as_millis()));
+    }
+    if let Some(time) = travel.due.or(message.deliver_at()) {
+        put(DUE, AMQPValue::LongLongInt(time.as_millis()));
+    }
+    if travel.attempts > 0 {
+        put(ATTEMPT, AMQPValue::LongLongInt(travel.attempts.into()));
+    }
+    if let Some(time) = travel.first {
+        put(FIRST, AMQPValue::LongLongInt(time.as_millis()));
+    }
+    if let Some(topic) = &travel.topic {
+        put(TOPIC, AMQPValue::LongString(topic.as_str().into()));
+    }
+    if let Some(key) = &travel.also_to {
+        put("BCC", AMQPValue::FieldArray(FieldArray::from(vec![AMQPValue::LongString(key.as_str().into())])));
+    }
+    put_headers(message.headers(), &mut table)?;
+
+    let mut properties = BasicProperties::default()
+        .with_message_id(short("message id", &message.id().to_string())?)
+        .with_delivery_mode(if persistent { 2 } else { 1 })
+        .with_headers(FieldTable::from(table));
+    if let Ok(millis) = u64::try_from(millis) {
+        properties = properties.with_timestamp(millis / 1000);
+    }
+    if let Some(content_type) = message.content_type() {
+        properties = properties.with_content_type(short("content type", content_type)?);
+    }
+    if let Some(time) = message.expires_at() {
+        let wait = (time.since(Timestamp::now()) + EXPIRY_GRACE).as_millis();
+        // More than the server takes is as good as never.
+        if wait < u128::from(u32::MAX) {
+            properties = properties.with_expiration(short("expiration", &wait.to_string())?);
+        }
+    }
+    Ok(properties)
+}
+
+fn put_headers(headers: &Headers, table: &mut BTreeMap<ShortString, AMQPValue>) -> Result<()> {
+    let mut sorted = true;
+    let mut last: Option<ShortString> = None;
+    for (name, value) in headers.iter() {
+        let name = wire_name(name.as_str())?;
+        sorted &= last.as_ref().is_none_or(|last| *last < name);
+        match table.get_mut(&name) {
+            Some(AMQPValue::FieldArray(values)) => values.push(bytes_value(value)),
+            Some(first) => {
+                let both = vec![std::mem::replace(first, AMQPValue::Void), bytes_value(value)];
+                *first = AMQPValue::FieldArray(FieldArray::from(both));
+            }
+            None => {
+                table.insert(name.clone(), bytes_value(value));
+            }
+        }
+        last = Some(name);
+    }
+    if !sorted {
+        let order: Vec<&str> = headers.iter().map(|(name, _)| name.as_str()).collect();
+        table.insert(ORDER.into(), AMQPValue::LongString(order.join("\n").into()));
+    }
+    Ok(())
+}
+
+fn bytes_value(bytes: &[u8]) -> AMQPValue {
+    AMQPValue::LongString(LongString::from(bytes))
+}
+
+/// Reads a message, whoever wrote it. What is our own must be as we write it; of what is not, what
+/// has no place in a [`Message`] is left out.
+///
+/// # Errors
+///
+/// Why it cannot be read.
+pub(crate) fn decode(routing_key: &str, properties: &BasicProperties, body: Bytes) -> Result<Arrived, String> {
+    let empty = FieldTable::default();
+    let table = properties.headers().as_ref().unwrap_or(&empty).inner();
+    let topic = match table.get(TOPIC) {
+        Some(value) => text(TOPIC, value)?,
+        None => routing_key,
+    };
+    let topic = Topic::new(topic).map_err(|error| error.message().to_owned())?;
+    let time = |name: &str| table.get(name).map(|value| integer(name, value).map(Timestamp::from_millis)).transpose();
+
+    let tombstone = matches!(table.get(TOMBSTONE), Some(AMQPValue::Boolean(true)));
+    let mut message = if tombstone { Message::tombstone() } else { Message::new(body) };
+    if let Some(id) = properties.message_id().as_ref().and_then(|id| id.as_str().parse::<MessageId>().ok()) {
+        message = message.with_id(id);
+    }
+    let seconds = properties.timestamp().and_then(|seconds| i64::try_from(seconds).ok()?.checked_mul(1000));
+    if let Some(timestamp) = time(TIMESTAMP)?.or(seconds.map(Timestamp::from_millis)) {
+        message = message.with_timestamp(timestamp);
+    }
+    if let Some(value) = table.get(KEY) {
+        message = message.with_key(Bytes::copy_from_slice(raw(KEY, value)?));
+    }
+    if let Some(content_type) = properties.content_type()
+        && let Ok(with) = message.clone().with_content_type(content_type.as_str())
+    {
+        message = with;
+    }
+    if let Some(expires) = time(EXPIRES)? {
+        message = message.with_expires_at(expires);
+    }
+    let due = time(DUE)?;
+    if let Some(due) = due {
+        message = message.with_deliver_at(due);
+    }
+    let attempts = match table.get(ATTEMPT) {
+        Some(value) => u32::try_from(integer(ATTEMPT, value)?).map_err(|_| format!("header {ATTEMPT} is no count"))?,
+        None => 0,
+    };
+    let redeliveries = table.get(DELIVERY_COUNT).and_then(foreign::integer).and_then(|count| u64::try_from(count).ok());
+    let first = time(FIRST)?;
+    *message.headers_mut() = headers(table)?;
+    Ok(Arrived { message, topic, attempts, first, due, redeliveries: redeliveries.unwrap_or(0) })
+}
+
+fn headers(table: &BTreeMap<ShortString, AMQPValue>) -> Result<Headers, String> {
+    // What we have sent through a delay queue, the server has marked; nobody else has a use for that.
+    let delayed = table.contains_key(DUE) || table.contains_key(ATTEMPT);
+    let mut headers = Headers::new();
+    let mut add = |name: &str, value: Bytes| {
+        // A name that is none (a control character in it) was put there by somebody else.
+        let _ = headers.append(name, value);
+    };
+    let mut by_name: BTreeMap<&str, VecDeque<Bytes>> = BTreeMap::new();
+    for (wire, value) in table {
+        let wire = wire.as_str();
+        let name = match wire.strip_prefix(ESCAPED) {
+            Some(name) => name,
+            None if wire.starts_with(OURS) || wire == DELIVERY_COUNT => continue,
+            None if delayed && wire.starts_with("x-") && wire.contains("death") => continue,
+            None => wire,
+        };
+        by_name.entry(name).or_default().extend(foreign::values(value));
+    }
+    if let Some(order) = table.get(ORDER) {
+        for name in text(ORDER, order)?.split('\n') {
+            if let Some(value) = by_name.get_mut(name).and_then(VecDeque::pop_front) {
+                add(name, value);
+            }
+        }
+    }
+    // Sorted by the names on the wire, as they were written.
+    let mut rest: Vec<_> = by_name.into_iter().collect();
+    rest.sort_by_key(|(name, _)| wire_name(name).ok());
+    for (name, values) in rest {
+        values.into_iter().for_each(|value| add(name, value));
+    }
+    Ok(headers)
+}
+
+fn raw<'a>(name: &str, value: &'a AMQPValue) -> Result<&'a [u8], String> {
+    match value {
+        AMQPValue::LongString(bytes) => Ok(bytes.as_bytes()),
+        AMQPValue::ByteArray(bytes) => Ok(bytes.as_slice()),
+        _ => Err(format!("header {name} is no string")),
+    }
+}
+
+fn text<'a>(name: &str, value: &'a AMQPValue) -> Result<&'a str, String> {
+    std::str::from_utf8(raw(name, value)?).map_err(|_| format!("header {name} is not UTF-8"))
+}
+
+fn integer(name: &str, value: &AMQPValue) -> Result<i64, String> {
+    foreign::integer(value).ok_or_else(|| format!("header {name} is no integer"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn round_trip(message: &Message) -> Message {
+        let properties = encode(message, &Travel::default(), true).unwrap();
+        let arrived = decode("a.b", &properties, message.payload().clone()).unwrap();
+        assert_eq!((arrived.topic.as_str(), arrived.attempts), ("a.b", 0));
+        arrived.message
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read(
+            names in proptest::collection::vec(("[a-cA-C]{1,2}|CC|x-death|x-broker-key|ü", proptest::collection::vec(any::<u8>(), 0..4)), 0..8),
+            key in proptest::option::of(proptest::collection::vec(any::<u8>(), 0..5)),
+            millis in any::<i64>(), expires in proptest::option::of(0_i64..1 << 50), tombstone in any::<bool>(),
+        ) {
+            let mut message = if tombstone { Message::tombstone() } else { Message::new("payload") };
+            message = message.with_timestamp(Timestamp::from_millis(millis));
+            for (name, value) in names {
+                message = message.with_header(name, value).unwrap();
+            }
+            if let Some(key) = key {
+                message = message.with_key(key);
+            }
+            if let Some(expires) = expires {
+                message = message.with_expires_at(Timestamp::from_millis(expires));
+            }
+            prop_assert_eq!(round_trip(&message), message);
+        }
+    }
+
+    #[test]
+    fn a_message_without_any_properties_is_read() {
+        let arrived = decode("a", &BasicProperties::default(), Bytes::from_static(b"x")).unwrap();
+        assert_eq!((arrived.message.payload().as_ref(), arrived.message.key()), (&b"x"[..], None));
+    }
+
+    #[test]
+    fn what_is_ours_and_broken_is_told() {
+        let table = FieldTable::from(BTreeMap::from([(ShortString::from(KEY), AMQPValue::LongInt(1))]));
+        let properties = BasicProperties::default().with_headers(table);
+        assert_eq!(decode("a", &properties, Bytes::new()).unwrap_err(), "header x-broker-key is no string");
+        assert!(decode("a b", &BasicProperties::default(), Bytes::new()).is_err());
+    }
+
+    #[test]
+    fn what_amqp_cannot_carry_is_refused() {
+        let long = Message::new("").with_header(format!("x-broker-{}", "n".repeat(246)), "").unwrap();
+        assert_eq!(check(&long, 131_072).unwrap_err().kind(), broker_core::ErrorKind::Invalid);
+        let large = Message::new("").with_header("n", vec![0; 131_072]).unwrap();
+        assert_eq!(check(&large, 131_072).unwrap_err().kind(), broker_core::ErrorKind::Unsupported);
+    }
+}
