@@ -8,7 +8,7 @@ use clap::Parser;
 
 use crate::Result;
 use crate::comparison::Comparison;
-use crate::in_process::footprint::{self, Footprint};
+use crate::footprint::{self, Footprint};
 use crate::measure::measure;
 
 /// Runs named comparisons as interleaved rounds and tells whether their bars hold.

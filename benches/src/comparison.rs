@@ -13,6 +13,8 @@ pub enum Unit {
     MessagesPerSecond,
     /// Messages received by subscribers a second, all subscribers together.
     DeliveriesPerSecond,
+    /// The time that 99 of 100 messages took at most, in microseconds.
+    P99Micros,
     /// Bytes of memory held.
     Bytes,
 }
@@ -23,6 +25,7 @@ impl Unit {
         match self {
             Self::MessagesPerSecond => "messages/s",
             Self::DeliveriesPerSecond => "deliveries/s",
+            Self::P99Micros => "µs p99",
             Self::Bytes => "bytes",
         }
     }
@@ -37,7 +40,7 @@ impl Unit {
     pub fn ratio(self, ours: f64, theirs: f64) -> f64 {
         match self {
             Self::MessagesPerSecond | Self::DeliveriesPerSecond => ours / theirs,
-            Self::Bytes => theirs / ours,
+            Self::P99Micros | Self::Bytes => theirs / ours,
         }
     }
 }

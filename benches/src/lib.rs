@@ -2,6 +2,8 @@
 
 pub mod cli;
 pub mod comparison;
+pub mod footprint;
+pub mod http;
 pub mod in_process;
 pub mod measure;
 pub mod peers;
@@ -18,5 +20,10 @@ pub type Result<T> = std::result::Result<T, Failure>;
 
 /// Every comparison of this package, in the order they are listed and run.
 pub fn comparisons() -> Vec<Comparison> {
-    in_process::comparisons()
+    [in_process::comparisons(), http::comparisons()].into_iter().flatten().collect()
 }
+
+/// The code of the project's README runs as a doctest of this package, which may know every broker.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

@@ -52,7 +52,7 @@ impl Report {
 
     /// Whether 1 lies within the spread of the ratio.
     pub fn is_indistinguishable(&self) -> bool {
-        (self.ratio - 1.0).abs() <= self.spread
+        self.spread.is_finite() && (self.ratio - 1.0).abs() <= self.spread
     }
 }
 
