@@ -4,6 +4,8 @@
 //! time run on both; after each step the broker may have handed out only what the oracle allows, and
 //! at the end everything published is accounted for. Time is paused and moves only by a step.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
 use std::collections::BTreeMap;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;

@@ -1,21 +1,13 @@
-//! Deliveries handed out together.
-//!
-//! An ack is one atomic addition to the batch's own counter; the group is told when the batch is
-//! done, or when somebody waits for it (`Group::asked`). The two sides meet as in Dekker's
-//! algorithm: an ack adds and then looks whether it was asked, whoever asks sets the flag and then
-//! looks at the counters, all sequentially consistent, so that one of them sees the other.
+//! Deliveries handed out together; their acks are tallied (`tally`) and told together too.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use smallvec::SmallVec;
 
 use super::entry::{Entry, Queued, Segment, Story};
 use super::group::Group;
+use super::tally::{Sum, Tally};
 use crate::{Deliveries, Message, Settle, Settlement, Timestamp, Topic};
-
-/// Bits of the counter for bytes; those above count deliveries.
-const BYTES_BITS: u32 = 44;
 
 pub(super) struct Batch {
     group: Arc<Group>,
@@ -26,8 +18,7 @@ pub(super) struct Batch {
     pub(super) at: Timestamp,
     items: Items,
     len: u64,
-    /// How many were settled, and their bytes: `count << BYTES_BITS | bytes`.
-    settled: AtomicU64,
+    settled: Tally,
 }
 
 pub(super) enum Items {
@@ -37,20 +28,13 @@ pub(super) enum Items {
     List(SmallVec<[Queued; 2]>),
 }
 
-/// Deliveries and their bytes.
-#[derive(Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Sum {
-    pub(super) messages: u64,
-    pub(super) bytes: u64,
-}
-
 impl Batch {
     pub(super) fn new(group: Arc<Group>, member: u64, slot: usize, at: Timestamp, items: Items) -> Arc<Self> {
         let len = match &items {
             Items::Run { len, .. } => *len,
             Items::List(list) => list.len(),
         } as u64;
-        Arc::new(Self { group, member, slot, at, items, len, settled: AtomicU64::new(0) })
+        Arc::new(Self { group, member, slot, at, items, len, settled: Tally::new() })
     }
 
     pub(super) fn len(&self) -> usize {
@@ -59,13 +43,12 @@ impl Batch {
 
     /// What has been settled so far.
     pub(super) fn settled(&self) -> Sum {
-        unpack(self.settled.load(Ordering::SeqCst))
+        self.settled.sum()
     }
 
     /// Counts delivery `index` as settled; tells what has been settled with it.
     pub(super) fn count(&self, index: u32) -> Sum {
-        let one = 1 << BYTES_BITS | self.size(index);
-        unpack(self.settled.fetch_add(one, Ordering::SeqCst) + one)
+        self.settled.add(self.size(index))
     }
 
     pub(super) fn size(&self, index: u32) -> u64 {
@@ -113,10 +96,6 @@ impl Batch {
         )]
         found.expect("a delivery of this batch")
     }
-}
-
-fn unpack(packed: u64) -> Sum {
-    Sum { messages: packed >> BYTES_BITS, bytes: packed & ((1 << BYTES_BITS) - 1) }
 }
 
 impl Deliveries for Batch {

@@ -3,7 +3,6 @@
 //! A subscription without group is a group with one member and no name.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Waker};
 use std::time::Duration;
@@ -13,10 +12,11 @@ use slab::Slab;
 use smallvec::SmallVec;
 
 use super::Shared;
-use super::batch::{Batch, Items, Sum};
+use super::batch::{Batch, Items};
 use super::entry::{Entry, Queued, is_expired};
 use super::lanes::Lanes;
 use super::log::Log;
+use super::tally::{Asked, Sum};
 use super::topics::{TopicState, closed};
 use super::wheel::Wheel;
 use crate::{
@@ -39,7 +39,7 @@ pub(super) struct Group {
     /// The group's place among the readers of the log; set right after it was made.
     reader: OnceLock<usize>,
     /// Whether somebody waits for settlements, so that a batch must tell each.
-    asked: AtomicBool,
+    asked: Asked,
     state: Mutex<State>,
 }
 
@@ -130,7 +130,7 @@ impl Group {
             log: Arc::clone(log),
             reader: OnceLock::new(),
             // An ordered group needs each settlement, to let the next of the key go.
-            asked: AtomicBool::new(settings.ordered),
+            asked: Asked::new(settings.ordered),
             state: Mutex::new(State {
                 settings,
                 ready: VecDeque::new(),
@@ -454,7 +454,7 @@ impl Group {
         }
         if left(state) == 0 {
             // From here on each settlement tells; those made before are seen by looking again.
-            self.asked.store(true, Ordering::SeqCst);
+            self.asked.set(true);
             collect(state);
         }
         left(state)
@@ -520,12 +520,12 @@ impl Group {
 impl Group {
     /// Whether somebody waits for settlements.
     pub(super) fn is_asked(&self) -> bool {
-        self.asked.load(Ordering::SeqCst)
+        self.asked.get()
     }
 
     /// From now on each settlement tells.
     pub(super) fn tell_settlements(&self) {
-        self.asked.store(true, Ordering::SeqCst);
+        self.asked.set(true);
     }
 
     /// A publish found the group at its bound: looks for settlements that were not told. True if
@@ -541,7 +541,7 @@ impl Group {
             return false;
         }
         if wait {
-            self.asked.store(true, Ordering::SeqCst);
+            self.asked.set(true);
         }
         let mut after = After::default();
         let mut change = self.collect_open(&mut state, &mut after);
@@ -702,7 +702,7 @@ impl Group {
             || !self.shared.is_open()
             || state.members.iter().any(|member| member.full && member.waker.is_some())
             || self.log.lock().is_stalled_by(self.reader());
-        self.asked.store(needed, Ordering::SeqCst);
+        self.asked.set(needed);
     }
 
     /// Releases the lock, then does what must not be done under it.

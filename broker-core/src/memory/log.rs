@@ -14,9 +14,9 @@ use parking_lot::{Mutex, MutexGuard};
 use slab::Slab;
 use smallvec::SmallVec;
 
-use super::batch::Sum;
 use super::entry::{Entry, Segment, is_scheduled};
 use super::group::Group;
+use super::tally::Sum;
 use super::topics::TopicState;
 use crate::{Backlog, Message, Overflow, Topic, TopicFilter};
 

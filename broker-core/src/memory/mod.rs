@@ -21,9 +21,15 @@ mod log;
 mod member;
 mod options;
 mod registry;
+mod tally;
 mod topics;
 mod trie;
 mod wheel;
+
+/// The atomics of `tally`; its model replaces them by shuttle's.
+mod atomic {
+    pub(super) use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+}
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
