@@ -1,6 +1,8 @@
 //! Reading a request's body: bounded in bytes and time, and kind to the sender of one too large.
 
+use std::future::poll_fn;
 use std::pin::pin;
+use std::task::Poll;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -44,10 +46,10 @@ pub(crate) async fn collect(headers: &HeaderMap, body: Body, limit: usize, limit
 
 async fn read(headers: &HeaderMap, mut body: Body, limit: usize, limits: &Limits) -> Answer<Bytes> {
     let expected = usize::try_from(body.size_hint().lower()).unwrap_or(limit).min(limit);
-    let deadline = Instant::now() + limits.body_timeout;
+    let mut deadline = Deadline::after(limits.body_timeout);
     let mut first = Bytes::new();
     let mut collected = BytesMut::new();
-    while let Some(data) = next_data(&mut body, deadline).await? {
+    while let Some(data) = next_data(&mut body, &mut deadline).await? {
         if first.len() + collected.len() + data.len() > limit {
             let problem = too_large(limit, 0);
             return Err(refuse(headers, body, limits, problem).await);
@@ -66,10 +68,32 @@ async fn read(headers: &HeaderMap, mut body: Body, limit: usize, limits: &Limits
     Ok(if collected.is_empty() { first } else { collected.freeze() })
 }
 
-/// The next piece of a body, until `deadline`; trailers are read and dropped.
-pub(crate) async fn next_data(body: &mut Body, deadline: Instant) -> Answer<Option<Bytes>> {
+/// When a body must have arrived: counted from the first time it is waited for, since most are
+/// there with their headers and need no clock.
+pub(crate) struct Deadline {
+    after: Duration,
+    at: Option<Instant>,
+}
+
+impl Deadline {
+    pub(crate) fn after(after: Duration) -> Self {
+        Self { after, at: None }
+    }
+
+    fn at(&mut self) -> Instant {
+        *self.at.get_or_insert_with(|| Instant::now() + self.after)
+    }
+}
+
+/// The next piece of a body, until the deadline; trailers are read and dropped.
+pub(crate) async fn next_data(body: &mut Body, deadline: &mut Deadline) -> Answer<Option<Bytes>> {
     loop {
-        let frame = match timeout_at(deadline, body.frame()).await {
+        let mut frame = pin!(body.frame());
+        let frame = match poll_fn(|cx| Poll::Ready(frame.as_mut().poll(cx))).await {
+            Poll::Ready(frame) => Ok(frame),
+            Poll::Pending => timeout_at(deadline.at(), frame).await,
+        };
+        let frame = match frame {
             Err(_) => {
                 return Err(Problem::new(
                     StatusCode::REQUEST_TIMEOUT,

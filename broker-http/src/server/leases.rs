@@ -178,7 +178,8 @@ impl Leases {
         true
     }
 
-    /// Ends every lease of a holder that is gone; its messages are due again at once.
+    /// Ends every lease of a holder that is gone; its messages are due again at once, and that was no
+    /// attempt.
     pub(crate) fn release_all(&self, holder: &Arc<Holder>) {
         let mut table = self.table.lock();
         let ended: Vec<_> = table.held.extract_if(|_, lease| Arc::ptr_eq(&lease.holder, holder)).collect();
@@ -187,7 +188,7 @@ impl Leases {
         }
         drop(table);
         for (_, lease) in ended {
-            detach(self.ended(lease).settle(Settlement::Retry { after: Some(Duration::ZERO), failure: None }));
+            detach(self.ended(lease).settle(Settlement::Release));
         }
     }
 

@@ -24,8 +24,8 @@ pub struct Limits {
     pub headers: usize,
     /// Bytes of a request's line and headers together.
     pub header_bytes: usize,
-    /// How long a connection may take to send the next request's headers; so also how long an idle
-    /// one is kept.
+    /// How long a connection may take to send the next request's headers, half as long again at most;
+    /// so also how long an idle one is kept.
     pub header_timeout: Duration,
     /// How long a body may take to arrive, and how long a streamed one may stand still.
     pub body_timeout: Duration,
@@ -57,7 +57,7 @@ impl Default for Limits {
         Self {
             connections: 10_000,
             streams_per_connection: 256,
-            headers: 128,
+            headers: 100,
             header_bytes: 64 << 10,
             header_timeout: Duration::from_secs(60),
             body_timeout: Duration::from_secs(60),

@@ -10,7 +10,6 @@ use broker_core::Error;
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::stream;
 use http::{HeaderMap, HeaderValue, header};
-use tokio::time::Instant;
 
 use super::inflate::Encoding;
 use super::problem::{Answer, Problem};
@@ -121,8 +120,8 @@ impl Lines {
     }
 
     async fn read(&mut self) {
-        let deadline = Instant::now() + self.shared.limits().body_timeout;
-        match body::next_data(&mut self.body, deadline).await {
+        let mut deadline = body::Deadline::after(self.shared.limits().body_timeout);
+        match body::next_data(&mut self.body, &mut deadline).await {
             Ok(Some(data)) => self.split(&data),
             Ok(None) => {
                 self.ended = true;

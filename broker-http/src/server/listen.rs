@@ -1,5 +1,6 @@
 //! Connections: accepted up to a number, held to times and sizes, drained at the end.
 
+use std::convert::Infallible;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -8,9 +9,11 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
+use axum::extract::State;
+use axum::response::IntoResponse;
 use axum::serve::Listener;
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{Method, Request, Response};
 use http_body::{Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
@@ -18,13 +21,13 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower_service::Service as _;
 
-use super::Shared;
 use super::limits::Limits;
+use super::{Shared, publish, routes};
 
 /// What is written to a connection over the limit, without reading from it: a sender that sees it
 /// knows more than one whose connection was reset.
@@ -37,7 +40,7 @@ const TOO_MANY: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\n\
 pub(crate) struct Connections {
     /// Ends accepting, and each connection after the request it is at.
     closing: CancellationToken,
-    /// Ends every connection at once.
+    /// Ends every connection at once, after `closing`.
     cut: CancellationToken,
     tasks: TaskTracker,
     free: Arc<Semaphore>,
@@ -69,8 +72,9 @@ impl Connections {
                 Ok(permit) => {
                     let connection = Connection {
                         builder: Arc::clone(&builder),
+                        shared: Arc::clone(shared),
                         router: router.clone(),
-                        idle: shared.limits().header_timeout,
+                        idle: shared.limits().header_timeout.max(Duration::from_millis(2)),
                         closing: self.closing.clone(),
                         cut: self.cut.clone(),
                         _permit: permit,
@@ -83,6 +87,11 @@ impl Connections {
                 }
             }
         }
+    }
+
+    /// Tells when connections are to end.
+    pub(crate) fn closing(&self) -> CancellationToken {
+        self.closing.clone()
     }
 
     /// Connections open now.
@@ -103,18 +112,23 @@ impl Connections {
 
 impl Drop for Connections {
     fn drop(&mut self) {
+        self.closing.cancel();
         self.cut.cancel();
     }
 }
 
+/// The parser's own bound of headers, which costs nothing.
+const USUAL_HEADERS: usize = 100;
+
 fn builder(limits: &Limits) -> Builder<TokioExecutor> {
     let mut builder = Builder::new(TokioExecutor::new());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(limits.header_timeout)
-        .max_headers(limits.headers)
-        .max_buf_size(limits.header_bytes.max(8 << 10));
+    let mut http1 = builder.http1();
+    // Time is kept for the whole connection, once: a timer for every request's headers would cost
+    // as much as the headers.
+    http1.header_read_timeout(None).max_buf_size(limits.header_bytes.max(8 << 10));
+    if limits.headers != USUAL_HEADERS {
+        http1.max_headers(limits.headers);
+    }
     builder
         .http2()
         .timer(TokioTimer::new())
@@ -139,6 +153,7 @@ async fn refuse<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S) {
 
 struct Connection {
     builder: Arc<Builder<TokioExecutor>>,
+    shared: Arc<Shared>,
     router: Router,
     idle: Duration,
     closing: CancellationToken,
@@ -149,32 +164,36 @@ struct Connection {
 impl Connection {
     async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(self, stream: S) {
         let activity = Arc::new(Activity::default());
-        let (router, active) = (self.router, Arc::clone(&activity));
+        let (shared, router, active) = (self.shared, self.router, Arc::clone(&activity));
         let service = service_fn(move |request: Request<Incoming>| {
             let busy = Busy::begin(&active);
-            let answer = router.clone().call(request);
-            async move { answer.await.map(|response: Response<Body>| response.map(|body| Guarded { body, _busy: busy })) }
+            let (shared, router) = (Arc::clone(&shared), router.clone());
+            async move {
+                let response = answer(shared, router, request.map(Body::new)).await;
+                Ok::<_, Infallible>(response.map(|body| Guarded { body, _busy: busy }))
+            }
         });
         let serving = self.builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
         let mut serving = pin!(serving);
         let mut closing = false;
         let mut seen = 0;
+        // Two looks at which nothing has begun: no headers came for at least half of the time.
+        let mut look = pin!(sleep(self.idle / 2));
         loop {
             tokio::select! {
+                biased;
                 ended = serving.as_mut() => {
                     if let Err(error) = ended {
                         tracing::debug!(error, "a connection ended");
                     }
                     return;
                 }
-                () = self.cut.cancelled() => return,
                 () = self.closing.cancelled(), if !closing => {
                     closing = true;
                     serving.as_mut().graceful_shutdown();
                 }
-                // HTTP/1.1 has a timer of its own for headers; a connection that says nothing at
-                // all, and HTTP/2 without a stream, have not.
-                () = sleep(self.idle) => {
+                () = self.cut.cancelled(), if closing => return,
+                () = look.as_mut() => {
                     let begun = activity.begun.load(Ordering::Acquire);
                     if activity.active.load(Ordering::Acquire) == 0 && begun == seen {
                         if closing {
@@ -184,9 +203,25 @@ impl Connection {
                         serving.as_mut().graceful_shutdown();
                     }
                     seen = begun;
+                    look.as_mut().reset(Instant::now() + self.idle / 2);
                 }
             }
         }
+    }
+}
+
+/// The route everything else waits for is found without the router, whose way there costs about as
+/// much as publishing does.
+async fn answer(shared: Arc<Shared>, mut router: Router, request: Request<Body>) -> Response<Body> {
+    let is_publish = request.method() == Method::POST
+        && request.uri().path().strip_prefix("/topics/").is_some_and(|topic| !topic.is_empty() && !topic.contains('/'));
+    if !is_publish {
+        let Ok(response) = router.call(request).await;
+        return response;
+    }
+    match routes::check(&shared, request).await {
+        Ok(request) => publish::publish(State(shared), request).await,
+        Err(problem) => problem.into_response(),
     }
 }
 

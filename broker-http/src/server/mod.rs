@@ -20,6 +20,7 @@ mod groups;
 mod leases;
 mod pull;
 mod registry;
+mod socket;
 mod state;
 mod stream;
 mod subscriptions;

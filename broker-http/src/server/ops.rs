@@ -21,13 +21,16 @@ pub(crate) async fn healthz() -> &'static str {
     "ok\n"
 }
 
-/// `GET /readyz`: it takes requests, and so does the broker behind it.
+/// `GET /readyz`: it takes requests, and so does the broker behind it; says what that one can do.
 pub(crate) async fn readyz(State(shared): State<Arc<Shared>>) -> Response {
     if shared.is_draining() {
         return Problem::draining().into_response();
     }
     match shared.broker.status().await {
-        Ok(status) if matches!(status.state, broker_core::State::Active) => "ready\n".into_response(),
+        Ok(status) if matches!(status.state, broker_core::State::Active) => {
+            let can = shared.broker.capabilities();
+            respond(StatusCode::OK, &json!({ "status": "ready", "broker": status.name, "capabilities": can }))
+        }
         Ok(status) => {
             let error = status.last_error.map(|error| format!(": {error}")).unwrap_or_default();
             let state = serde_json::to_value(status.state).unwrap_or_default();

@@ -80,6 +80,11 @@ impl Problem {
         self
     }
 
+    /// Whether the broker cannot do this at all.
+    pub(crate) fn is_unsupported(&self) -> bool {
+        self.status == StatusCode::NOT_IMPLEMENTED
+    }
+
     #[cfg(test)]
     pub(crate) fn status(&self) -> StatusCode {
         self.status

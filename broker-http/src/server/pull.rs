@@ -7,7 +7,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::State;
 use broker_core::{
-    Broker, Delivery, Failure, GroupName, Result, Settle, Settlement, Subscribe, Subscription, Timestamp,
+    Broker, Delivery, Failure, Gap, GroupName, Received, Result, Settle, Settlement, Subscribe, Subscription, Timestamp,
 };
 use futures_util::FutureExt;
 use http::{HeaderMap, StatusCode, Uri};
@@ -28,7 +28,7 @@ use crate::event::{Envelope, json};
 const MAX_PULL: usize = 10_000;
 const DEFAULT_PULL: usize = 100;
 const MAX_WAIT: Duration = Duration::from_secs(300);
-const MAX_HOLD: Duration = Duration::from_secs(12 * 3600);
+pub(crate) const MAX_HOLD: Duration = Duration::from_secs(12 * 3600);
 
 /// Bytes of messages after which an answer is full, and deliveries taken between two looks at that.
 const FULL_BYTES: usize = 8 << 20;
@@ -49,6 +49,8 @@ pub(crate) struct Pull {
     /// Pulls at work.
     pulling: AtomicUsize,
     last: Mutex<Instant>,
+    /// What the member lost and no puller was told yet.
+    gap: Mutex<Option<Gap>>,
     /// When the last ack was taken.
     last_success: Mutex<Option<Timestamp>>,
 }
@@ -60,6 +62,7 @@ impl Pull {
             member: AsyncMutex::new(None),
             pulling: AtomicUsize::new(0),
             last: Mutex::new(Instant::now()),
+            gap: Mutex::new(None),
             last_success: Mutex::new(None),
         }
     }
@@ -148,30 +151,41 @@ pub(crate) async fn pull(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer 
             // From here to the leases nothing waits, so that no caller gone can lose them.
             let events: Vec<_> = deliveries.iter().map(|delivery| delivery.received().clone()).collect();
             let ids = shared.leases.grant(places, deliveries, subscribed.spec.timeout)?;
-            break ids.into_iter().zip(events).collect();
+            break ids.into_iter().zip(events).collect::<Vec<_>>();
         }
         if Instant::now() >= deadline || shared.is_draining() {
             break Vec::new();
         }
     };
     shared.metrics.pulled(leased.len());
+    let mut out = encode(leased.into_iter(), Some(subscribed.name.as_str()));
+    if let Some(gap) = pull.gap.lock().take() {
+        out.pop();
+        // How many, or null where that is not known.
+        let lost = gap.lost().map_or_else(|| "null".to_owned(), |lost| lost.to_string());
+        out.extend_from_slice(format!(r#","lost":{lost}}}"#).as_bytes());
+    }
+    Ok(json_response(StatusCode::OK, out))
+}
+
+/// What is lent, in JSON.
+pub(crate) fn encode(
+    leased: impl ExactSizeIterator<Item = (LeaseId, Received)>,
+    subscription: Option<&str>,
+) -> Vec<u8> {
     let mut out = Vec::with_capacity(32 + leased.len() * 512);
     out.extend_from_slice(br#"{"deliveries":["#);
-    for (index, (lease, received)) in leased.iter().enumerate() {
+    for (index, (lease, received)) in leased.enumerate() {
         let comma = if index > 0 { "," } else { "" };
         let attempt = received.attempt();
         out.extend_from_slice(format!(r#"{comma}{{"lease":"{lease}","attempt":{attempt},"event":"#).as_bytes());
-        let envelope = Envelope {
-            topic: received.topic(),
-            message: received.message(),
-            subscription: Some(subscribed.name.as_str()),
-            attempt: Some(attempt),
-        };
+        let envelope =
+            Envelope { topic: received.topic(), message: received.message(), subscription, attempt: Some(attempt) };
         json::encode(envelope, &mut out);
         out.push(b'}');
     }
     out.extend_from_slice(b"]}");
-    Ok(json_response(StatusCode::OK, out))
+    out
 }
 
 fn pulled(subscribed: &Subscribed) -> Answer<&Pull> {
@@ -256,6 +270,10 @@ async fn receive(
             break;
         }
     }
+    if let Some(gap) = member.as_mut().and_then(Subscription::gap) {
+        let mut untold = pull.gap.lock();
+        *untold = Some(untold.map_or(gap, |before| before.and(gap)));
+    }
     Ok(taken)
 }
 
@@ -272,6 +290,8 @@ pub(crate) struct Settlements {
     ack: Vec<String>,
     retry: Vec<Retry>,
     reject: Vec<Reject>,
+    /// Given back untried.
+    release: Vec<String>,
     extend: Vec<Extend>,
 }
 
@@ -304,21 +324,27 @@ pub(crate) async fn settle(State(shared): State<Arc<Shared>>, uri: Uri, headers:
     super::query::no_query(&uri)?;
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
     let pull = pulled(&subscribed)?;
-    let settlements = body::json(&headers, body, shared.limits())
+    // Who settles is alive, whether it has room to pull or not.
+    *pull.last.lock() = Instant::now();
+    let settlements: Settlements = body::json(&headers, body, shared.limits())
         .await?
         .ok_or_else(|| Problem::invalid("a body is expected, as in {\"ack\": [\"lease\"]}"))?;
-    let gone = settle_all(&shared.leases, pull, settlements).await?;
+    let acks = !settlements.ack.is_empty();
+    let gone = settle_all(&shared.leases, &pull.holder, settlements).await?;
+    if acks {
+        *pull.last_success.lock() = Some(Timestamp::now());
+    }
     let json = serde_json::json!({ "gone": gone });
     Ok(json_response(StatusCode::OK, json.to_string().into_bytes()))
 }
 
 /// Settles; tells the leases that no longer held. What does not parse is found out before anything
 /// is settled.
-pub(crate) async fn settle_all(leases: &Leases, pull: &Pull, settlements: Settlements) -> Answer<Vec<String>> {
-    let holder = &pull.holder;
-    let Settlements { ack, retry, reject, extend } = settlements;
-    let mut wanted = Vec::with_capacity(ack.len() + retry.len() + reject.len());
+pub(crate) async fn settle_all(leases: &Leases, holder: &Arc<Holder>, settlements: Settlements) -> Answer<Vec<String>> {
+    let Settlements { ack, retry, reject, release, extend } = settlements;
+    let mut wanted = Vec::with_capacity(ack.len() + retry.len() + reject.len() + release.len());
     wanted.extend(ack.into_iter().map(|lease| (lease, Settlement::Ack)));
+    wanted.extend(release.into_iter().map(|lease| (lease, Settlement::Release)));
     for (index, Retry { lease, delay, reason, status }) in retry.into_iter().enumerate() {
         let after = delay.map(|delay| duration(&format!("retry[{index}].delay"), &delay)).transpose()?;
         wanted.push((lease, Settlement::Retry { after, failure: failure(reason, status) }));
@@ -337,7 +363,6 @@ pub(crate) async fn settle_all(leases: &Leases, pull: &Pull, settlements: Settle
     }
 
     let mut gone = Vec::new();
-    let acks = wanted.iter().any(|(_, settlement)| *settlement == Settlement::Ack);
     // All begin before the first is awaited: an adapter settles many in one go.
     let mut settling: Vec<(String, Settle)> = Vec::with_capacity(wanted.len());
     for (lease, settlement) in wanted {
@@ -357,9 +382,6 @@ pub(crate) async fn settle_all(leases: &Leases, pull: &Pull, settlements: Settle
             tracing::warn!(%error, "a settlement was not taken; the message comes back");
             gone.push(lease);
         }
-    }
-    if acks {
-        *pull.last_success.lock() = Some(Timestamp::now());
     }
     Ok(gone)
 }

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use broker_core::{Group, GroupName, Result};
+use broker_core::{ErrorKind, Group, GroupName, Result};
+use http::StatusCode;
 use parking_lot::RwLock;
 use tokio::sync::{Mutex as AsyncMutex, Notify};
 use tokio::time::Instant;
@@ -136,12 +137,14 @@ impl Registry {
         (page, rest.next().is_some())
     }
 
-    /// Makes or replaces a subscription. Goes on to its end whatever becomes of who asked.
+    /// Makes or replaces a subscription (or, `only_new`, does not replace it). Goes on to its end
+    /// whatever becomes of who asked.
     pub(crate) async fn put(
         &self,
         shared: &Arc<Shared>,
         name: GroupName,
         spec: SubscriptionSpec,
+        only_new: bool,
     ) -> Answer<(Put, Arc<Subscribed>)> {
         let _changing = self.changing.lock().await;
         if shared.is_draining() {
@@ -168,6 +171,11 @@ impl Registry {
                     }
                 }
             }
+            Some(_) if only_new => Err(Problem::new(
+                StatusCode::PRECONDITION_FAILED,
+                ErrorKind::Conflict,
+                format!("if-none-match: subscription {name} is there already"),
+            )),
             Some(have) => self.replace(shared, have, group, spec).await,
         }
     }

@@ -8,6 +8,7 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, delete, get, post};
 
+use super::problem::Answer;
 use super::{Shared, body, ops, origin, publish, pull, stream, subscriptions};
 
 /// Every route of the interface.
@@ -47,14 +48,21 @@ fn routes() -> Vec<(&'static str, MethodRouter<Arc<Shared>>)> {
 }
 
 /// Before every route: may this request be made from where it comes?
-async fn guard(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
+pub(crate) async fn check(shared: &Shared, request: Request) -> Answer<Request> {
     let options = &shared.options;
     match origin::check(options.is_development(), options.allowed_origins(), request.uri(), request.headers()) {
-        Ok(()) => next.run(request).await,
+        Ok(()) => Ok(request),
         Err(problem) => {
             let (parts, body) = request.into_parts();
-            body::refuse(&parts.headers, body, shared.limits(), problem).await.into_response()
+            Err(body::refuse(&parts.headers, body, shared.limits(), problem).await)
         }
+    }
+}
+
+async fn guard(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
+    match check(&shared, request).await {
+        Ok(request) => next.run(request).await,
+        Err(problem) => problem.into_response(),
     }
 }
 

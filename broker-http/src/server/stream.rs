@@ -1,6 +1,7 @@
 //! `GET /topics/{filter}/stream`: messages as server-sent events, for `curl -N`, browsers and
 //! scripts. What was written is acked.
 
+use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,9 +10,12 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::State;
+use axum::extract::ws::WebSocketUpgrade;
+use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::response::Response;
 use broker_core::{
-    Backlog, Delivery, Gap, Group, GroupName, GroupOptions, Overflow, Subscribe, Subscription, TopicFilter,
+    Backlog, Delivery, Gap, Group, GroupName, GroupOptions, MessageId, Overflow, StartAt, Subscribe, Subscription,
+    TopicFilter,
 };
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Uri, header};
@@ -21,7 +25,7 @@ use tokio::time::{Instant, Sleep, sleep};
 use super::leases::detach;
 use super::problem::{Answer, Problem};
 use super::query::{Query, name_in_path};
-use super::{Shared, groups};
+use super::{Shared, groups, socket};
 use crate::event::{Envelope, json};
 
 /// Messages written in one go.
@@ -34,30 +38,44 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 const MAX_EVENTS: u64 = 10_000;
 const MAX_BYTES: u64 = 16 << 20;
 
-pub(crate) async fn stream(State(shared): State<Arc<Shared>>, uri: Uri, headers: HeaderMap) -> Answer {
+/// Retained events that are looked through for the one a reader saw last.
+const MAX_SEEKING: usize = 20_000;
+
+pub(crate) async fn stream(
+    State(shared): State<Arc<Shared>>,
+    uri: Uri,
+    headers: HeaderMap,
+    upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
+) -> Answer {
+    let upgrade = match upgrade {
+        Err(rejection) if headers.contains_key(header::UPGRADE) => {
+            return Err(Problem::invalid(format!("the upgrade to a WebSocket is not well formed: {rejection}")));
+        }
+        upgrade => upgrade.ok(),
+    };
     let filter = TopicFilter::new(&*name_in_path(&uri)?)?;
     let mut query = Query::of(&uri);
     let group = query.parsed::<GroupName>("group")?;
+    let hold = if upgrade.is_some() { query.duration("timeout")? } else { None };
     query.finish()?;
     if shared.is_draining() {
         return Err(Problem::draining());
     }
     let place = Place::take(&shared)?;
-    // What was missed since that event is not kept, so that the reader is told.
-    let resumed = headers.contains_key("last-event-id") && group.is_none();
-    let options = match group {
-        Some(name) => {
-            let group = Group::new(name, filter.clone());
-            groups::ensure(&*shared.broker, &group, GroupOptions::new()).await?;
-            Subscribe::group(group.name)
-        }
-        None => Subscribe::new().with_options(GroupOptions::new().with_backlog(bounded()?)),
+    if let Some(upgrade) = upgrade {
+        return socket::open(upgrade, shared, place, filter, group, hold).await;
+    }
+    let (subscription, seeking) = match (group, headers.get("last-event-id")) {
+        (Some(group), _) => (join(&shared, filter, group, MESSAGES_AT_ONCE * 2).await?, Seeking::No),
+        (None, None) => (copy(&shared, &filter, StartAt::New).await?, Seeking::No),
+        (None, Some(last)) => resume(&shared, &filter, last).await?,
     };
-    let subscription = shared.broker.subscribe(&filter, options.with_max_in_flight(MESSAGES_AT_ONCE * 2)?).await?;
     let events = Events {
         subscription,
         written: Vec::new(),
-        gap: resumed.then_some(Gap::Unknown),
+        ready: VecDeque::new(),
+        gap: matches!(seeking, Seeking::Missed).then_some(Gap::Unknown),
+        seeking,
         greeted: false,
         alive: Box::pin(sleep(KEEP_ALIVE)),
         shared: Arc::clone(&shared),
@@ -72,16 +90,69 @@ pub(crate) async fn stream(State(shared): State<Arc<Shared>>, uri: Uri, headers:
     Ok(response)
 }
 
+/// A member of a group, which is made with our defaults if it does not stand.
+pub(crate) async fn join(
+    shared: &Shared,
+    filter: TopicFilter,
+    name: GroupName,
+    max_in_flight: usize,
+) -> Answer<Subscription> {
+    let group = Group::new(name, filter);
+    groups::ensure(&*shared.broker, &group, GroupOptions::new()).await?;
+    let options = Subscribe::group(group.name).with_max_in_flight(max_in_flight)?;
+    Ok(shared.broker.subscribe(&group.filter, options).await?)
+}
+
+/// A copy of one's own, from `start` on.
+pub(crate) async fn copy(shared: &Shared, filter: &TopicFilter, start: StartAt) -> Answer<Subscription> {
+    let max = if start == StartAt::New { MESSAGES_AT_ONCE * 2 } else { MAX_SEEKING };
+    let mut options = GroupOptions::new().with_backlog(bounded()?);
+    if start != StartAt::New {
+        options = options.with_start(start);
+    }
+    let options = Subscribe::new().with_options(options).with_max_in_flight(max)?;
+    Ok(shared.broker.subscribe(filter, options).await?)
+}
+
+/// A copy that begins after the event the reader saw last, if that is still retained.
+async fn resume(shared: &Shared, filter: &TopicFilter, last: &HeaderValue) -> Answer<(Subscription, Seeking)> {
+    let id = last.to_str().ok().and_then(|text| text.parse::<MessageId>().ok());
+    if let Some(id) = id
+        && shared.broker.capabilities().start_earliest.is_some()
+    {
+        match copy(shared, filter, StartAt::Earliest).await {
+            Ok(subscription) => return Ok((subscription, Seeking::After(id))),
+            // It can, and was not told to.
+            Err(problem) if problem.is_unsupported() => {}
+            Err(problem) => return Err(problem),
+        }
+    }
+    Ok((copy(shared, filter, StartAt::New).await?, Seeking::Missed))
+}
+
 /// A reader that stands still loses the oldest and is told; it holds up no publisher.
 fn bounded() -> broker_core::Result<Backlog> {
     let backlog = Backlog::default().with_overflow(Overflow::DropOldest);
     backlog.with_max_messages(MAX_EVENTS)?.with_max_bytes(MAX_BYTES)
 }
 
+/// Where a reader that comes back is to go on.
+enum Seeking {
+    /// It does not come back, or it has gone on.
+    No,
+    /// What it missed is not retained.
+    Missed,
+    /// After this event, among those retained.
+    After(MessageId),
+}
+
 /// The body: polled when there is room to write, so that what it gave before has been written.
 struct Events {
     subscription: Subscription,
     written: Vec<Delivery>,
+    /// Received and not written yet.
+    ready: VecDeque<Delivery>,
+    seeking: Seeking,
     gap: Option<Gap>,
     greeted: bool,
     alive: Pin<Box<Sleep>>,
@@ -109,6 +180,17 @@ impl http_body::Body for Events {
         if let Some(gap) = this.gap.take() {
             return frame(encode_gap(gap));
         }
+        if matches!(this.seeking, Seeking::After(_)) {
+            ready!(this.poll_seek(cx));
+            if let Some(gap) = this.gap.take() {
+                return frame(encode_gap(gap));
+            }
+        }
+        if !this.ready.is_empty() {
+            let messages = this.ready.len().min(MESSAGES_AT_ONCE);
+            this.written.extend(this.ready.drain(..messages));
+            return this.write(messages);
+        }
         match this.subscription.poll_receive(cx, &mut this.written, MESSAGES_AT_ONCE) {
             Poll::Pending => {
                 ready!(this.alive.as_mut().poll(cx));
@@ -120,16 +202,44 @@ impl http_body::Body for Events {
                 tracing::debug!(%error, "a stream ended");
                 Poll::Ready(None)
             }
-            Poll::Ready(Ok(messages)) => {
-                this.shared.metrics.streamed(messages);
-                this.alive.as_mut().reset(Instant::now() + KEEP_ALIVE);
-                let mut text = Vec::with_capacity(this.written.len() * 256);
-                if let Some(gap) = this.subscription.gap() {
-                    text = encode_gap(gap);
-                }
-                this.written.iter().for_each(|delivery| encode(delivery, &mut text));
-                frame(text)
+            Poll::Ready(Ok(messages)) => this.write(messages),
+        }
+    }
+}
+
+impl Events {
+    /// Encodes what is to be written.
+    fn write<E>(&mut self, messages: usize) -> Poll<Option<Result<Frame<Bytes>, E>>> {
+        self.shared.metrics.streamed(messages);
+        self.alive.as_mut().reset(Instant::now() + KEEP_ALIVE);
+        let mut text = self.subscription.gap().map(encode_gap).unwrap_or_default();
+        text.reserve(self.written.len() * 256);
+        self.written.iter().for_each(|delivery| encode(delivery, &mut text));
+        frame(text)
+    }
+
+    /// Reads what is retained up to the event sought. Never pending: what is retained is there at
+    /// once, and where it ends without that event, it has been forgotten.
+    fn poll_seek(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Seeking::After(id) = &self.seeking else { return Poll::Ready(()) };
+        let mut batch = Vec::new();
+        loop {
+            let room = MAX_SEEKING - self.ready.len();
+            let more = room > 0 && matches!(self.subscription.poll_receive(cx, &mut batch, room), Poll::Ready(Ok(1..)));
+            let found = batch.iter().position(|delivery| delivery.message().id() == id);
+            if let Some(at) = found {
+                // Seen already, and everything before it.
+                self.ready.drain(..).chain(batch.drain(..=at)).for_each(|delivery| detach(delivery.ack()));
             }
+            self.ready.extend(batch.drain(..));
+            if found.is_none() && more {
+                continue;
+            }
+            if found.is_none() {
+                self.gap = Some(Gap::Unknown);
+            }
+            self.seeking = Seeking::No;
+            return Poll::Ready(());
         }
     }
 }
@@ -159,7 +269,7 @@ fn encode_gap(gap: Gap) -> Vec<u8> {
 }
 
 /// One of the streams there may be at a time.
-struct Place(Arc<AtomicUsize>);
+pub(crate) struct Place(Arc<AtomicUsize>);
 
 impl Place {
     fn take(shared: &Shared) -> Answer<Self> {

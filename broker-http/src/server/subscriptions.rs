@@ -7,7 +7,7 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::response::Response;
 use broker_core::{GroupName, GroupStatus, Status};
-use http::{HeaderMap, StatusCode, Uri};
+use http::{HeaderMap, StatusCode, Uri, header};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -44,8 +44,9 @@ pub(crate) async fn put(State(shared): State<Arc<Shared>>, uri: Uri, headers: He
     if let Some(endpoint) = &spec.endpoint {
         shared.check_endpoint(endpoint)?;
     }
+    let only_new = headers.get(header::IF_NONE_MATCH).is_some_and(|tag| tag == "*");
     finish(async move {
-        let (put, subscribed) = shared.registry.put(&shared, name, spec).await?;
+        let (put, subscribed) = shared.registry.put(&shared, name, spec, only_new).await?;
         shared.try_save().await?;
         let status = if put == Put::Made { StatusCode::CREATED } else { StatusCode::OK };
         Ok(respond(status, &view(&shared, &subscribed, None)))
@@ -271,7 +272,7 @@ fn status_view(subscribed: &Subscribed, asked: bool, group: Option<&GroupStatus>
     // Just made, there is nothing to ask the broker for.
     let lag = if asked { group.and_then(|group| group.lag) } else { Some(0) };
     let last_error = group.and_then(|group| group.last_error.clone());
-    match (subscribed.push(), subscribed.pull()) {
+    let mut view = match (subscribed.push(), subscribed.pull()) {
         (Some(push), _) => {
             let own = push.status();
             json!({
@@ -293,7 +294,14 @@ fn status_view(subscribed: &Subscribed, asked: bool, group: Option<&GroupStatus>
             "last_error": last_error,
             "last_success": pull.and_then(Pull::last_success),
         }),
+    };
+    if let Some(group) = group {
+        set(&mut view, "lag_bytes", json!(group.lag_bytes));
+        set(&mut view, "members", json!(group.members));
+        set(&mut view, "dead_letters", json!(group.dead_letters));
+        set(&mut view, "counts", json!(group.counts));
     }
+    view
 }
 
 fn set(view: &mut Value, field: &str, value: Value) {

@@ -7,5 +7,6 @@ mod lifecycle;
 mod limits;
 mod publish;
 mod pull;
+mod socket;
 mod stream;
 mod subscriptions;

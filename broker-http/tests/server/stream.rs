@@ -1,5 +1,8 @@
 //! Server-sent events.
 
+use std::sync::Arc;
+
+use broker_core::{MemoryBroker, MemoryOptions, Retention};
 use broker_http::{Limits, ServerOptions};
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
@@ -65,9 +68,39 @@ async fn what_was_written_to_a_group_is_acked() {
 #[tokio::test]
 async fn a_reader_that_comes_back_is_told_of_the_gap() {
     let running = Running::start().await;
-    let mut stream = running.connect().await;
-    stream.write_all(b"GET /topics/a/stream HTTP/1.1\r\nhost: localhost\r\nlast-event-id: 7\r\n\r\n").await.unwrap();
-    read_until(&mut stream, "event: gap").await;
+    let (mut stream, head) = open(&running, "/topics/a/stream", "last-event-id: 7\r\n").await;
+    if !head.contains("event: gap") {
+        read_until(&mut stream, "event: gap").await;
+    }
+}
+
+#[tokio::test]
+async fn a_reader_that_comes_back_goes_on_where_it_was() {
+    let options = MemoryOptions::new().with_retention(Retention::messages(5));
+    let broker = Arc::new(MemoryBroker::with_options(options));
+    let running = Running::over(broker, ServerOptions::new()).await;
+    for id in 1..=6 {
+        running.post(&format!("/topics/a.b?id={id}"), "x").await;
+    }
+    let ids = |text: &str| -> Vec<String> {
+        text.lines().filter_map(|line| line.strip_prefix("id: ")).map(str::to_owned).collect()
+    };
+    // Retained: 2 to 6.
+    let (mut stream, mut text) = open(&running, "/topics/a.%3E/stream", "last-event-id: 4\r\n").await;
+    running.post("/topics/a.b?id=7", "x").await;
+    while !text.contains("id: 7") {
+        text.push_str(&read_until(&mut stream, "\n\n").await);
+    }
+    assert_eq!(ids(&text), ["5", "6", "7"]);
+    assert!(!text.contains("gap"), "{text}");
+
+    // Forgotten: the gap first, then what is left.
+    let (mut stream, mut text) = open(&running, "/topics/a.%3E/stream", "last-event-id: 1\r\n").await;
+    while !text.contains("id: 7") {
+        text.push_str(&read_until(&mut stream, "\n\n").await);
+    }
+    assert_eq!(ids(&text), ["3", "4", "5", "6", "7"]);
+    assert!(text.find("event: gap").unwrap() < text.find("id: 3").unwrap(), "{text}");
 }
 
 #[tokio::test]

@@ -90,6 +90,10 @@ fn positive(key: &str, text: &str) -> Result<Duration, String> {
     if duration.is_zero() { Err(format!("{key}: it is longer than zero")) } else { Ok(duration) }
 }
 
+/// The broker unless another is asked for: every topic retains enough for a reader of a stream that
+/// comes back (`Last-Event-ID`), and for no longer than that takes.
+const MEMORY: &str = "memory:?retain=10000&retain_bytes=16777216&retain_age=10m";
+
 /// How long a shutdown may be told to wait.
 const MAX_DRAIN: Duration = Duration::from_secs(24 * 3600);
 
@@ -109,7 +113,10 @@ impl Config {
         file.limits.apply(&mut limits)?;
         Ok(Self {
             listen: args.listen.or(file.listen).unwrap_or_else(|| "127.0.0.1:2757".to_owned()),
-            broker: args.broker.or(file.broker).unwrap_or_else(|| "memory:".to_owned()),
+            broker: args
+                .broker
+                .or(file.broker)
+                .map_or_else(|| MEMORY.to_owned(), |url| if url == "memory:" { MEMORY.to_owned() } else { url }),
             dev: args.dev || file.dev.unwrap_or(false),
             drain,
             state: args.state.or(file.state),
