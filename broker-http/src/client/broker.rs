@@ -350,7 +350,7 @@ fn group_status(status: &mut Status, view: &View) {
     of_group.lag = view.status.lag;
     of_group.lag_bytes = view.status.lag_bytes;
     of_group.in_flight = view.status.in_flight;
-    of_group.members = view.status.members;
+    // Its members as the daemon counts them are its own: one for all who pull.
     of_group.dead_letters = view.status.dead_letters;
     of_group.counts = view.status.counts.into();
     of_group.last_error.clone_from(&view.status.last_error);

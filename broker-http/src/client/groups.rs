@@ -18,7 +18,7 @@ use super::wire::{self, Page, View};
 use crate::SubscriptionSpec;
 
 /// How long a copy of one's own outlives a client that has died.
-const EXPIRES: Duration = Duration::from_secs(120);
+pub(super) const EXPIRES: Duration = Duration::from_secs(120);
 
 /// What the daemon counts of a subscription that many share; each member has a bound of its own.
 const SHARED_MAX_IN_FLIGHT: u32 = 65_535;

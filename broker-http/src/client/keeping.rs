@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::backoff::Backoff;
 use super::error::refused;
+use super::groups::EXPIRES;
 use super::http::Call;
 use super::lane::{Lane, State, Unsettled};
 use super::shared::Shared;
@@ -22,6 +23,8 @@ use super::wire::{self, Settled};
 const BATCH: usize = 1_000;
 /// Extensions of one request at most.
 const EXTENSIONS: usize = 5_000;
+/// How often a copy of one's own says that it is still wanted, when it holds nothing.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(EXPIRES.as_secs() / 4);
 /// How long what was pulled waits for somebody to take it, and how often that is looked at.
 const UNTAKEN: Duration = Duration::from_millis(500);
 const LOOK: Duration = Duration::from_millis(100);
@@ -74,6 +77,7 @@ impl Keeper {
         let lane = Arc::clone(&self.lane);
         let interval = lane.shared.http.options().lease / 3;
         let mut extend_at = Instant::now() + interval;
+        let mut held_before = true;
         loop {
             let (deleting, untaken);
             {
@@ -90,6 +94,12 @@ impl Keeper {
                 state.deleted |= nothing && lane.left.is_cancelled();
                 deleting = state.deleted;
                 untaken = !state.buffer.is_empty();
+                // With nothing held there is nothing to extend but the life of the subscription.
+                let held = state.held > 0;
+                if held != held_before {
+                    extend_at = Instant::now() + if held { interval } else { SIGN_OF_LIFE };
+                    held_before = held;
+                }
             }
             if !self.under_way.is_empty() {
                 self.settle().await;
@@ -110,7 +120,12 @@ impl Keeper {
             if Instant::now() >= extend_at {
                 // After a failure soon again: a third of the lease has passed, two are left.
                 let extended = self.extend().await;
-                extend_at = Instant::now() + if extended { interval } else { interval / 10 };
+                extend_at = Instant::now()
+                    + match (extended, held_before) {
+                        (true, true) => interval,
+                        (true, false) => SIGN_OF_LIFE,
+                        (false, _) => interval / 10,
+                    };
             }
         }
     }
@@ -234,7 +249,9 @@ async fn post(lane: &Lane, body: &Body<'_>, within: Duration) -> (bool, Result<V
 
 /// Gives everything held back, when the broker closes without its having been settled.
 pub(super) async fn release_all(lane: &Lane, within: Duration) {
-    let leases = lane.leases();
+    let mut leases = lane.leases();
+    // Each goes to the front: the last one first, they are in order again.
+    leases.reverse();
     for leases in leases.chunks(EXTENSIONS) {
         let body = Body { release: leases.iter().map(|lease| &**lease).collect(), ..Body::default() };
         if post(lane, &body, within).await.1.is_err() {

@@ -143,7 +143,8 @@ impl Lane {
         let buffer = std::mem::take(&mut state.buffer);
         state.held = state.held.saturating_sub(buffer.len());
         drop(state);
-        let released: Vec<_> = buffer.iter().filter_map(|(handed, index)| handed.release(*index)).collect();
+        // Each goes to the front: the last one first, they are in order again.
+        let released: Vec<_> = buffer.iter().rev().filter_map(|(handed, index)| handed.release(*index)).collect();
         if !released.is_empty() {
             self.tell(released);
         }

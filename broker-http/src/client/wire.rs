@@ -115,7 +115,6 @@ pub(super) struct ViewStatus {
     pub(super) lag: Option<u64>,
     pub(super) lag_bytes: Option<u64>,
     pub(super) in_flight: Option<u64>,
-    pub(super) members: Option<u64>,
     pub(super) dead_letters: Option<u64>,
     pub(super) last_error: Option<String>,
     pub(super) counts: ViewCounts,

@@ -76,8 +76,10 @@ async fn subscribe(args: &Args, broker: &Arc<dyn Broker>) -> Result<()> {
     let mut subscription = broker.subscribe(&args.filter, subscribe).await?;
     let mut held = Vec::new();
     let result = print(args, &mut subscription, &mut held).await;
-    for delivery in held {
-        delivery.release().await?;
+    // Each goes to the front: the last one first, they are in order again.
+    let released: Vec<_> = held.into_iter().rev().map(Delivery::release).collect();
+    for released in released {
+        released.await?;
     }
     subscription.close().await?;
     result
