@@ -11,6 +11,7 @@ use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::error::RDKafkaErrorCode;
+use rdkafka::groups::GroupInfo;
 use rdkafka::metadata::MetadataTopic;
 use rdkafka::{Offset, TopicPartitionList};
 
@@ -240,10 +241,18 @@ impl Admin {
 
     /// Members of a group, as the server counts them; `None` if it knows no such group.
     pub(crate) fn members(&self, id: &str) -> Result<Option<u64>> {
+        self.described(id, |group| group.members().len() as u64)
+    }
+
+    /// Whether no rebalance of the group is under way.
+    pub(crate) fn is_stable(&self, id: &str) -> Result<bool> {
+        Ok(self.described(id, |group| !group.state().ends_with("Rebalance"))?.unwrap_or(true))
+    }
+
+    fn described<T>(&self, id: &str, read: impl Fn(&GroupInfo) -> T) -> Result<Option<T>> {
         let list = self.asking()?.fetch_group_list(Some(id), self.timeout());
         let list = list.map_err(|error| error::failed("ask for the group", &error))?;
-        let found = list.groups().iter().find(|group| group.name() == id && group.state() != "Dead");
-        Ok(found.map(|group| group.members().len() as u64))
+        Ok(list.groups().iter().find(|group| group.name() == id && group.state() != "Dead").map(read))
     }
 
     /// Deletes a group; false if there was none. A member that has just left may still be seen for a

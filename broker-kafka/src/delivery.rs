@@ -8,7 +8,8 @@ use broker_core::{
     Consumer, Deliveries, Delivery, Error, Failure, Gap, Message, Operation, Result, Settle, Settlement, Topic,
 };
 
-use crate::member::{Item, Member, Settled};
+use crate::member::{Member, Settled};
+use crate::state::Item;
 
 /// Deliveries handed out in one go.
 struct Batch {

@@ -25,8 +25,10 @@ mod tickets;
 // Receiving: the state machines, then what drives them.
 mod lot;
 mod progress;
+mod state;
 mod tracker;
 
+mod consumer;
 mod delivery;
 mod member;
 mod poller;

@@ -1,23 +1,22 @@
 //! A subscription's deliveries, shared between its reader, its settlements and its polling thread.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Waker};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use broker_core::{
     DeadLetter, Error, Failure, Group, GroupSettings, Message, Result, Settlement, Timestamp, Topic, TopicFilter,
 };
 use crossbeam_channel::Sender;
 use parking_lot::Mutex;
-use slab::Slab;
 use tokio::sync::oneshot;
 
-use crate::lot::{Entry, Lot};
+use crate::lot::Entry;
 use crate::registry::Entry as GroupEntry;
+use crate::state::{Burial, Ending, Item, Place, State, Timer};
 
 pub(crate) struct Member {
     pub(crate) filter: TopicFilter,
@@ -30,103 +29,12 @@ pub(crate) struct Member {
     wake: Sender<()>,
 }
 
-#[derive(Default)]
-pub(crate) struct State {
-    lots: Slab<Lot>,
-    /// The lot to begin with.
-    rotation: usize,
-    /// Handed out and not settled.
-    out: usize,
-    /// Letters on their way, of lots that are here or gone.
-    burying: usize,
-    timers: BinaryHeap<Reverse<Timer>>,
-    burials: Vec<Burial>,
-    ending: Option<Ending>,
-    /// The polling thread is gone, and has committed what was settled.
-    finished: bool,
-    /// The broker was closed: settling is `Closed`.
-    closed: bool,
-    /// It was given a partition once.
-    takes_part: bool,
-    reader: Option<Waker>,
-    closers: Vec<Waker>,
-    /// The polling thread stopped reading because too much was held.
-    starved: bool,
-}
-
-#[derive(Clone, Debug)]
-struct Ending {
-    /// Until when deliveries in flight are waited for.
-    deadline: Instant,
-    /// What the reader is told; `None` is a quiet end.
-    error: Option<Error>,
-}
-
-/// A retry that is due later.
-struct Timer {
-    due: Instant,
-    lot: Place,
-    entry: Entry,
-}
-
-impl PartialEq for Timer {
-    fn eq(&self, other: &Self) -> bool {
-        self.due == other.due
-    }
-}
-
-impl Eq for Timer {}
-
-impl PartialOrd for Timer {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Timer {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.due.cmp(&other.due)
-    }
-}
-
-/// Where a lot is, and which it was.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Place {
-    index: usize,
-    id: u64,
-}
-
-/// A message on its way to the dead-letter topic: its record is settled when it has arrived.
-pub(crate) struct Burial {
-    place: Place,
-    seq: u64,
-    /// The original, if it was one that could be delivered.
-    message: Option<Message>,
-    pub(crate) topic: Topic,
-    pub(crate) letter: Message,
-    reply: Option<oneshot::Sender<Result<()>>>,
-}
-
 /// What a letter was.
 enum Origin {
     /// A delivery; whoever settled it waits to hear.
     Delivery(oneshot::Sender<Result<()>>),
     /// A record that could not be delivered.
     Apart,
-}
-
-/// A delivery handed out.
-#[derive(Debug)]
-pub(crate) struct Item {
-    place: Place,
-    pub(crate) topic: Topic,
-    pub(crate) entry: Entry,
-}
-
-impl Item {
-    pub(crate) fn attempt(&self) -> u32 {
-        self.entry.failed.saturating_add(1)
-    }
 }
 
 /// What became of a settlement.
@@ -322,7 +230,7 @@ impl Member {
         } else if std::mem::take(&mut state.starved) {
             self.rouse();
         }
-        if state.lots.iter().any(|(_, lot)| lot.leaving && lot.is_quiet()) {
+        if state.can_let_go() {
             self.rouse();
         }
     }
@@ -452,8 +360,7 @@ impl Member {
     pub(crate) fn finish(&self) {
         let mut state = self.state.lock();
         state.finished = true;
-        state.lots.clear();
-        state.timers.clear();
+        state.clear();
         let mut wakers = std::mem::take(&mut state.closers);
         wakers.extend(state.reader.take());
         drop(state);
@@ -483,135 +390,6 @@ impl Member {
         self.state.lock().ending.is_none()
     }
 }
-
-/// Messages and bytes of one partition that are held at most.
-const MAX_HELD: usize = 4096;
-const MAX_HELD_BYTES: usize = 8 << 20;
-
-impl State {
-    fn lot(&mut self, place: Place) -> Option<&mut Lot> {
-        self.lots.get_mut(place.index).filter(|lot| lot.id == place.id)
-    }
-
-    fn has_ready(&self) -> bool {
-        self.lots.iter().any(|(_, lot)| !lot.leaving && !lot.ready.is_empty())
-    }
-
-    fn hand_out(&mut self, room: usize, entry: &GroupEntry) -> Vec<Item> {
-        let mut items = Vec::new();
-        let now = Timestamp::now();
-        let places: Vec<usize> = self.lots.iter().map(|(index, _)| index).collect();
-        self.rotation = self.rotation.wrapping_add(1);
-        let turn = self.rotation.checked_rem(places.len()).unwrap_or(0);
-        for index in places.iter().skip(turn).chain(places.iter().take(turn)) {
-            let Some(lot) = self.lots.get_mut(*index).filter(|lot| !lot.leaving) else { continue };
-            while items.len() < room
-                && let Some(mut next) = lot.ready.pop_front()
-            {
-                if next.message.expires_at().is_some_and(|time| time <= now) {
-                    entry.counts.expired.fetch_add(1, Ordering::Relaxed);
-                    lot.finish(next.seq, &next.message);
-                    continue;
-                }
-                if !lot.tracker.hand_out(next.seq) {
-                    lot.ready.push_front(next);
-                    break;
-                }
-                lot.out += 1;
-                next.first.get_or_insert(now);
-                let place = Place { index: *index, id: lot.id };
-                items.push(Item { place, topic: lot.partition.0.clone(), entry: next });
-            }
-        }
-        self.out += items.len();
-        items
-    }
-
-    /// A partition is this member's.
-    pub(crate) fn add(&mut self, lot: impl FnOnce(u64) -> Lot) -> Place {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        let id = NEXT.fetch_add(1, Ordering::Relaxed);
-        let index = self.lots.insert(lot(id));
-        self.takes_part = true;
-        Place { index, id }
-    }
-
-    /// It is not any more.
-    pub(crate) fn remove(&mut self, place: Place) {
-        if let Some(lot) = self.lot(place) {
-            let out = lot.out;
-            self.lots.remove(place.index);
-            self.out -= out;
-            self.timers.retain(|Reverse(timer)| timer.lot != place);
-        }
-    }
-
-    /// It is to go: nothing of it is handed out any more.
-    pub(crate) fn let_go(&mut self, place: Place) {
-        if let Some(lot) = self.lot(place) {
-            lot.leaving = true;
-            lot.ready.clear();
-        }
-    }
-
-    pub(crate) fn is_quiet(&mut self, place: Place) -> bool {
-        self.lot(place).is_none_or(|lot| lot.is_quiet())
-    }
-
-    /// Whether more of it may be read.
-    pub(crate) fn has_room(&mut self, place: Place) -> bool {
-        let room = self
-            .lot(place)
-            .is_some_and(|lot| !lot.leaving && lot.tracker.open() < MAX_HELD + lot.out && lot.bytes < MAX_HELD_BYTES);
-        self.starved |= !room;
-        room
-    }
-
-    /// What is to be committed of `places`, or of all that changed.
-    pub(crate) fn commits(
-        &mut self,
-        places: Option<&[Place]>,
-    ) -> Vec<(crate::admin::Partition, crate::progress::Progress)> {
-        let mut commits = Vec::new();
-        for (index, lot) in &mut self.lots {
-            let wanted = places.is_none_or(|places| places.contains(&Place { index, id: lot.id }));
-            if wanted
-                && std::mem::take(&mut lot.dirty)
-                && let Some(progress) = lot.tracker.progress()
-            {
-                commits.push((lot.partition.clone(), progress));
-            }
-        }
-        commits
-    }
-
-    /// A commit was not taken: what it said is to be said again.
-    pub(crate) fn not_committed(&mut self) {
-        self.lots.iter_mut().for_each(|(_, lot)| lot.dirty = true);
-    }
-
-    pub(crate) fn take_burials(&mut self) -> Vec<Burial> {
-        std::mem::take(&mut self.burials)
-    }
-
-    /// Until when deliveries are waited for, if it ends.
-    pub(crate) fn ending(&self) -> Option<Instant> {
-        self.ending.as_ref().map(|ending| ending.deadline)
-    }
-
-    /// Whether it was given a partition, or will be given none.
-    pub(crate) fn takes_part(&self) -> bool {
-        self.takes_part || self.ending.is_some() || self.finished
-    }
-
-    /// Whether nothing is in flight.
-    pub(crate) fn is_settled(&self) -> bool {
-        self.out == 0 && self.burying == 0
-    }
-}
-
-/// How long a member waits at most where it has nothing to do: everything else rouses it.
-pub(crate) const IDLE: Duration = Duration::from_millis(200);
 
 impl fmt::Debug for Member {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -7,95 +7,39 @@
 //! is dropped, and nothing said of it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::task::{Context as TaskContext, Poll, Wake, Waker};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use broker_core::{Error, ErrorKind, Publish, Result, Topic};
 use crossbeam_channel::{Receiver, Sender};
-use parking_lot::Mutex;
-use rdkafka::client::ClientContext;
-use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::consumer::base_consumer::PartitionQueue;
-use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext, RebalanceProtocol};
-use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::consumer::{CommitMode, Consumer as _};
+use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::message::{BorrowedMessage, Message as _};
 use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{Offset, TopicPartitionList};
 use rustc_hash::FxHashMap;
 
 use crate::admin::{Admin, Partition, list};
-use crate::client::{self, Health, Role, millis};
+use crate::consumer::{Callbacks, Client, Source, assign, make, unassign};
 use crate::group::{self, Stored};
 use crate::lot::Lot;
-use crate::member::{Arrival, Burial, IDLE, Member, Place};
+use crate::member::{Arrival, Member};
 use crate::producer::Publishing;
 use crate::progress::Progress;
+use crate::state::{Burial, Place};
 use crate::{error, record, topic_pattern};
 
-/// The group of consumers without one: named because librdkafka wants a name, never joined, never
-/// committed to.
-const NO_GROUP: &str = "broker-no-group";
+/// How long the thread waits at most where it has nothing to do: everything else rouses it.
+const IDLE: Duration = Duration::from_millis(200);
 
 /// Records read from one partition before the next has its turn.
 const TURN: usize = 512;
 
 /// Between tries of what the server did not take.
 const AGAIN: Duration = Duration::from_millis(500);
-
-type Client = BaseConsumer<Callbacks>;
-
-/// What librdkafka calls back for, on the polling thread.
-pub(crate) struct Callbacks {
-    health: Arc<Health>,
-    rebalances: Mutex<Vec<(RDKafkaRespErr, TopicPartitionList)>>,
-    /// The thread has done its part: what is revoked now is let go at once.
-    closing: AtomicBool,
-    commit_failed: Mutex<Option<Error>>,
-}
-
-impl ClientContext for Callbacks {
-    fn log(&self, level: RDKafkaLogLevel, facility: &str, line: &str) {
-        client::log(level, facility, line);
-    }
-
-    fn error(&self, error: KafkaError, reason: &str) {
-        self.health.failed(error::failed(reason, &error));
-    }
-}
-
-impl ConsumerContext for Callbacks {
-    fn rebalance(&self, consumer: &Client, what: RDKafkaRespErr, partitions: &mut TopicPartitionList) {
-        if self.closing.load(Ordering::Acquire) {
-            let _ = unassign(consumer, partitions);
-        } else {
-            self.rebalances.lock().push((what, partitions.clone()));
-        }
-    }
-
-    fn commit_callback(&self, result: KafkaResult<()>, _: &TopicPartitionList) {
-        if let Err(error) = result
-            && error.rdkafka_error_code() != Some(RDKafkaErrorCode::NoOffset)
-        {
-            *self.commit_failed.lock() = Some(error::failed("commit", &error));
-        }
-    }
-}
-
-fn assign(consumer: &Client, partitions: &TopicPartitionList) -> KafkaResult<()> {
-    match consumer.rebalance_protocol() {
-        RebalanceProtocol::Eager => consumer.assign(partitions),
-        _ => consumer.incremental_assign(partitions),
-    }
-}
-
-fn unassign(consumer: &Client, partitions: &TopicPartitionList) -> KafkaResult<()> {
-    match consumer.rebalance_protocol() {
-        RebalanceProtocol::Eager => consumer.unassign(),
-        _ => consumer.incremental_unassign(partitions),
-    }
-}
 
 /// Partitions that are to go.
 struct Leaving {
@@ -125,14 +69,6 @@ pub(crate) struct Poller {
     /// Without group: when to look for new partitions, and what was found.
     next_refresh: Instant,
     found: (Sender<Vec<Partition>>, Receiver<Vec<Partition>>),
-}
-
-/// What a subscription reads from.
-pub(crate) enum Source {
-    /// What the group's coordinator assigns.
-    Group(String),
-    /// These partitions, from these offsets, and new ones from their beginning.
-    Alone(Vec<(Partition, i64)>),
 }
 
 /// Makes the client, joins, and starts the thread.
@@ -175,47 +111,6 @@ pub(crate) fn start(
     }
     let spawned = thread::Builder::new().name("broker-kafka-poll".to_owned()).spawn(move || poller.run());
     spawned.map(drop).map_err(|error| Error::backend("start a thread").with_source(error))
-}
-
-fn make(admin: &Admin, source: &Source, rouse: &Sender<()>) -> Result<Client> {
-    let group_id = match source {
-        Source::Group(id) => id.as_str(),
-        Source::Alone(_) => NO_GROUP,
-    };
-    let mut settings = client::settings(
-        admin.config(),
-        &[
-            ("group.id", group_id),
-            ("enable.auto.commit", "false"),
-            ("enable.auto.offset.store", "false"),
-            // What retention has taken is gone; what is left is read.
-            ("auto.offset.reset", "earliest"),
-            ("allow.auto.create.topics", "false"),
-            ("partition.assignment.strategy", "cooperative-sticky"),
-            // The default, a second, is a stall whenever the prefetch queue was full.
-            ("fetch.queue.backoff.ms", "10"),
-            ("fetch.wait.max.ms", "100"),
-            // How soon members hear that another has come or gone.
-            ("heartbeat.interval.ms", "500"),
-            ("topic.metadata.refresh.fast.interval.ms", "250"),
-        ],
-    );
-    settings.set("topic.metadata.refresh.interval.ms", millis(admin.config().metadata_refresh));
-    client::hand_on(&mut settings, admin.config(), Role::Consumer);
-    let callbacks = Callbacks {
-        health: Arc::clone(admin.health()),
-        rebalances: Mutex::default(),
-        closing: AtomicBool::new(false),
-        commit_failed: Mutex::default(),
-    };
-    let consumer = Client::from_config_and_context(&settings, callbacks);
-    let mut consumer = consumer.map_err(|error| client::not_made(&error))?;
-    let rouse = rouse.clone();
-    consumer.set_nonempty_callback(move || {
-        // Full means that it is roused already.
-        let _ = rouse.try_send(());
-    });
-    Ok(consumer)
 }
 
 impl Poller {
@@ -540,7 +435,21 @@ impl Poller {
 
     // --- the end ------------------------------------------------------------------------------------
 
+    /// Takes part in a rebalance that is under way. To go in the middle of one would cost the others a
+    /// session timeout: the server reads no goodbye while it holds back its answer to our joining.
+    fn await_rebalance(&mut self) {
+        let Some(group) = &self.member.group else { return };
+        let id = self.admin.config().group_id(group);
+        let deadline = Instant::now() + REBALANCE;
+        while Instant::now() < deadline && matches!(self.admin.is_stable(&id), Ok(false)) {
+            self.serve_events();
+            self.finish_leaving();
+            let _ = self.roused.recv_timeout(Duration::from_millis(20));
+        }
+    }
+
     fn leave(mut self) {
+        self.await_rebalance();
         self.member.state(|state| self.queues.iter().for_each(|(place, _)| state.let_go(*place)));
         // Acks of before are committed whatever comes after.
         self.commit_now(None);
@@ -564,6 +473,9 @@ impl Poller {
         member.finish();
     }
 }
+
+/// How long a member that goes waits for a rebalance under way.
+const REBALANCE: Duration = Duration::from_secs(5);
 
 fn arrival(record: &BorrowedMessage<'_>) -> Arrival {
     Arrival { offset: record.offset(), decoded: record::decode(record) }

@@ -164,6 +164,17 @@ impl Publishing {
         }
     }
 
+    /// The topic was deleted: the next publish looks it up again.
+    fn not_there(&self, topic: &str) {
+        if let Some(queue) = Topic::new(topic).ok().and_then(|topic| self.topics.read().get(&topic).cloned()) {
+            let mut waiting = queue.waiting.lock();
+            if matches!(waiting.state, Lookup::Done) {
+                waiting.state = Lookup::Needed;
+                queue.direct.store(false, Ordering::Release);
+            }
+        }
+    }
+
     /// Gives librdkafka what waits, in order, as far as there is room.
     fn drain(&self, topic: &TopicQueue, waiting: &mut Waiting) {
         let Ok(client) = self.client() else { return };
@@ -355,6 +366,11 @@ impl ProducerContext for Callbacks {
             Ok(record) => Ok((record.partition(), record.offset())),
             Err((error, record)) => {
                 let error = error::failed(format_args!("publish to {}", record.topic()), error);
+                if error.kind() == ErrorKind::NotFound
+                    && let Some(publishing) = self.publishing.upgrade()
+                {
+                    publishing.not_there(record.topic());
+                }
                 Err(if error.kind() == ErrorKind::Closed { closed() } else { self.health.explain(error) })
             }
         };

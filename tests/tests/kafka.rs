@@ -4,15 +4,19 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use broker_core::{BoxFuture, Broker, Connectors, Error, Result, Topic};
+use broker_core::{
+    BoxFuture, Broker, Connectors, Error, Group, GroupOptions, Message, PublisherOptions, Result, Subscribe, Topic,
+};
 use broker_kafka::KafkaBroker;
 use broker_kafka::rdkafka::message::{Header, OwnedHeaders};
 use broker_kafka::rdkafka::producer::BaseRecord;
 use broker_tests::{Fault, Harness, Link, Proxy, Report, Secret, Suite, Timing, summary};
 use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
 
 /// What `tests/servers up kafka` printed.
 struct Server {
@@ -231,4 +235,118 @@ async fn every_check() {
     println!("{}", summary("kafka:", &reports));
     let bad: Vec<String> = reports.iter().filter(|report| !report.is_good()).map(Report::to_string).collect();
     assert!(bad.is_empty(), "{}", bad.join("\n"));
+}
+
+/// What happened to each of the messages: deliveries and acks by number.
+struct History {
+    delivered: Vec<AtomicU32>,
+    acked: Vec<AtomicU32>,
+}
+
+impl History {
+    fn new(count: usize) -> Self {
+        let zeros = || (0..count).map(|_| AtomicU32::new(0)).collect();
+        Self { delivered: zeros(), acked: zeros() }
+    }
+
+    fn all_acked(&self) -> bool {
+        self.acked.iter().all(|acks| acks.load(Ordering::Relaxed) > 0)
+    }
+
+    fn of<'a>(counts: &'a [AtomicU32], message: &Message) -> Option<&'a AtomicU32> {
+        counts.get(String::from_utf8_lossy(message.payload()).parse::<usize>().ok()?)
+    }
+}
+
+/// A member that acks out of order until it is told to go; some of what it holds then it drops.
+async fn member(broker: Arc<dyn Broker>, group: Group, history: Arc<History>, go: CancellationToken) -> Result<()> {
+    let options = Subscribe::group(group.name.clone()).with_max_in_flight(200)?;
+    let mut subscription = broker.subscribe(&group.filter, options).await?;
+    let mut held = Vec::new();
+    loop {
+        let received = tokio::select! {
+            biased;
+            () = go.cancelled() => break,
+            received = subscription.receive(&mut held, 100) => received?,
+        };
+        if received == 0 {
+            break;
+        }
+        for delivery in held.iter().rev().take(received) {
+            History::of(&history.delivered, delivery.message()).map(|count| count.fetch_add(1, Ordering::Relaxed));
+        }
+        fastrand::shuffle(&mut held);
+        let keep = if history.delivered.len() > 100 { fastrand::usize(..50) } else { 0 };
+        for delivery in held.drain(keep.min(held.len())..) {
+            let acked = History::of(&history.acked, delivery.message());
+            delivery.ack().await?;
+            acked.map(|count| count.fetch_add(1, Ordering::Relaxed));
+        }
+        // What is kept is acked a little later, by somebody else.
+        let late: Vec<_> = held.drain(..).map(|delivery| (delivery, Arc::clone(&history))).collect();
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            for (delivery, history) in late {
+                let message = delivery.message().clone();
+                if delivery.ack().await.is_ok() {
+                    History::of(&history.acked, &message).map(|count| count.fetch_add(1, Ordering::Relaxed));
+                }
+            }
+        });
+    }
+    subscription.close().await
+}
+
+/// Members come and go all the time, on connections of their own: nothing is lost, and because those
+/// that go settle what they hold first, what was acked never comes again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn members_come_and_go_under_load() {
+    const MESSAGES: usize = 40_000;
+    let unique = format!("{:x}", fastrand::u64(..));
+    let url = format!("{}?partitions=12", server().url);
+    let connect = || -> Arc<dyn Broker> { Arc::new(KafkaBroker::new(config(&url).unwrap())) };
+    let publisher = connect();
+    let topic = Topic::new(format!("churn.{unique}")).unwrap();
+    let group: Group = format!("churn-{unique}@{topic}").parse().unwrap();
+    publisher.create_group(&group, GroupOptions::new()).await.unwrap();
+    let history = Arc::new(History::new(MESSAGES));
+
+    let load = async {
+        let publish = publisher.publisher(&topic, PublisherOptions::new()).unwrap();
+        for from in (0..MESSAGES).step_by(500) {
+            let number = |n: usize| Message::new(n.to_string()).with_key(n.to_string());
+            let batch = publish.publish_batch((from..from + 500).map(number).collect()).await.unwrap();
+            batch.into_iter().for_each(|result| drop(result.unwrap()));
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let churn = async {
+        let mut members = Vec::new();
+        while !history.all_acked() {
+            let (broker, go) = (connect(), CancellationToken::new());
+            let task = tokio::spawn(member(Arc::clone(&broker), group.clone(), Arc::clone(&history), go.clone()));
+            members.push((broker, go, task));
+            if members.len() > 3 {
+                let (broker, go, task) = members.remove(fastrand::usize(..members.len()));
+                go.cancel();
+                task.await.unwrap().unwrap();
+                assert!(broker.close(Duration::from_secs(20)).await.complete);
+            }
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+        for (broker, go, task) in members {
+            go.cancel();
+            task.await.unwrap().unwrap();
+            broker.close(Duration::from_secs(20)).await;
+        }
+    };
+    let both = futures_util::future::join(load, churn);
+    tokio::time::timeout(Duration::from_secs(240), both).await.expect("every message is acked in time");
+
+    let count = |counts: &[AtomicU32], more: u32| counts.iter().filter(|n| n.load(Ordering::Relaxed) > more).count();
+    assert_eq!(count(&history.acked, 1), 0, "a message was acked twice");
+    let again = count(&history.delivered, 1);
+    println!("{MESSAGES} messages, none lost, none acked twice; {again} came again unsettled");
+    assert!(publisher.delete_group(&group).await.unwrap());
+    publisher.close(Duration::from_secs(10)).await;
 }

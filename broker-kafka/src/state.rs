@@ -1,0 +1,242 @@
+//! What a member holds: its partitions, its retries, its letters, and how it ends. No I/O, no lock.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::Waker;
+use std::time::Instant;
+
+use broker_core::{Error, Message, Result, Timestamp, Topic};
+use slab::Slab;
+use tokio::sync::oneshot;
+
+use crate::admin::Partition;
+use crate::lot::{Entry, Lot};
+use crate::progress::Progress;
+use crate::registry::Entry as GroupEntry;
+
+#[derive(Default)]
+pub(crate) struct State {
+    lots: Slab<Lot>,
+    /// The lot to begin with.
+    rotation: usize,
+    /// Handed out and not settled.
+    pub(crate) out: usize,
+    /// Letters on their way, of lots that are here or gone.
+    pub(crate) burying: usize,
+    pub(crate) timers: BinaryHeap<Reverse<Timer>>,
+    pub(crate) burials: Vec<Burial>,
+    pub(crate) ending: Option<Ending>,
+    /// The polling thread is gone, and has committed what was settled.
+    pub(crate) finished: bool,
+    /// The broker was closed: settling is `Closed`.
+    pub(crate) closed: bool,
+    /// It was given a partition once.
+    pub(crate) takes_part: bool,
+    pub(crate) reader: Option<Waker>,
+    pub(crate) closers: Vec<Waker>,
+    /// The polling thread stopped reading because too much was held.
+    pub(crate) starved: bool,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Ending {
+    /// Until when deliveries in flight are waited for.
+    pub(crate) deadline: Instant,
+    /// What the reader is told; `None` is a quiet end.
+    pub(crate) error: Option<Error>,
+}
+
+/// A retry that is due later.
+pub(crate) struct Timer {
+    pub(crate) due: Instant,
+    pub(crate) lot: Place,
+    pub(crate) entry: Entry,
+}
+
+impl PartialEq for Timer {
+    fn eq(&self, other: &Self) -> bool {
+        self.due == other.due
+    }
+}
+
+impl Eq for Timer {}
+
+impl PartialOrd for Timer {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Timer {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.due.cmp(&other.due)
+    }
+}
+
+/// Where a lot is, and which it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    index: usize,
+    id: u64,
+}
+
+/// A message on its way to the dead-letter topic: its record is settled when it has arrived.
+pub(crate) struct Burial {
+    pub(crate) place: Place,
+    pub(crate) seq: u64,
+    /// The original, if it was one that could be delivered.
+    pub(crate) message: Option<Message>,
+    pub(crate) topic: Topic,
+    pub(crate) letter: Message,
+    pub(crate) reply: Option<oneshot::Sender<Result<()>>>,
+}
+
+/// A delivery handed out.
+#[derive(Debug)]
+pub(crate) struct Item {
+    pub(crate) place: Place,
+    pub(crate) topic: Topic,
+    pub(crate) entry: Entry,
+}
+
+impl Item {
+    pub(crate) fn attempt(&self) -> u32 {
+        self.entry.failed.saturating_add(1)
+    }
+}
+
+/// Messages and bytes of one partition that are held at most.
+const MAX_HELD: usize = 4096;
+const MAX_HELD_BYTES: usize = 8 << 20;
+
+impl State {
+    pub(crate) fn lot(&mut self, place: Place) -> Option<&mut Lot> {
+        self.lots.get_mut(place.index).filter(|lot| lot.id == place.id)
+    }
+
+    pub(crate) fn has_ready(&self) -> bool {
+        self.lots.iter().any(|(_, lot)| !lot.leaving && !lot.ready.is_empty())
+    }
+
+    /// Up to `room` deliveries, the partitions taking turns at being first.
+    pub(crate) fn hand_out(&mut self, room: usize, entry: &GroupEntry) -> Vec<Item> {
+        let mut items = Vec::new();
+        let now = Timestamp::now();
+        let places: Vec<usize> = self.lots.iter().map(|(index, _)| index).collect();
+        self.rotation = self.rotation.wrapping_add(1);
+        let turn = self.rotation.checked_rem(places.len()).unwrap_or(0);
+        for index in places.iter().skip(turn).chain(places.iter().take(turn)) {
+            let Some(lot) = self.lots.get_mut(*index).filter(|lot| !lot.leaving) else { continue };
+            while items.len() < room
+                && let Some(mut next) = lot.ready.pop_front()
+            {
+                if next.message.expires_at().is_some_and(|time| time <= now) {
+                    entry.counts.expired.fetch_add(1, Ordering::Relaxed);
+                    lot.finish(next.seq, &next.message);
+                    continue;
+                }
+                if !lot.tracker.hand_out(next.seq) {
+                    lot.ready.push_front(next);
+                    break;
+                }
+                lot.out += 1;
+                next.first.get_or_insert(now);
+                let place = Place { index: *index, id: lot.id };
+                items.push(Item { place, topic: lot.partition.0.clone(), entry: next });
+            }
+        }
+        self.out += items.len();
+        items
+    }
+
+    /// A partition is this member's.
+    pub(crate) fn add(&mut self, lot: impl FnOnce(u64) -> Lot) -> Place {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        let index = self.lots.insert(lot(id));
+        self.takes_part = true;
+        Place { index, id }
+    }
+
+    /// It is not any more.
+    pub(crate) fn remove(&mut self, place: Place) {
+        if let Some(lot) = self.lot(place) {
+            let out = lot.out;
+            self.lots.remove(place.index);
+            self.out -= out;
+            self.timers.retain(|Reverse(timer)| timer.lot != place);
+        }
+    }
+
+    /// It is to go: nothing of it is handed out any more.
+    pub(crate) fn let_go(&mut self, place: Place) {
+        if let Some(lot) = self.lot(place) {
+            lot.leaving = true;
+            lot.ready.clear();
+        }
+    }
+
+    pub(crate) fn is_quiet(&mut self, place: Place) -> bool {
+        self.lot(place).is_none_or(|lot| lot.is_quiet())
+    }
+
+    /// Whether more of it may be read.
+    pub(crate) fn has_room(&mut self, place: Place) -> bool {
+        let room = self
+            .lot(place)
+            .is_some_and(|lot| !lot.leaving && lot.tracker.open() < MAX_HELD + lot.out && lot.bytes < MAX_HELD_BYTES);
+        self.starved |= !room;
+        room
+    }
+
+    /// What is to be committed of `places`, or of all that changed.
+    pub(crate) fn commits(&mut self, places: Option<&[Place]>) -> Vec<(Partition, Progress)> {
+        let mut commits = Vec::new();
+        for (index, lot) in &mut self.lots {
+            let wanted = places.is_none_or(|places| places.contains(&Place { index, id: lot.id }));
+            if wanted
+                && std::mem::take(&mut lot.dirty)
+                && let Some(progress) = lot.tracker.progress()
+            {
+                commits.push((lot.partition.clone(), progress));
+            }
+        }
+        commits
+    }
+
+    /// A commit was not taken: what it said is to be said again.
+    pub(crate) fn not_committed(&mut self) {
+        self.lots.iter_mut().for_each(|(_, lot)| lot.dirty = true);
+    }
+
+    pub(crate) fn take_burials(&mut self) -> Vec<Burial> {
+        std::mem::take(&mut self.burials)
+    }
+
+    /// Until when deliveries are waited for, if it ends.
+    pub(crate) fn ending(&self) -> Option<Instant> {
+        self.ending.as_ref().map(|ending| ending.deadline)
+    }
+
+    /// Whether a partition is to go, and can.
+    pub(crate) fn can_let_go(&self) -> bool {
+        self.lots.iter().any(|(_, lot)| lot.leaving && lot.is_quiet())
+    }
+
+    /// Nothing is held any more.
+    pub(crate) fn clear(&mut self) {
+        self.lots.clear();
+        self.timers.clear();
+    }
+
+    /// Whether it was given a partition, or will be given none.
+    pub(crate) fn takes_part(&self) -> bool {
+        self.takes_part || self.ending.is_some() || self.finished
+    }
+
+    /// Whether nothing is in flight.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.out == 0 && self.burying == 0
+    }
+}
