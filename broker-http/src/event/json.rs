@@ -116,7 +116,9 @@ fn encode_payload(content_type: Option<&str>, payload: &[u8], object: &mut Membe
             }
         }
         Some(content_type) if is_text(content_type) => {
-            if let Ok(text) = std::str::from_utf8(payload) {
+            // A control character would take six bytes, base64 takes one and a third.
+            let plain = |text: &&str| !text.bytes().any(|byte| byte < b' ' && byte != b'\n' && byte != b'\t');
+            if let Some(text) = std::str::from_utf8(payload).ok().filter(plain) {
                 return object.value("data", text);
             }
         }

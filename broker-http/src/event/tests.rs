@@ -64,6 +64,21 @@ proptest! {
     }
 
     #[test]
+    fn what_was_damaged_on_the_way_never_panics(
+        topic in topic(), message in message(), at: prop::sample::Index, with: u8, cut: bool,
+    ) {
+        let mut out = Vec::new();
+        json::encode_batch([Envelope::new(&topic, &message), Envelope::new(&topic, &message)], &mut out);
+        let index = at.index(out.len());
+        out[index] = with;
+        if cut {
+            out.truncate(index);
+        }
+        let _ = json::decode_batch(&out, &Options::default(), None);
+        let _ = json::decode(&out[1..], &Options::default(), Some(&topic));
+    }
+
+    #[test]
     fn what_somebody_else_sends_never_panics(bytes: Vec<u8>, name in "(ce|broker|broker-header)-[!-~&&[^\\(\\),/:;<=>\\?@\\[\\]\\{\\}\\\\\"]]{1,10}") {
         let _ = json::decode(&bytes, &Options::default(), None);
         let _ = json::decode_batch(&bytes, &Options::default(), None);
@@ -74,6 +89,26 @@ proptest! {
         }
         let _ = receive(&headers, Bytes::new(), None);
         let _ = Options::parse(Some(&String::from_utf8_lossy(&bytes)), &headers);
+    }
+}
+
+/// A server takes twice the largest message, so that its JSON must not be larger.
+#[test]
+fn no_message_grows_beyond_measure() {
+    let full = vec![0; 1 << 20];
+    let text = |content_type: &str| Message::new(full.clone()).with_content_type(content_type).unwrap();
+    for message in [
+        Message::new(full.clone()),
+        text("text/plain"),
+        text("application/json"),
+        Message::new(vec![b'"'; 1 << 20]).with_content_type("text/plain").unwrap(),
+        Message::new("").with_key(full.clone()),
+        Message::new("").with_header("a", full.clone()).unwrap(),
+        Message::new("").with_header("ce-a", vec![b'"'; 1 << 20]).unwrap(),
+    ] {
+        let mut out = Vec::new();
+        json::encode(Envelope::new(&Topic::new("t").unwrap(), &message), &mut out);
+        assert!(out.len() < 4 << 20, "{message:?}: {}", out.len());
     }
 }
 
