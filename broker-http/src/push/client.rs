@@ -14,8 +14,8 @@ use super::Guard;
 /// Shared by all pushes: which addresses may be dialled, how TLS is spoken, and how many connections
 /// there are at most. Cloning shares it.
 ///
-/// Making one does no I/O: the machine's root certificates are read when the first `https` endpoint
-/// is dialled.
+/// Making one connects to nothing; the machine's root certificates are read when the first `https`
+/// endpoint is dialled.
 ///
 /// ```
 /// use std::time::Duration;
@@ -34,24 +34,31 @@ pub struct PushClient {
     max_connections: usize,
     /// Pushes that wait for a connection.
     waiting: Arc<AtomicUsize>,
+    lookups: Arc<Semaphore>,
     idle_timeout: Duration,
 }
 
 /// Connections at most, unless it is said otherwise.
-const MAX_CONNECTIONS: usize = 8_192;
+const MAX_CONNECTIONS: usize = 4_096;
+/// Names looked up at a time. A lookup holds a thread, and a name server that hangs must not hold
+/// all of them.
+const MAX_LOOKUPS: usize = 64;
 /// How long a connection is kept without a request, unless it is said otherwise.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(15);
 
 impl PushClient {
-    /// Dials what `guard` lets pass, with the root certificates of this machine; 8,192 connections
-    /// at most, kept for 15 seconds without a request.
+    /// Dials what `guard` lets pass, with the root certificates of this machine; half as many
+    /// connections as this process may have files open and 4,096 at most, kept for 15 seconds
+    /// without a request.
     pub fn new(guard: Guard) -> Self {
+        let max_connections = open_files().map_or(MAX_CONNECTIONS, |files| (files / 2).clamp(1, MAX_CONNECTIONS));
         Self {
             guard: Arc::new(guard),
             tls: Arc::default(),
-            connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
-            max_connections: MAX_CONNECTIONS,
+            connections: Arc::new(Semaphore::new(max_connections)),
+            max_connections,
             waiting: Arc::default(),
+            lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)),
             idle_timeout: IDLE_TIMEOUT,
         }
     }
@@ -109,6 +116,11 @@ impl PushClient {
         Arc::clone(&self.connections).acquire_owned().await.ok()
     }
 
+    /// The right to look one name up.
+    pub(crate) async fn lookup(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.lookups).acquire_owned().await.ok()
+    }
+
     /// How TLS is spoken; read from the machine the first time.
     pub(crate) async fn tls(&self) -> Result<Arc<ClientConfig>, String> {
         let load = || async {
@@ -145,6 +157,12 @@ impl fmt::Debug for PushClient {
             .field("idle_timeout", &self.idle_timeout)
             .finish_non_exhaustive()
     }
+}
+
+/// How many files this process may have open, where the system tells (Linux).
+fn open_files() -> Option<usize> {
+    let limits = std::fs::read_to_string("/proc/self/limits").ok()?;
+    limits.lines().find_map(|line| line.strip_prefix("Max open files"))?.split_whitespace().next()?.parse().ok()
 }
 
 fn protocols() -> Vec<Vec<u8>> {

@@ -1,7 +1,7 @@
 //! From an endpoint to an open connection: resolve, check every address, connect, TLS.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -73,12 +73,12 @@ async fn resolve(client: &PushClient, target: &Target) -> Result<Vec<SocketAddr>
     if let Some(address) = literal {
         return check(address).map(|()| vec![SocketAddr::new(address, target.port)]);
     }
-    let found = tokio::net::lookup_host((host.as_str(), target.port))
+    let found = look_up(client, host.clone(), target.port)
         .await
         .map_err(|error| format!("{host} cannot be resolved: {}", describe(&error)))?;
     let mut refused = None;
     let mut allowed = Vec::new();
-    for address in found.take(MAX_ADDRESSES) {
+    for address in found {
         match check(address.ip()) {
             Ok(()) => allowed.push(address),
             Err(reason) => refused = refused.or(Some(reason)),
@@ -88,6 +88,17 @@ async fn resolve(client: &PushClient, target: &Target) -> Result<Vec<SocketAddr>
         return Err(refused.unwrap_or_else(|| format!("{host} has no address")));
     }
     Ok(allowed)
+}
+
+/// The addresses of a name. The thread that looks it up may outlive the wait for it.
+async fn look_up(client: &PushClient, host: String, port: u16) -> io::Result<Vec<SocketAddr>> {
+    let permit = client.lookup().await;
+    let look_up = move || {
+        let found = (host.as_str(), port).to_socket_addrs();
+        drop(permit);
+        found.map(|found| found.take(MAX_ADDRESSES).collect())
+    };
+    tokio::task::spawn_blocking(look_up).await.unwrap_or_else(|error| Err(io::Error::other(error)))
 }
 
 /// The first of the addresses to answer; each has a head start on the next.
@@ -111,16 +122,21 @@ async fn connect(addresses: &[SocketAddr]) -> io::Result<TcpStream> {
         };
         match outcome {
             Some(Ok(stream)) => return Ok(stream),
-            Some(Err(error)) => failure = failure.or(Some(error)),
+            Some(Err(error)) => failure = Some(failure.filter(|earlier| !is_no_way(earlier)).unwrap_or(error)),
             None => {}
         }
     }
 }
 
-/// Whether this process or machine has no socket left (`EMFILE`, `ENFILE`, `EADDRNOTAVAIL`).
+/// Whether there is no way from here to an address at all: IPv6 where there is none. What another
+/// address of the name says tells more.
+fn is_no_way(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::NetworkUnreachable)
+}
+
+/// Whether this process or machine may open no more files (`EMFILE`, `ENFILE`).
 fn is_exhausted(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::AddrNotAvailable && error.raw_os_error().is_some()
-        || (cfg!(unix) && matches!(error.raw_os_error(), Some(23 | 24)))
+    cfg!(unix) && matches!(error.raw_os_error(), Some(23 | 24))
 }
 
 /// An I/O error in a few words, without the numbers of the operating system.

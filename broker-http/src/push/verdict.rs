@@ -16,6 +16,9 @@ use crate::StatusVerdict;
 /// The longest wait a `Retry-After` is obeyed for.
 pub(crate) const MAX_RETRY_AFTER: Duration = Duration::from_secs(3600);
 
+/// Letters of a reason that are kept.
+const MAX_REASON: usize = 300;
+
 /// What came of one request.
 #[derive(Debug)]
 pub(crate) enum Outcome {
@@ -97,7 +100,8 @@ pub(crate) fn judge(outcome: &Outcome, own: &BTreeMap<u16, StatusVerdict>, now: 
                 decision: Decision::RETRY,
                 health: Health::Failing,
                 status: None,
-                reason: reason.clone().into(),
+                // A certificate's names, for one, are the endpoint's to choose.
+                reason: reason.chars().take(MAX_REASON).collect::<String>().into(),
             };
         }
     };
@@ -315,6 +319,8 @@ mod tests {
         let refused = judge(&Outcome::Failed("connection refused".into()), &BTreeMap::new(), NOW);
         assert_eq!((refused.decision, refused.health, refused.status), (Decision::RETRY, Health::Failing, None));
         assert_eq!(refused.reason, "connection refused");
+        let endless = judge(&Outcome::Failed("ä".repeat(100_000)), &BTreeMap::new(), NOW);
+        assert_eq!(endless.reason, "ä".repeat(MAX_REASON));
     }
 
     #[test]
