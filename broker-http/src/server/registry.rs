@@ -1,8 +1,9 @@
 //! The subscriptions alive: made, replaced, paused and deleted here, one change at a time.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use broker_core::{ErrorKind, Group, GroupName, Result};
@@ -16,7 +17,7 @@ use super::Shared;
 use super::groups::Groups;
 use super::problem::{Answer, Problem};
 use super::pull::Pull;
-use super::state::Kept;
+use super::state::{self, Kept};
 use crate::SubscriptionSpec;
 use crate::push::Push;
 
@@ -35,7 +36,6 @@ pub(crate) struct Registry {
 }
 
 /// One life of a subscription: replaced when its settings change.
-#[derive(Debug)]
 pub(crate) struct Subscribed {
     pub(crate) name: GroupName,
     pub(crate) spec: Arc<SubscriptionSpec>,
@@ -44,9 +44,16 @@ pub(crate) struct Subscribed {
     paused: RwLock<bool>,
     /// Told when a pause ends.
     unpaused: Notify,
+    /// The settings as the state file has them, secrets included; written once they are asked for.
+    json: OnceLock<Box<str>>,
 }
 
-#[derive(Debug)]
+impl fmt::Debug for Subscribed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Subscribed").field("name", &self.name).field("spec", &self.spec).finish_non_exhaustive()
+    }
+}
+
 enum How {
     Push(Push),
     Pull(Pull),
@@ -73,6 +80,11 @@ impl Subscribed {
             How::Push(_) => None,
             How::Pull(pull) => Some(pull),
         }
+    }
+
+    fn spec_json(&self) -> &str {
+        // What was read as JSON can be written as JSON.
+        self.json.get_or_init(|| serde_json::to_string(&*self.spec).unwrap_or_default().into())
     }
 
     pub(crate) fn is_paused(&self) -> bool {
@@ -239,6 +251,7 @@ impl Registry {
             how,
             paused: RwLock::new(paused),
             unpaused: Notify::new(),
+            json: OnceLock::new(),
         });
         self.table.write().insert(name.as_str().into(), Arc::clone(&subscribed));
         if subscribed.pull().is_some() {
@@ -296,18 +309,16 @@ impl Registry {
         self.changes.load(Ordering::Acquire)
     }
 
-    /// What the state file keeps, as of the change it is told with.
-    pub(crate) fn snapshot(&self) -> (u64, Vec<Kept>) {
+    /// The state file's text, and the change it is as of.
+    pub(crate) fn snapshot(&self) -> (u64, Vec<u8>) {
         // The number is read first: what changes meanwhile is written again.
         let change = self.change();
-        let table = self.table.read();
-        let kept = table.values().map(|subscribed| Kept {
-            name: subscribed.name.clone(),
-            spec: (*subscribed.spec).clone(),
-            paused: subscribed.is_paused(),
-            disabled: subscribed.push().is_some_and(Push::is_disabled),
-        });
-        (change, kept.collect())
+        let mut writer = state::Writer::new();
+        for subscribed in self.table.read().values() {
+            let disabled = subscribed.push().is_some_and(Push::is_disabled);
+            writer.push(&subscribed.name, subscribed.is_paused(), disabled, subscribed.spec_json());
+        }
+        (change, writer.finish())
     }
 
     /// Makes the subscriptions of a state file.

@@ -9,15 +9,15 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use broker_core::{Error, GroupName, Result};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use crate::SubscriptionSpec;
 
 /// Bytes of a file that are read; no server keeps as many subscriptions.
 const MAX_BYTES: u64 = 1 << 30;
 
-/// The file's content.
-#[derive(Debug, Serialize, Deserialize)]
+/// The file's content. [`Writer`] writes it.
+#[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Saved {
     version: u32,
@@ -25,17 +25,41 @@ struct Saved {
 }
 
 /// One subscription as it is kept.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Kept {
     pub(crate) name: GroupName,
     pub(crate) spec: SubscriptionSpec,
     /// Whether it was paused.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    #[serde(default)]
     pub(crate) paused: bool,
     /// Whether its endpoint said that it is gone for good.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    #[serde(default)]
     pub(crate) disabled: bool,
+}
+
+/// Puts the file's text together: one subscription a line, each written out only once in its life,
+/// so that a change among many costs copying and no more.
+pub(crate) struct Writer(Vec<u8>);
+
+impl Writer {
+    pub(crate) fn new() -> Self {
+        Self(br#"{"version":1,"subscriptions":["#.to_vec())
+    }
+
+    /// Adds a subscription; `spec` is its JSON.
+    pub(crate) fn push(&mut self, name: &GroupName, paused: bool, disabled: bool, spec: &str) {
+        let comma = if self.0.ends_with(b"[") { "" } else { "," };
+        let paused = if paused { r#""paused":true,"# } else { "" };
+        let disabled = if disabled { r#""disabled":true,"# } else { "" };
+        // A name's grammar needs no escaping; writing to a vector cannot fail.
+        let _ = write!(self.0, "{comma}\n{{\"name\":\"{name}\",{paused}{disabled}\"spec\":{spec}}}");
+    }
+
+    pub(crate) fn finish(mut self) -> Vec<u8> {
+        self.0.extend_from_slice(b"\n]}\n");
+        self.0
+    }
 }
 
 /// Where the subscriptions are kept.
@@ -63,15 +87,15 @@ impl StateFile {
 
     /// Writes what `snapshot` tells, unless change number `change` is written already: many changes
     /// at once are one write.
-    pub(crate) async fn save(&self, change: u64, snapshot: impl FnOnce() -> (u64, Vec<Kept>)) -> Result<()> {
+    pub(crate) async fn save(&self, change: u64, snapshot: impl FnOnce() -> (u64, Vec<u8>)) -> Result<()> {
         let mut written = self.written.lock().await;
         if *written >= change {
             return Ok(());
         }
-        let (change, subscriptions) = snapshot();
+        let (change, text) = snapshot();
         let path = self.path.clone();
         blocking(move || {
-            write(&path, &Saved { version: 1, subscriptions }).map_err(|error| {
+            write(&path, &text).map_err(|error| {
                 Error::unavailable(format!("state file {}: it cannot be written: {error}", path.display()))
             })
         })
@@ -113,14 +137,12 @@ fn read(path: &Path) -> Result<Vec<Kept>> {
     Ok(saved.subscriptions)
 }
 
-fn write(path: &Path, saved: &Saved) -> io::Result<()> {
-    let mut text = serde_json::to_vec_pretty(saved)?;
-    text.push(b'\n');
+fn write(path: &Path, text: &[u8]) -> io::Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".new");
     let beside = path.with_file_name(name);
     let mut file = private(&beside)?;
-    file.write_all(&text)?;
+    file.write_all(text)?;
     file.sync_all()?;
     drop(file);
     std::fs::rename(&beside, path)?;
@@ -154,13 +176,21 @@ mod tests {
         serde_json::from_str(&json).unwrap()
     }
 
+    fn text(kept: &[Kept]) -> Vec<u8> {
+        let mut writer = Writer::new();
+        for Kept { name, spec, paused, disabled } in kept {
+            writer.push(name, *paused, *disabled, &serde_json::to_string(spec).unwrap());
+        }
+        writer.finish()
+    }
+
     #[tokio::test]
     async fn what_was_saved_is_loaded_and_private() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state.json");
         let state = StateFile::new(path.clone());
         assert!(state.load().await.unwrap().is_empty());
-        state.save(1, || (3, vec![kept("a"), kept("b")])).await.unwrap();
+        state.save(1, || (3, text(&[kept("a"), kept("b")]))).await.unwrap();
         assert_eq!(StateFile::new(path.clone()).load().await.unwrap(), [kept("a"), kept("b")]);
         // Written already as part of change 3.
         state.save(2, || unreachable!()).await.unwrap();
@@ -199,7 +229,7 @@ mod tests {
     #[tokio::test]
     async fn a_folder_that_is_not_there_is_an_error() {
         let state = StateFile::new("/nowhere-at-all/state.json".into());
-        let error = state.save(1, || (1, Vec::new())).await.unwrap_err();
+        let error = state.save(1, || (1, text(&[]))).await.unwrap_err();
         assert_eq!(error.kind(), broker_core::ErrorKind::Unavailable);
     }
 }
