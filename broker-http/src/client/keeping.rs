@@ -9,6 +9,7 @@ use std::time::Duration;
 use broker_core::{Error, ErrorKind, Failure, Result, Settlement, format_duration};
 use http::Method;
 use serde::Serialize;
+use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep_until};
 
 use super::backoff::Backoff;
@@ -16,7 +17,7 @@ use super::error::refused;
 use super::groups::EXPIRES;
 use super::http::Call;
 use super::lane::{Lane, State, Unsettled};
-use super::shared::Shared;
+use super::shared::{Shared, runtime};
 use super::wire::{self, Settled};
 
 /// Settlements of one request at most.
@@ -29,16 +30,27 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(EXPIRES.as_secs() / 4);
 const UNTAKEN: Duration = Duration::from_millis(500);
 const LOOK: Duration = Duration::from_millis(100);
 
-/// Starts the task unless it is at work.
-pub(super) fn start(lane: &Arc<Lane>, state: &mut State) -> Result<()> {
+/// Whether the task is to be [started](start), and where: unless it is at work, or has nothing to do.
+///
+/// # Errors
+///
+/// That there is no runtime.
+pub(super) fn is_wanted(lane: &Lane, state: &mut State) -> Result<Option<Handle>> {
     let idle = state.held == 0 && state.unsettled.is_empty() && (state.deleted || !lane.standing.own);
     if state.keeping || idle {
-        return Ok(());
+        return Ok(None);
     }
-    let keeper = Keeper { lane: Arc::clone(lane), under_way: Vec::new(), finished: false };
-    lane.shared.spawn(keeper.run())?;
+    let runtime = runtime()?;
     state.keeping = true;
-    Ok(())
+    Ok(Some(runtime))
+}
+
+/// Starts the task, if it [is wanted](is_wanted).
+pub(super) fn start(lane: &Arc<Lane>, wanted: Option<Handle>) {
+    if let Some(runtime) = wanted {
+        let keeper = Keeper { lane: Arc::clone(lane), under_way: Vec::new(), finished: false };
+        lane.shared.spawn(&runtime, keeper.run());
+    }
 }
 
 /// Tells whoever waits that settlements failed.

@@ -126,15 +126,18 @@ impl Lane {
     }
 
     fn see_to_it(self: &Arc<Self>, mut state: MutexGuard<'_, State>) {
-        let started = keeping::start(self, &mut state);
-        if let Err(error) = started {
-            let unsettled = std::mem::take(&mut state.unsettled);
-            drop(state);
-            keeping::fail(&self.shared, unsettled, &error);
-            return;
+        match keeping::is_wanted(self, &mut state) {
+            Ok(keep) => {
+                drop(state);
+                keeping::start(self, keep);
+                self.unsettled.notify_one();
+            }
+            Err(error) => {
+                let unsettled = std::mem::take(&mut state.unsettled);
+                drop(state);
+                keeping::fail(&self.shared, unsettled, &error);
+            }
         }
-        drop(state);
-        self.unsettled.notify_one();
     }
 
     /// Gives back what was pulled and not handed out.
@@ -226,7 +229,7 @@ impl Consumer for HttpConsumer {
         if let Some(ended) = &state.ended {
             return Poll::Ready(ended.clone().map(|()| 0));
         }
-        pulling::start(lane, &mut state)?;
+        let pull = pulling::is_wanted(lane, &mut state)?;
         match &mut state.waker {
             Some(waker) => waker.clone_from(cx.waker()),
             None => state.waker = Some(cx.waker().clone()),
@@ -234,6 +237,7 @@ impl Consumer for HttpConsumer {
         state.wanted = limit;
         state.idle_since = None;
         drop(state);
+        pulling::start(lane, pull);
         lane.wanted.notify_one();
         Poll::Pending
     }

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use super::http::Call;
-use super::shared::Shared;
+use super::shared::{Shared, runtime};
 use super::wire::{self, Accepted, Results};
 use crate::event::{BATCH_TYPE, EVENT_TYPE, Envelope, binary, json};
 
@@ -93,15 +93,17 @@ impl Queue {
                 self.topic
             )));
         }
-        if !state.sending {
-            let sender = Sender { queue: Arc::clone(self), under_way: Vec::new(), finished: false };
-            self.shared.spawn(sender.run())?;
-            state.sending = true;
-        }
+        let idle = if state.sending { None } else { Some(runtime()?) };
+        state.sending = true;
         state.waiting.reserve(messages.len());
         for waiting in messages {
             state.bytes += waiting.message.size();
             state.waiting.push_back(waiting);
+        }
+        drop(state);
+        if let Some(runtime) = idle {
+            let sender = Sender { queue: Arc::clone(self), under_way: Vec::new(), finished: false };
+            self.shared.spawn(&runtime, sender.run());
         }
         Ok(())
     }

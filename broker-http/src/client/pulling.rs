@@ -7,12 +7,14 @@ use std::time::Duration;
 
 use broker_core::{Error, ErrorKind, Failure, Gap, Result, Settlement};
 use http::Method;
+use tokio::runtime::Handle;
 
 use super::backoff::Backoff;
 use super::error::refused;
 use super::groups;
 use super::http::Call;
 use super::lane::{Handed, Item, Lane, State, Unsettled};
+use super::shared::runtime;
 use super::wire::{self, Leased, Pulled};
 use crate::event::{Options, json};
 
@@ -25,15 +27,26 @@ const MAX_AHEAD: usize = 128;
 const PULL_BYTES: usize = 16 << 20;
 const ANSWER_BYTES: usize = 128 << 20;
 
-/// Starts the task unless it is at work.
-pub(super) fn start(lane: &Arc<Lane>, state: &mut State) -> Result<()> {
+/// Whether the task is to be [started](start), and where: unless it is at work, or nobody receives.
+///
+/// # Errors
+///
+/// That there is no runtime.
+pub(super) fn is_wanted(lane: &Lane, state: &mut State) -> Result<Option<Handle>> {
     if state.pulling || lane.left.is_cancelled() {
-        return Ok(());
+        return Ok(None);
     }
-    let mut puller = Puller::new(Arc::clone(lane));
-    lane.shared.spawn(async move { puller.run().await })?;
+    let runtime = runtime()?;
     state.pulling = true;
-    Ok(())
+    Ok(Some(runtime))
+}
+
+/// Starts the task, if it [is wanted](is_wanted).
+pub(super) fn start(lane: &Arc<Lane>, wanted: Option<Handle>) {
+    if let Some(runtime) = wanted {
+        let mut puller = Puller::new(Arc::clone(lane));
+        lane.shared.spawn(&runtime, async move { puller.run().await });
+    }
 }
 
 struct Puller {

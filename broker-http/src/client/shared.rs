@@ -7,6 +7,7 @@ use std::sync::{Arc, Weak};
 
 use broker_core::{Capabilities, Confirms, Error, Receipt, Result, Topic};
 use parking_lot::Mutex;
+use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -16,6 +17,16 @@ use super::error::refused;
 use super::http::{Call, Fault, Http};
 use super::lane::Lane;
 use super::publisher::Queue;
+
+/// The runtime to run tasks on.
+///
+/// # Errors
+///
+/// [`Invalid`](broker_core::ErrorKind::Invalid) outside of one.
+pub(super) fn runtime() -> Result<Handle> {
+    Handle::try_current()
+        .map_err(|_| Error::invalid("there is no tokio runtime here; the HTTP broker is used from inside of one"))
+}
 
 /// The state of a client broker.
 #[derive(Debug)]
@@ -68,18 +79,11 @@ impl Shared {
         Error::closed(format!("the broker {} was closed", self.http.options().name()))
     }
 
-    /// Runs a task that `close` waits for and, in the end, cuts.
-    ///
-    /// # Errors
-    ///
-    /// [`Invalid`](broker_core::ErrorKind::Invalid) outside of a tokio runtime.
-    pub(super) fn spawn(self: &Arc<Self>, task: impl Future<Output = ()> + Send + 'static) -> Result<()> {
-        let runtime = tokio::runtime::Handle::try_current().map_err(|_| {
-            Error::invalid("there is no tokio runtime here; the HTTP broker is used from inside of one")
-        })?;
+    /// Runs a task that `close` waits for and, in the end, cuts. A runtime that is shutting down
+    /// drops it here and now: never call this with a lock held that dropping the task takes.
+    pub(super) fn spawn(&self, runtime: &Handle, task: impl Future<Output = ()> + Send + 'static) {
         let closed = self.closed.clone();
-        self.tasks.spawn_on(async move { closed.run_until_cancelled(task).await.unwrap_or_default() }, &runtime);
-        Ok(())
+        self.tasks.spawn_on(async move { closed.run_until_cancelled(task).await.unwrap_or_default() }, runtime);
     }
 
     pub(super) fn is_connected(&self) -> bool {

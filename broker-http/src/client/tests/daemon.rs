@@ -7,6 +7,7 @@ use broker_core::{
     Backlog, Broker, BrokerExt, ErrorKind, Group, GroupName, GroupOptions, MemoryBroker, Message, Overflow,
     PublisherOptions, Subscribe, TopicFilter,
 };
+use futures_util::FutureExt;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
@@ -140,6 +141,39 @@ async fn an_idle_member_keeps_nothing_from_the_others() {
     }
     soon(held.ack()).await.unwrap();
     soon(idle.close()).await.unwrap();
+}
+
+/// Outside of a runtime there is an error, inside of another one it works, and at the end of one
+/// nobody is left waiting.
+#[test]
+fn a_broker_outlives_its_runtimes() {
+    let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let serving = runtime();
+    let (_server, broker) = serving.block_on(daemon());
+    let filter = TopicFilter::new("t").unwrap();
+    let outside = broker.publish(&topic("t"), Message::new("0"));
+    let first = runtime();
+    assert_eq!(first.block_on(soon(outside)).unwrap_err().kind(), ErrorKind::Invalid);
+    let mut subscription =
+        first.block_on(soon(broker.subscribe(&filter, Subscribe::group(GroupName::new("g").unwrap())))).unwrap();
+    first.block_on(async { soon(broker.publish(&topic("t"), Message::new("1"))).await }).unwrap();
+    let held = first.block_on(soon(subscription.next())).unwrap().unwrap();
+    // The pull that waits now ends with its runtime.
+    assert!(first.block_on(async { subscription.next().now_or_never() }).is_none());
+    drop(first);
+    let second = runtime();
+    second.block_on(async { soon(broker.publish(&topic("t"), Message::new("2"))).await }).unwrap();
+    let next = second.block_on(soon(subscription.next())).unwrap().unwrap();
+    assert_eq!(next.message().payload().as_ref(), b"2");
+    second.block_on(async { soon(next.ack()).await }).unwrap();
+    // Dropped where no task can be started: the lease ends by itself.
+    drop(held);
+    second.spawn(async move {
+        let _subscription = subscription;
+        std::future::pending::<()>().await;
+    });
+    drop(second);
+    assert!(runtime().block_on(soon(broker.close(Duration::from_secs(5)))).complete);
 }
 
 #[tokio::test]
