@@ -58,3 +58,9 @@ pub use scene::{Scene, quick_retry};
 pub use suite::{CHECKS, Check};
 pub use verdict::{Attempt, Failed, PASSED, Shown, Verdict, refused};
 pub use wrapper::Wrapper;
+
+/// The guide's code compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../WRITING_AN_ADAPTER.md")]
+#[derive(Debug)]
+pub struct Guide;

@@ -45,6 +45,11 @@ struct Arguments {
 #[tokio::main]
 async fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    // What the broker logs helps to see why a check fails: RUST_LOG=debug.
+    if std::env::var_os("RUST_LOG").is_some() {
+        let filter = tracing_subscriber::EnvFilter::from_default_env();
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    }
     if arguments.list {
         for check in CHECKS {
             say(&format!("{:<4}{}", check.id, check.title));
@@ -64,7 +69,9 @@ async fn main() -> ExitCode {
 /// The kinds of broker this program knows.
 fn connectors() -> Connectors {
     let mut connectors = Connectors::new();
-    connectors.add(["http", "https"], broker_http::client::connector());
+    connectors.add(["http"], broker_http::client::connector());
+    connectors.add(["kafka"], broker_kafka::connector());
+    connectors.add(["amqp", "amqps"], broker_amqp::connector());
     connectors
 }
 
