@@ -239,7 +239,15 @@ impl Publishing {
         let (this, polled) = (Weak::clone(&self.this), Arc::clone(&client));
         let poll = move || {
             while this.strong_count() > 0 {
-                polled.poll(Duration::from_millis(100));
+                // Librdkafka has room again only when it has taken back what it reported, after the
+                // callbacks: so those who wait have their turn here.
+                let idle = polled.in_flight_count() == 0;
+                polled.poll(Duration::from_millis(if idle { 100 } else { 2 }));
+                if let Some(publishing) = this.upgrade()
+                    && publishing.queued.load(Ordering::Acquire) > 0
+                {
+                    publishing.drain_all();
+                }
             }
         };
         let spawned = thread::Builder::new().name("broker-kafka-publish".to_owned()).spawn(poll);
@@ -375,11 +383,6 @@ impl ProducerContext for Callbacks {
             }
         };
         self.tickets.complete(ticket, outcome);
-        if let Some(publishing) = self.publishing.upgrade()
-            && publishing.queued.load(Ordering::Acquire) > 0
-        {
-            publishing.drain_all();
-        }
     }
 }
 

@@ -1,11 +1,11 @@
 //! The suite on a real Apache Kafka: the one that KAFKA_URL names, or one of our own that
 //! `tests/servers up kafka` starts.
 
+mod kafka_server;
+
 use std::fmt;
-use std::path::PathBuf;
-use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use broker_core::{
@@ -15,50 +15,8 @@ use broker_kafka::KafkaBroker;
 use broker_kafka::rdkafka::message::{Header, OwnedHeaders};
 use broker_kafka::rdkafka::producer::BaseRecord;
 use broker_tests::{Fault, Harness, Link, Proxy, Report, Secret, Suite, Timing, summary};
-use parking_lot::Mutex;
+use kafka_server::{run, server};
 use tokio_util::sync::CancellationToken;
-
-/// What `tests/servers up kafka` printed.
-struct Server {
-    url: String,
-    /// Where a listener tells its clients to come back to, and where it listens; free ones.
-    links: Mutex<Vec<(String, String)>>,
-    /// Whether it is ours to restart.
-    ours: bool,
-}
-
-fn script() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("servers")
-}
-
-fn run(arguments: &[&str]) -> std::result::Result<String, String> {
-    let output = Command::new(script()).args(arguments).output().map_err(|error| error.to_string())?;
-    if !output.status.success() {
-        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-}
-
-fn server() -> &'static Server {
-    static SERVER: OnceLock<Server> = OnceLock::new();
-    SERVER.get_or_init(|| {
-        let printed = run(&["up", "kafka"]).unwrap_or_else(|error| panic!("tests/servers up kafka: {error}"));
-        let value = |name: &str| {
-            let line = printed.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
-            line.map(str::to_owned)
-        };
-        let link = |pair: &str| {
-            let (told, listening) = pair.split_once(':')?;
-            Some((format!("127.0.0.1:{told}"), format!("127.0.0.1:{listening}")))
-        };
-        let links = value("KAFKA_LINKS");
-        Server {
-            url: value("KAFKA_URL").unwrap_or_else(|| panic!("no KAFKA_URL in {printed:?}")),
-            ours: links.is_some(),
-            links: Mutex::new(links.iter().flat_map(|links| links.split(',')).filter_map(link).collect()),
-        }
-    })
-}
 
 fn open(address: &str, parameters: &str) -> Result<Arc<dyn Broker>> {
     let mut connectors = Connectors::new();
