@@ -1,0 +1,246 @@
+//! The members of a group: they come, receive, wait and go.
+
+use std::sync::Arc;
+use std::task::Context;
+
+use smallvec::SmallVec;
+
+use crate::memory::batch::{Batch, Items};
+use crate::memory::entry::Queued;
+use crate::memory::tally::Sum;
+use crate::{Delivery, Error, Gap, Result, Timestamp};
+
+use super::Group;
+use super::state::{After, Change, Member, State};
+
+/// Deliveries a batch has at most: what one counter speaks for.
+const MAX_BATCH: usize = 256;
+/// Entries looked at in one go for one that may be delivered.
+const MAX_INTAKE: usize = 4096;
+
+/// What a member that received nothing is to do.
+pub(in crate::memory) enum Received {
+    Some,
+    /// Come back when woken, or at this tick.
+    Wait(Option<u64>),
+    /// Come back at once: there is more to look at.
+    Again,
+    Ended,
+}
+
+impl Group {
+    pub(in crate::memory) fn join(&self, max_in_flight: usize) -> u64 {
+        let mut state = self.state.lock();
+        state.last_member += 1;
+        let id = state.last_member;
+        state.members.push(Member { id, max_in_flight, in_flight: 0, waker: None, full: false, woken: false });
+        id
+    }
+
+    /// A member goes; what it holds can still be settled. Tells whether it was the last.
+    pub(in crate::memory) fn leave(&self, id: u64) -> bool {
+        let mut state = self.state.lock();
+        let mut after = After::default();
+        state.members.retain(|member| member.id != id);
+        // It may have been woken for messages that nobody else knows of.
+        state.wake_one(&mut after);
+        let last = state.members.is_empty();
+        self.finish(state, after);
+        self.tell_drain();
+        last
+    }
+
+    /// A member no longer waits: what it was woken for goes to another.
+    pub(in crate::memory) fn stop_waiting(&self, id: u64) {
+        let mut state = self.state.lock();
+        let mut after = After::default();
+        if let Some(member) = state.member(id) {
+            member.waker = None;
+            if std::mem::take(&mut member.woken) {
+                state.wake_one(&mut after);
+            }
+        }
+        self.finish(state, after);
+    }
+
+    /// There are entries in the log again.
+    pub(in crate::memory) fn notify(&self) {
+        let mut state = self.state.lock();
+        let mut after = After::default();
+        state.wake_one(&mut after);
+        self.finish(state, after);
+    }
+
+    /// Hands out up to `limit` deliveries.
+    pub(in crate::memory) fn receive(
+        self: &Arc<Self>,
+        id: u64,
+        cx: &mut Context<'_>,
+        deliveries: &mut Vec<Delivery>,
+        limit: usize,
+    ) -> Result<Received> {
+        if self.is_closed() {
+            return Ok(Received::Ended);
+        }
+        let mut batches = SmallVec::<[Arc<Batch>; 4]>::new();
+        let mut after = After::default();
+        let mut state = self.state.lock();
+        let received = self.fill(&mut state, id, cx, limit, &mut batches, &mut after);
+        self.finish(state, after);
+        for batch in batches {
+            for index in 0..batch.len() as u32 {
+                let batch: Arc<Batch> = Arc::clone(&batch);
+                deliveries.push(Delivery::new(batch, index));
+            }
+        }
+        received
+    }
+
+    pub(super) fn fill(
+        self: &Arc<Self>,
+        state: &mut State,
+        id: u64,
+        cx: &mut Context<'_>,
+        limit: usize,
+        batches: &mut SmallVec<[Arc<Batch>; 4]>,
+        after: &mut After,
+    ) -> Result<Received> {
+        if state.deleted {
+            return Err(Error::not_found(format!(
+                "{} was deleted",
+                self.id.as_ref().map_or_else(String::new, |id| format!("group {id}"))
+            )));
+        }
+        if let Some(member) = state.member(id) {
+            (member.woken, member.full, member.waker) = (false, false, None);
+        }
+        let window = self.window(state, id, limit, after);
+        if window == 0 {
+            if let Some(member) = state.member(id) {
+                (member.full, member.waker) = (true, Some(cx.waker().clone()));
+            }
+            return Ok(Received::Wait(None));
+        }
+        let now = self.shared.clock.tick();
+        state.fire(now);
+        let mut taken = 0;
+        let mut looked_at = 0;
+        while taken < window && looked_at < MAX_INTAKE {
+            if !state.ready.is_empty() {
+                taken += self.hand_out_ready(state, id, (window - taken).min(MAX_BATCH), batches, after);
+                continue;
+            }
+            let Some(run) = self.log.lock().take(self.reader(), (window - taken).min(MAX_BATCH)) else { break };
+            looked_at += run.len;
+            if self.ordered || run.scheduled {
+                for entry in (run.start..run.start + run.len).filter_map(|slot| run.segment.share(slot)) {
+                    self.arrive(state, Queued::new(entry));
+                }
+            } else {
+                taken += run.len;
+                self.hand_out(state, id, Items::Run { segment: run.segment, start: run.start, len: run.len }, batches);
+            }
+        }
+        if taken > 0 {
+            // The next member sees to the rest, or is told of what comes.
+            if state.members.iter().any(Member::waits) && self.has_more(state) {
+                state.wake_one(after);
+            }
+            return Ok(Received::Some);
+        }
+        if self.has_more(state) {
+            return Ok(Received::Again);
+        }
+        if let Some(member) = state.member(id) {
+            member.waker = Some(cx.waker().clone());
+        }
+        Ok(Received::Wait(state.timer.as_ref().and_then(|timer| timer.next())))
+    }
+
+    /// Whether there is more to look at; if not, the log will tell of the next entry.
+    pub(super) fn has_more(&self, state: &State) -> bool {
+        !state.ready.is_empty() || !self.log.lock().wait(self.reader())
+    }
+
+    /// How many deliveries a member may be handed now.
+    pub(super) fn window(&self, state: &mut State, id: u64, limit: usize, after: &mut After) -> usize {
+        let left = |state: &mut State| match state.member(id) {
+            Some(member) => limit.min(member.max_in_flight.saturating_sub(member.in_flight)),
+            None => 0,
+        };
+        let mut collect = |state: &mut State| {
+            let change = self.collect_open(state, after);
+            self.apply(change, after);
+        };
+        if left(state) < limit {
+            collect(state);
+        }
+        if left(state) == 0 {
+            // From here on each settlement tells; those made before are seen by looking again.
+            self.asked.set(true);
+            collect(state);
+        }
+        left(state)
+    }
+
+    pub(super) fn hand_out_ready(
+        self: &Arc<Self>,
+        state: &mut State,
+        id: u64,
+        limit: usize,
+        batches: &mut SmallVec<[Arc<Batch>; 4]>,
+        after: &mut After,
+    ) -> usize {
+        let now = Timestamp::now();
+        let mut list = SmallVec::new();
+        let mut change = Change::default();
+        while list.len() < limit
+            && let Some(mut queued) = state.ready.pop_front()
+        {
+            if queued.entry.is_expired(now) {
+                state.counts.expired += 1;
+                change.remove(Sum { messages: 1, bytes: queued.entry.size });
+                self.depart(state, &queued.entry.message);
+                continue;
+            }
+            queued.attempts += 1;
+            if self.ordered {
+                state.lanes.set_in_flight(&queued, true);
+            }
+            list.push(queued);
+        }
+        self.apply(change, after);
+        let taken = list.len();
+        if taken > 0 {
+            self.hand_out(state, id, Items::List(list), batches);
+        }
+        taken
+    }
+
+    pub(super) fn hand_out(
+        self: &Arc<Self>,
+        state: &mut State,
+        id: u64,
+        items: Items,
+        batches: &mut SmallVec<[Arc<Batch>; 4]>,
+    ) {
+        let slot = state.open.vacant_key();
+        let batch = Batch::new(Arc::clone(self), id, slot, Timestamp::now(), items);
+        state.open.insert((Arc::clone(&batch), Sum::default()));
+        let len = batch.len();
+        state.in_flight += len as u64;
+        state.counts.delivered += len as u64;
+        if let Some(member) = state.member(id) {
+            member.in_flight += len;
+        }
+        batches.push(batch);
+    }
+
+    /// What was lost since this was last asked.
+    pub(in crate::memory) fn gap(&self) -> Option<Gap> {
+        let mut state = self.state.lock();
+        let dropped = self.log.lock().dropped(self.reader());
+        let lost = dropped - std::mem::replace(&mut state.lost, dropped);
+        (lost > 0).then_some(Gap::Lost(lost))
+    }
+}

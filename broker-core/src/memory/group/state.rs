@@ -1,0 +1,149 @@
+//! What stands under a group's lock.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::task::Waker;
+
+use slab::Slab;
+use smallvec::SmallVec;
+
+use crate::memory::batch::Batch;
+use crate::memory::entry::Queued;
+use crate::memory::lanes::Lanes;
+use crate::memory::tally::Sum;
+use crate::memory::topics::TopicState;
+use crate::memory::wheel::Wheel;
+use crate::{Counts, Failure, GroupSettings, Timestamp};
+
+pub(super) struct State {
+    pub(super) settings: GroupSettings,
+    /// Messages to deliver before those in the log: retries that are due, replays, redriven ones.
+    pub(super) ready: VecDeque<Queued>,
+    /// Messages due later.
+    pub(super) timer: Option<Box<Wheel<Queued>>>,
+    pub(super) lanes: Lanes,
+    pub(super) members: Vec<Member>,
+    pub(super) last_member: u64,
+    /// Batches with unsettled deliveries, and what was collected of each.
+    pub(super) open: Slab<(Arc<Batch>, Sum)>,
+    pub(super) in_flight: u64,
+    pub(super) counts: Counts,
+    pub(super) lost: u64,
+    pub(super) last_error: Option<Arc<str>>,
+    pub(super) deleted: bool,
+}
+
+pub(super) struct Member {
+    pub(super) id: u64,
+    pub(super) max_in_flight: usize,
+    pub(super) in_flight: usize,
+    pub(super) waker: Option<Waker>,
+    /// Whether it waits for its own settlements rather than for messages.
+    pub(super) full: bool,
+    /// Whether it was woken for messages and has not come yet.
+    pub(super) woken: bool,
+}
+
+/// What is to be done once the group's lock is released.
+#[derive(Default)]
+pub(super) struct After {
+    pub(super) wakers: SmallVec<[Waker; 2]>,
+    pub(super) resume: Vec<Arc<TopicState>>,
+    pub(super) dead: Vec<(Queued, Failure, Timestamp)>,
+}
+
+/// Change of what the group holds outside the log.
+#[derive(Default)]
+pub(super) struct Change {
+    pub(super) messages: i64,
+    pub(super) bytes: i64,
+}
+
+impl Change {
+    pub(super) fn add(&mut self, bytes: u64) {
+        self.messages += 1;
+        self.bytes += bytes as i64;
+    }
+
+    pub(super) fn remove(&mut self, sum: Sum) {
+        self.messages -= sum.messages as i64;
+        self.bytes -= sum.bytes as i64;
+    }
+}
+
+impl Member {
+    pub(super) fn waits(&self) -> bool {
+        self.waker.is_some() && !self.full
+    }
+}
+
+impl State {
+    pub(super) fn member(&mut self, id: u64) -> Option<&mut Member> {
+        self.members.iter_mut().find(|member| member.id == id)
+    }
+
+    /// Wakes one member that waits for messages.
+    pub(super) fn wake_one(&mut self, after: &mut After) {
+        if let Some(member) = self.members.iter_mut().find(|member| member.waits()) {
+            member.woken = true;
+            after.wakers.extend(member.waker.take());
+        }
+    }
+
+    /// Moves what has become due to the messages that are ready.
+    pub(super) fn fire(&mut self, now: u64) {
+        let Some(timer) = &mut self.timer else { return };
+        let ready = &mut self.ready;
+        timer.fire(now, |queued| ready.push_back(queued));
+        if timer.is_empty() {
+            self.timer = None;
+        }
+    }
+
+    pub(super) fn delay(&mut self, now: u64, queued: Queued) {
+        self.timer.get_or_insert_with(|| Box::new(Wheel::new(now))).insert(queued.due, queued);
+    }
+
+    /// Takes over what a batch counted since the last time.
+    pub(super) fn collect(&mut self, slot: usize, change: &mut Change, after: &mut After) {
+        let Some((batch, collected)) = self.open.get_mut(slot) else { return };
+        let settled = batch.settled();
+        let new = Sum { messages: settled.messages - collected.messages, bytes: settled.bytes - collected.bytes };
+        if new == Sum::default() {
+            return;
+        }
+        *collected = settled;
+        let (id, done) = (batch.member, settled.messages == batch.len() as u64);
+        if done {
+            self.open.remove(slot);
+        }
+        change.remove(new);
+        self.in_flight -= new.messages;
+        self.counts.acked += new.messages;
+        if let Some(member) = self.member(id) {
+            member.in_flight -= new.messages as usize;
+            if member.full {
+                after.wakers.extend(member.waker.take());
+            }
+        }
+    }
+
+    pub(super) fn in_flight_sum(&self) -> Sum {
+        self.open.iter().fold(Sum::default(), |sum, (_, (batch, collected))| {
+            let bytes: u64 = (0..batch.len() as u32).map(|index| batch.size(index)).sum();
+            Sum {
+                messages: sum.messages + batch.len() as u64 - collected.messages,
+                bytes: sum.bytes + bytes - collected.bytes,
+            }
+        })
+    }
+
+    pub(super) fn remember(&mut self, failure: Option<Failure>, queued: &mut Queued) {
+        if let Some(failure) = failure {
+            self.last_error = Some(failure.reason().into());
+            if let Some(story) = &mut queued.story {
+                story.failure = Some(failure);
+            }
+        }
+    }
+}
