@@ -9,6 +9,7 @@ use std::time::Duration;
 use broker_core::{BrokerUrl, Error, Group, Result};
 
 use crate::naming::short;
+use crate::wire::Style;
 
 /// What kind of queue a group is.
 ///
@@ -48,6 +49,23 @@ impl FromStr for QueueType {
     }
 }
 
+/// Conventions of somebody else's to go by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Preset {
+    GoMicro,
+}
+
+impl FromStr for Preset {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "go-micro" => Ok(Self::GoMicro),
+            _ => Err(Error::invalid(format!("preset {text:?}: there is go-micro"))),
+        }
+    }
+}
+
 /// Everything that can be set; the [crate documentation](crate#the-url) lists the URL's parameters.
 ///
 /// ```
@@ -72,6 +90,8 @@ pub struct AmqpOptions {
     pub(crate) exchange: String,
     pub(crate) queue_type: QueueType,
     pub(crate) passive: bool,
+    /// Exchange, queues and headers as Go Micro's RabbitMQ broker has them.
+    pub(crate) go_micro: bool,
     pub(crate) persistent: bool,
     pub(crate) queues: BTreeMap<String, String>,
     pub(crate) heartbeat: Duration,
@@ -103,6 +123,8 @@ impl AmqpOptions {
             return Err(Error::invalid("broker URL has no host: it looks like amqp://user:password@host:5672/vhost"));
         }
         let seconds = Duration::from_secs;
+        let go_micro = url.parameter::<Preset>("preset")?.is_some();
+        let exchange = if go_micro { "micro" } else { "broker" };
         let options = Self {
             url: url.to_string(),
             tls,
@@ -111,9 +133,10 @@ impl AmqpOptions {
             password: url.password().unwrap_or("guest").to_owned(),
             vhost: vhost(url.path())?,
             service: url.parameter("name")?.unwrap_or_else(|| "broker-amqp".to_owned()),
-            exchange: url.parameter("exchange")?.unwrap_or_else(|| "broker".to_owned()),
+            exchange: url.parameter("exchange")?.unwrap_or_else(|| exchange.to_owned()),
             queue_type: url.parameter("queue_type")?.unwrap_or_default(),
             passive: url.parameter("passive")?.unwrap_or(false),
+            go_micro,
             persistent: url.parameter("persistent")?.unwrap_or(true),
             queues: url.take_prefixed("queue.").into_iter().map(adopted).collect::<Result<_>>()?,
             heartbeat: url.duration("heartbeat")?.unwrap_or(seconds(10)),
@@ -158,6 +181,9 @@ impl AmqpOptions {
                 self.max_message_bytes
             )));
         }
+        if self.go_micro && self.passive {
+            return Err(Error::invalid("broker URL parameters preset and passive do not go together"));
+        }
         if self.max_redeliveries == 0 {
             return Err(Error::invalid("broker URL parameter max_redeliveries is 0: it is 1 or more"));
         }
@@ -168,6 +194,10 @@ impl AmqpOptions {
             return Err(Error::invalid("broker URL parameters ca, cert and key are for amqps: URLs"));
         }
         Ok(self)
+    }
+
+    pub(crate) fn style(&self) -> Style {
+        Style { persistent: self.persistent, go_micro: self.go_micro }
     }
 
     /// The virtual host.
@@ -267,6 +297,7 @@ mod tests {
             ("amqp://h?heartbeat=500ms", "heartbeat"),
             ("amqp://h?publish_timeout=0s", "publish_timeout"),
             ("amqp://h?queue_type=stream", "queue_type"),
+            ("amqp://h?preset=go-kit", "go-micro"),
             ("amqp://h?max_message_bytes=0", "max_message_bytes"),
             ("amqp://h?cert=a", "key"),
             ("amqp://h?ca=a", "amqps"),

@@ -204,12 +204,13 @@ async fn consume(member: &Arc<Member>, epoch: u64, channel: &Channel, mut consum
 }
 
 async fn receive(member: &Arc<Member>, epoch: u64, consumer: &mut lapin::Consumer) -> Ended {
+    let go_micro = member.shared.options.go_micro;
     loop {
         let mut batch = Vec::new();
         let mut next = consumer.next().await;
         let ended = loop {
             match next {
-                Some(Ok(delivery)) => batch.push(read(delivery)),
+                Some(Ok(delivery)) => batch.push(read(delivery, go_micro)),
                 Some(Err(error)) => break Some(Ended::Lost(from_lapin(error))),
                 None => break Some(Ended::Cancelled),
             }
@@ -228,10 +229,10 @@ async fn receive(member: &Arc<Member>, epoch: u64, consumer: &mut lapin::Consume
     }
 }
 
-fn read(delivery: lapin::message::Delivery) -> (u64, Result<wire::Arrived, Undecodable>) {
+fn read(delivery: lapin::message::Delivery, go_micro: bool) -> (u64, Result<wire::Arrived, Undecodable>) {
     let tag = delivery.delivery_tag;
     let body = Bytes::from(delivery.data);
-    let arrived = wire::decode(delivery.routing_key.as_str(), &delivery.properties, Bytes::clone(&body));
+    let arrived = wire::decode(delivery.routing_key.as_str(), &delivery.properties, Bytes::clone(&body), go_micro);
     let arrived =
         arrived.map_err(|reason| Undecodable { reason, body, topic: Topic::new(delivery.routing_key.as_str()).ok() });
     (tag, arrived)

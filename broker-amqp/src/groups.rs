@@ -16,7 +16,7 @@ use crate::broker::Shared;
 use crate::error::from_lapin;
 use crate::link::closed;
 use crate::member::Known;
-use crate::naming::GroupNames;
+use crate::naming::{GroupNames, Made};
 use crate::settings;
 use crate::topology::{self, on_channel, queue_state, state_on};
 use crate::wire::{self, Travel};
@@ -45,6 +45,11 @@ pub(crate) async fn ensure(shared: &Shared, group: &Group, options: &GroupOption
     check(options)?;
     let names = GroupNames::of(group, &shared.options)?;
     let defaults = options.resolve(Some(&group.name))?;
+    if defaults.ordered && names.made == Made::AsGoMicro {
+        return Err(Error::unsupported(format!(
+            "group {group}: ordered needs a queue with a single active consumer, which Go Micro's queues are not"
+        )));
+    }
     let live = shared.connection().await?;
     let connection = &live.connection;
     shared
@@ -58,12 +63,12 @@ pub(crate) async fn ensure(shared: &Shared, group: &Group, options: &GroupOption
                 return Err(Error::not_found(format!("group {group}: there is no queue {}", names.queue)));
             }
             let mut settings = None;
-            if existed {
-                settings = settings::read(connection, group, &names, &defaults).await?;
+            if existed && names.made == Made::ByUs {
+                settings = settings::read(connection, &shared.writer, group, &names, &defaults).await?;
                 if let Some(settings) = &settings {
                     options.check_joins(group, settings)?;
                 }
-            } else if !names.adopted {
+            } else if names.made == Made::ByUs {
                 settings::write(connection, &shared.writer, &names, &defaults).await?;
             }
             let settings = settings.unwrap_or(defaults);
@@ -159,11 +164,11 @@ async fn get(channel: &Channel, queue: &ShortString) -> Result<Option<lapin::mes
 
 fn letter(delivery: &mut lapin::message::Delivery) -> Result<DeadLetter> {
     let body = Bytes::from(std::mem::take(&mut delivery.data));
-    let arrived = wire::decode(delivery.routing_key.as_str(), &delivery.properties, body).or_else(|_| {
-        // Reached by name: the routing key is no topic.
-        let body = Bytes::new();
-        wire::decode("unknown", &delivery.properties, body)
-    });
+    let arrived =
+        wire::decode(delivery.routing_key.as_str(), &delivery.properties, body.clone(), false).or_else(|_| {
+            // Reached by name: the routing key is no topic, and the story tells the real one.
+            wire::decode("unknown", &delivery.properties, body, false)
+        });
     DeadLetter::from_message(arrived.map_err(Error::codec)?.message)
 }
 

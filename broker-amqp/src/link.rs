@@ -4,7 +4,6 @@
 //! is known above, and so is the order.
 
 use std::net::Shutdown;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -52,6 +51,16 @@ impl Socket {
             let _ = socket.shutdown(Shutdown::Both);
         }
     }
+}
+
+#[cfg(unix)]
+fn duplicate(socket: &impl std::os::fd::AsFd) -> std::io::Result<std::net::TcpStream> {
+    socket.as_fd().try_clone_to_owned().map(Into::into)
+}
+
+#[cfg(windows)]
+fn duplicate(socket: &impl std::os::windows::io::AsSocket) -> std::io::Result<std::net::TcpStream> {
+    socket.as_socket().try_clone_to_owned().map(Into::into)
 }
 
 #[derive(Clone, Default)]
@@ -241,7 +250,7 @@ impl Link {
             let bare = AMQPUri { scheme: AMQPScheme::AMQP, ..uri };
             let stream = bare.connect_async(&reactor).await?;
             if let AsyncTcpStream::Plain(plain) = &stream {
-                *socket.0.lock() = Some(plain.get_ref().as_fd().try_clone_to_owned()?.into());
+                *socket.0.lock() = Some(duplicate(plain.get_ref())?);
             }
             if secure { Ok(stream.into_tls(&bare.authority.host, tls.as_ref()).await?) } else { Ok(stream) }
         };

@@ -27,6 +27,17 @@ pub(crate) fn binding_key(filter: &TopicFilter) -> Result<ShortString> {
     short("the binding of filter", &key)
 }
 
+/// Who makes a group's queue, and so what it is like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Made {
+    /// We do, durable, and leave its settings beside it.
+    ByUs,
+    /// Somebody else did.
+    Before,
+    /// Whoever comes first, by Go Micro's rules: not durable, and gone with its last consumer.
+    AsGoMicro,
+}
+
 /// The names of one group's things.
 #[derive(Clone, Debug)]
 pub(crate) struct GroupNames {
@@ -38,15 +49,18 @@ pub(crate) struct GroupNames {
     pub(crate) dead_key: ShortString,
     /// The queue that holds one message: the group's settings.
     pub(crate) settings: ShortString,
-    /// Whether the queue is somebody else's.
-    pub(crate) adopted: bool,
+    pub(crate) made: Made,
 }
 
 impl GroupNames {
     pub(crate) fn of(group: &Group, options: &AmqpOptions) -> Result<Self> {
         let name = group.to_string();
         let adopted = options.queues.get(&name);
-        let queue = adopted.unwrap_or(&name);
+        let (queue, made) = match adopted {
+            Some(queue) => (queue.as_str(), Made::Before),
+            None if options.go_micro => (group.name.as_str(), Made::AsGoMicro),
+            None => (name.as_str(), Made::ByUs),
+        };
         let what = format!("group {name}: its queue");
         Ok(Self {
             queue: short(&what, queue)?,
@@ -54,7 +68,7 @@ impl GroupNames {
             // In a binding `*` and `#` would be wildcards; neither stand-in is in a name's grammar.
             dead_key: short(&what, &format!("broker-dead.{}", queue.replace('*', "+").replace('#', "~")))?,
             settings: short(&what, &format!("broker.settings:{queue}"))?,
-            adopted: adopted.is_some(),
+            made,
         })
     }
 }

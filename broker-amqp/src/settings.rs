@@ -46,12 +46,15 @@ pub(crate) async fn write(
     let body = serde_json::to_vec(&stored).map_err(|error| Error::codec("the group's settings").with_source(error))?;
     let message = Message::new(body).with_content_type("application/json")?;
     let route = Route::Queue(names.settings.clone());
-    writer.submit(Envelope { route, message, travel: Travel::default(), require_route: false }).await.map(drop)
+    let travel = Travel { kept: true, ..Travel::default() };
+    writer.submit(Envelope { route, message, travel, require_route: false }).await.map(drop)
 }
 
 /// The settings of a group that is there; `None` if nobody left any (a queue that is not of our making).
+/// Lost ones are replaced by `defaults`.
 pub(crate) async fn read(
     connection: &Connection,
+    writer: &Writer,
     group: &Group,
     names: &GroupNames,
     defaults: &GroupSettings,
@@ -77,7 +80,10 @@ pub(crate) async fn read(
             return Ok(Some(settings));
         }
     }
-    Err(Error::unavailable(format!("group {group}: queue {} is empty; it should hold its settings", names.settings)))
+    // A crash between the queue and its message, or a server that lost it.
+    tracing::warn!(%group, queue = %names.settings, "the group's settings are lost; they are written anew");
+    write(connection, writer, names, defaults).await?;
+    Ok(Some(defaults.clone()))
 }
 
 async fn peek(channel: &Channel, names: &GroupNames) -> Result<Option<Vec<u8>>> {

@@ -11,7 +11,7 @@ use lapin::{Channel, Connection, ExchangeKind};
 
 use crate::error::from_lapin;
 use crate::ladder::{Leads, Rung};
-use crate::naming::{GroupNames, binding_key, short};
+use crate::naming::{GroupNames, Made, binding_key, short};
 use crate::{AmqpOptions, QueueType};
 
 /// Dead letters a group's keeping queue has at most; the oldest are dropped.
@@ -58,8 +58,8 @@ pub(crate) async fn state_on(channel: &Channel, queue: &ShortString) -> Result<Q
 
 /// The exchange of topics.
 pub(crate) async fn declare_exchange(channel: &Channel, options: &AmqpOptions) -> Result<()> {
-    let declare =
-        ExchangeDeclareOptions { durable: true, passive: options.passive, ..ExchangeDeclareOptions::default() };
+    let durable = !options.go_micro;
+    let declare = ExchangeDeclareOptions { durable, passive: options.passive, ..ExchangeDeclareOptions::default() };
     let exchange = short("exchange", &options.exchange)?;
     channel.exchange_declare(exchange, ExchangeKind::Topic, declare, FieldTable::default()).await.map_err(from_lapin)
 }
@@ -106,20 +106,21 @@ pub(crate) async fn declare_group(
     options: &AmqpOptions,
 ) -> Result<()> {
     declare_exchange(channel, options).await?;
-    if options.passive || names.adopted {
-        state_on(channel, &names.queue).await?;
-        if options.passive {
-            return Ok(());
+    match names.made {
+        _ if options.passive => return state_on(channel, &names.queue).await.map(drop),
+        Made::Before => drop(state_on(channel, &names.queue).await?),
+        Made::AsGoMicro => {
+            let declare = QueueDeclareOptions { auto_delete: true, ..QueueDeclareOptions::default() };
+            channel.queue_declare(names.queue.clone(), declare, FieldTable::default()).await.map_err(from_lapin)?;
         }
-    } else {
-        let mut arguments = group_arguments(options.queue_type);
-        if ordered {
-            arguments.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
+        Made::ByUs => {
+            let mut arguments = group_arguments(options.queue_type);
+            if ordered {
+                arguments.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
+            }
+            let durable = QueueDeclareOptions::durable();
+            channel.queue_declare(names.queue.clone(), durable, arguments).await.map_err(from_lapin)?;
         }
-        channel
-            .queue_declare(names.queue.clone(), QueueDeclareOptions::durable(), arguments)
-            .await
-            .map_err(from_lapin)?;
     }
     bind(channel, &names.queue, &short("exchange", &options.exchange)?, binding_key(filter)?).await
 }

@@ -39,11 +39,21 @@ const ORDER: &str = "x-broker-order";
 const ATTEMPT: &str = "x-broker-attempt";
 const FIRST: &str = "x-broker-first";
 const TOPIC: &str = "x-broker-topic";
+/// Where Go Micro has it.
+const CONTENT_TYPE: &str = "Content-Type";
 /// What a quorum queue counts.
 const DELIVERY_COUNT: &str = "x-delivery-count";
 
 /// How long after its expiry the server may discard a message that nobody has counted.
 const EXPIRY_GRACE: Duration = Duration::from_secs(60);
+
+/// How messages are written.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Style {
+    pub(crate) persistent: bool,
+    /// The content type as a header, and none that is no string: Go Micro reads nothing else.
+    pub(crate) go_micro: bool,
+}
 
 /// What a message takes along besides itself.
 #[derive(Clone, Debug, Default)]
@@ -58,6 +68,8 @@ pub(crate) struct Travel {
     pub(crate) due: Option<Timestamp>,
     /// A second routing key, which the server takes off before it delivers.
     pub(crate) also_to: Option<ShortString>,
+    /// Whether it is persistent whatever the others are.
+    pub(crate) kept: bool,
 }
 
 /// A message as it came, and what it took along.
@@ -103,11 +115,15 @@ fn wire_name(name: &str) -> Result<ShortString> {
 }
 
 /// The properties of a message.
-pub(crate) fn encode(message: &Message, travel: &Travel, persistent: bool) -> Result<BasicProperties> {
+pub(crate) fn encode(message: &Message, travel: &Travel, style: Style) -> Result<BasicProperties> {
     let mut table = BTreeMap::new();
     let mut put = |name: &str, value: AMQPValue| table.insert(ShortString::from(name), value);
     let millis = message.timestamp().as_millis();
-    put(TIMESTAMP, AMQPValue::LongLongInt(millis));
+    if !style.go_micro {
+        put(TIMESTAMP, AMQPValue::LongLongInt(millis));
+    } else if let Some(content_type) = message.content_type() {
+        put(CONTENT_TYPE, AMQPValue::LongString(content_type.into()));
+    }
     if let Some(key) = message.key() {
         put(KEY, bytes_value(key));
     }
@@ -136,7 +152,7 @@ pub(crate) fn encode(message: &Message, travel: &Travel, persistent: bool) -> Re
 
     let mut properties = BasicProperties::default()
         .with_message_id(short("message id", &message.id().to_string())?)
-        .with_delivery_mode(if persistent { 2 } else { 1 })
+        .with_delivery_mode(if style.persistent || travel.kept { 2 } else { 1 })
         .with_headers(FieldTable::from(table));
     if let Ok(millis) = u64::try_from(millis) {
         properties = properties.with_timestamp(millis / 1000);
@@ -189,7 +205,12 @@ fn bytes_value(bytes: &[u8]) -> AMQPValue {
 /// # Errors
 ///
 /// Why it cannot be read.
-pub(crate) fn decode(routing_key: &str, properties: &BasicProperties, body: Bytes) -> Result<Arrived, String> {
+pub(crate) fn decode(
+    routing_key: &str,
+    properties: &BasicProperties,
+    body: Bytes,
+    go_micro: bool,
+) -> Result<Arrived, String> {
     let empty = FieldTable::default();
     let table = properties.headers().as_ref().unwrap_or(&empty).inner();
     let topic = match table.get(TOPIC) {
@@ -230,6 +251,13 @@ pub(crate) fn decode(routing_key: &str, properties: &BasicProperties, body: Byte
     let redeliveries = table.get(DELIVERY_COUNT).and_then(foreign::integer).and_then(|count| u64::try_from(count).ok());
     let first = time(FIRST)?;
     *message.headers_mut() = headers(table)?;
+    if go_micro
+        && let Some(content_type) = message.headers().get_str(CONTENT_TYPE).map(str::to_owned)
+        && let Ok(mut with) = message.clone().with_content_type(&content_type)
+    {
+        with.headers_mut().remove(CONTENT_TYPE);
+        message = with;
+    }
     Ok(Arrived { message, topic, attempts, first, due, redeliveries: redeliveries.unwrap_or(0) })
 }
 
@@ -289,9 +317,11 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const STYLE: Style = Style { persistent: true, go_micro: false };
+
     fn round_trip(message: &Message) -> Message {
-        let properties = encode(message, &Travel::default(), true).unwrap();
-        let arrived = decode("a.b", &properties, message.payload().clone()).unwrap();
+        let properties = encode(message, &Travel::default(), STYLE).unwrap();
+        let arrived = decode("a.b", &properties, message.payload().clone(), false).unwrap();
         assert_eq!((arrived.topic.as_str(), arrived.attempts), ("a.b", 0));
         arrived.message
     }
@@ -320,7 +350,7 @@ mod tests {
 
     #[test]
     fn a_message_without_any_properties_is_read() {
-        let arrived = decode("a", &BasicProperties::default(), Bytes::from_static(b"x")).unwrap();
+        let arrived = decode("a", &BasicProperties::default(), Bytes::from_static(b"x"), false).unwrap();
         assert_eq!((arrived.message.payload().as_ref(), arrived.message.key()), (&b"x"[..], None));
     }
 
@@ -328,8 +358,24 @@ mod tests {
     fn what_is_ours_and_broken_is_told() {
         let table = FieldTable::from(BTreeMap::from([(ShortString::from(KEY), AMQPValue::LongInt(1))]));
         let properties = BasicProperties::default().with_headers(table);
-        assert_eq!(decode("a", &properties, Bytes::new()).unwrap_err(), "header x-broker-key is no string");
-        assert!(decode("a b", &BasicProperties::default(), Bytes::new()).is_err());
+        assert_eq!(decode("a", &properties, Bytes::new(), false).unwrap_err(), "header x-broker-key is no string");
+        assert!(decode("a b", &BasicProperties::default(), Bytes::new(), false).is_err());
+    }
+
+    #[test]
+    fn go_micro_gets_strings_and_nothing_else() {
+        let message =
+            Message::new("{}").with_content_type("application/json").unwrap().with_header("x-trace", "abc").unwrap();
+        let properties = encode(&message, &Travel::default(), Style { go_micro: true, ..STYLE }).unwrap();
+        let table = properties.headers().clone().unwrap_or_default();
+        let names: Vec<_> = table.inner().keys().map(ShortString::as_str).collect();
+        assert_eq!(names, ["Content-Type", "x-trace"]);
+        assert!(table.inner().values().all(|value| matches!(value, AMQPValue::LongString(_))));
+        // As recorded from Go Micro: no property at all.
+        let bare = BasicProperties::default().with_headers(table);
+        let arrived = decode("orders.created", &bare, Bytes::from_static(b"{}"), true).unwrap().message;
+        assert_eq!(arrived.content_type(), Some("application/json"));
+        assert_eq!((arrived.headers().len(), arrived.headers().get_str("x-trace")), (1, Some("abc")));
     }
 
     #[test]

@@ -7,11 +7,16 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use broker_amqp::{AmqpBroker, AmqpOptions, lapin};
-use broker_core::{BoxFuture, Broker, BrokerUrl, Connectors, Error, Result, Topic};
+use broker_core::{
+    BoxFuture, Broker, BrokerExt, BrokerUrl, Connectors, Error, ErrorKind, Group, Message, Result, Subscribe, Topic,
+};
 use broker_tests::{Fault, Harness, Link, Proxy, Report, Secret, Suite, Timing, summary};
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::options::{
+    BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions, QueueBindOptions,
+    QueueDeclareOptions, QueueDeleteOptions,
+};
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{BasicProperties, Connection, ConnectionProperties};
+use lapin::{BasicProperties, Connection, ConnectionProperties, ExchangeKind};
 
 fn script(arguments: &[&str]) -> std::result::Result<String, String> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("servers");
@@ -212,9 +217,12 @@ async fn run(queue_type: &'static str) {
     assert!(bad.is_empty(), "{}", bad.join("\n"));
 }
 
-/// One test after another: the last part of each has the server to itself.
+/// One test at a time has the server.
+static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_check_on_both_kinds_of_queue() {
+    let _turn = TURN.lock().await;
     let _ = AmqpOptions::from_url(BrokerUrl::parse(server()).unwrap()).unwrap();
     match std::env::var("QUEUES").as_deref() {
         Ok("classic") => run("classic").await,
@@ -224,4 +232,161 @@ async fn every_check_on_both_kinds_of_queue() {
             run("classic").await;
         }
     }
+}
+
+/// Brings a fault about; false, said aloud, where the server is not ours.
+async fn fault(what: &'static str) -> bool {
+    if !ours() {
+        println!("no control: {what}");
+        return false;
+    }
+    let done = tokio::task::spawn_blocking(move || script(&[what, server()])).await.unwrap();
+    done.unwrap_or_else(|error| panic!("tests/servers {what}: {error}"));
+    true
+}
+
+/// The server's memory alarm: publishers fail in time and say why, acks go through, and it is over
+/// when the alarm is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blocked_publisher_fails_in_time_and_stops_no_ack() {
+    let _turn = TURN.lock().await;
+    let broker = open(server()).unwrap();
+    let topic: Topic = format!("suite.blocked-{}", fastrand::u32(..)).parse().unwrap();
+    let group = Group::new("blocked".parse().unwrap(), (&topic).into());
+    let mut member = broker.subscribe(&group.filter, Subscribe::group(group.name.clone())).await.unwrap();
+    broker.publish(&topic, Message::new("before")).await.unwrap();
+    let delivery = member.next().await.unwrap().unwrap();
+    if !fault("block").await {
+        return;
+    }
+    let outcome = broker.publish(&topic, Message::new("blocked")).await;
+    delivery.ack().await.unwrap();
+    let mut lag = None;
+    for _ in 0..200 {
+        lag = broker.status().await.unwrap().group(&group).and_then(|group| group.lag);
+        if lag == Some(0) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    fault("unblock").await;
+    let error = outcome.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    assert!(error.is_retryable() && error.message().contains("blocks"), "{error}");
+    assert_eq!(lag, Some(0), "the ack did not go through while publishers were blocked");
+    let mut taken = broker.publish(&topic, Message::new("after")).await;
+    for _ in 0..10 {
+        if taken.is_ok() {
+            break;
+        }
+        taken = broker.publish(&topic, Message::new("after")).await;
+    }
+    taken.unwrap();
+    assert!(broker.delete_group(&group).await.unwrap());
+    assert!(broker.close(Duration::from_secs(10)).await.complete);
+}
+
+/// What the management side can do to every client.
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_closed_by_the_server_come_back() {
+    let _turn = TURN.lock().await;
+    let broker = open(server()).unwrap();
+    let topic: Topic = format!("suite.closed-{}", fastrand::u32(..)).parse().unwrap();
+    let group = Group::new("closed".parse().unwrap(), (&topic).into());
+    let mut member = broker.subscribe(&group.filter, Subscribe::group(group.name.clone())).await.unwrap();
+    broker.publish(&topic, Message::new("before")).await.unwrap();
+    member.next().await.unwrap().unwrap().ack().await.unwrap();
+    if !fault("close-connections").await {
+        return;
+    }
+    broker.publish(&topic, Message::new("after")).await.unwrap();
+    let delivery = member.next().await.unwrap().unwrap();
+    assert_eq!(delivery.message().payload().as_ref(), b"after");
+    delivery.ack().await.unwrap();
+    assert!(broker.delete_group(&group).await.unwrap());
+    assert!(broker.close(Duration::from_secs(10)).await.complete);
+}
+
+/// A message as a stranger writes it, and one of ours as a stranger reads it.
+#[tokio::test(flavor = "multi_thread")]
+async fn strangers_are_read_and_can_read() {
+    let _turn = TURN.lock().await;
+    let broker = open(server()).unwrap();
+    let topic: Topic = format!("suite.stranger-{}", fastrand::u32(..)).parse().unwrap();
+    let mut inbox = broker.subscribe(&(&topic).into(), Subscribe::new()).await.unwrap();
+    let mut death = FieldTable::default();
+    death.insert("count".into(), AMQPValue::LongLongInt(3));
+    let mut headers = FieldTable::default();
+    headers.insert("number".into(), AMQPValue::LongInt(4));
+    headers.insert("text".into(), AMQPValue::LongString("yes".into()));
+    headers.insert("x-death".into(), AMQPValue::FieldArray(vec![AMQPValue::FieldTable(death)].into()));
+    let properties = BasicProperties::default().with_headers(headers);
+    publish_raw("broker", topic.as_str(), b"foreign", properties).await.unwrap();
+    publish_raw("broker", topic.as_str(), b"bare", BasicProperties::default()).await.unwrap();
+
+    let foreign = inbox.next().await.unwrap().unwrap();
+    let message = foreign.message();
+    assert_eq!((message.payload().as_ref(), message.headers().get_str("number")), (&b"foreign"[..], Some("4")));
+    assert_eq!(message.headers().get_str("text"), Some("yes"));
+    assert_eq!(message.headers().get_str("x-death"), Some(r#"[{"count":3}]"#));
+    foreign.ack().await.unwrap();
+    let bare = inbox.next().await.unwrap().unwrap();
+    assert_eq!((bare.message().payload().as_ref(), bare.message().headers().len()), (&b"bare"[..], 0));
+    bare.ack().await.unwrap();
+    broker.close(Duration::from_secs(10)).await;
+}
+
+/// Go Micro's RabbitMQ broker as it was recorded, played by the raw client: both ways, and one queue shared.
+#[tokio::test(flavor = "multi_thread")]
+async fn go_micro_is_understood_and_understands() {
+    let _turn = TURN.lock().await;
+    let name = format!("go-{}", fastrand::u32(..));
+    let topic: Topic = format!("suite.{name}").parse().unwrap();
+    let connection = Connection::connect(&format!("{}/%2f", server()), ConnectionProperties::default()).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    channel
+        .exchange_declare("micro".into(), ExchangeKind::Topic, ExchangeDeclareOptions::default(), FieldTable::default())
+        .await
+        .unwrap();
+    // A Go service has declared the queue group already, by its own rules.
+    let auto_delete = QueueDeclareOptions { auto_delete: true, ..QueueDeclareOptions::default() };
+    for queue in [name.clone(), format!("{name}-listener")] {
+        channel.queue_declare(queue.as_str().into(), auto_delete, FieldTable::default()).await.unwrap();
+        let (exchange, key) = ("micro".into(), topic.as_str().into());
+        channel
+            .queue_bind(queue.as_str().into(), exchange, key, QueueBindOptions::default(), FieldTable::default())
+            .await
+            .unwrap();
+    }
+    let broker = open(&format!("{}?preset=go-micro", server())).unwrap();
+    let group = Subscribe::group(name.parse().unwrap());
+    let mut member = broker.subscribe(&(&topic).into(), group).await.unwrap();
+
+    let mut headers = FieldTable::default();
+    headers.insert("Content-Type".into(), AMQPValue::LongString("application/json".into()));
+    headers.insert("x-trace".into(), AMQPValue::LongString("abc".into()));
+    let properties = BasicProperties::default().with_headers(headers);
+    publish_raw("micro", topic.as_str(), br#"{"id":1}"#, properties).await.unwrap();
+    let delivery = member.next().await.unwrap().unwrap();
+    let message = delivery.message();
+    assert_eq!((message.payload().as_ref(), message.content_type()), (&br#"{"id":1}"#[..], Some("application/json")));
+    assert_eq!((message.headers().len(), message.headers().get_str("x-trace")), (1, Some("abc")));
+    delivery.ack().await.unwrap();
+
+    let ours = Message::new(r#"{"id":2}"#).with_content_type("application/json").unwrap();
+    broker.publish(&topic, ours.with_header("x-trace", "def").unwrap()).await.unwrap();
+    member.next().await.unwrap().unwrap().ack().await.unwrap();
+    let queue = format!("{name}-listener");
+    for (body, trace) in [(&br#"{"id":1}"#[..], "abc"), (&br#"{"id":2}"#[..], "def")] {
+        let got = channel.basic_get(queue.as_str().into(), BasicGetOptions { no_ack: true }).await.unwrap().unwrap();
+        assert_eq!((got.delivery.data.as_slice(), got.delivery.routing_key.as_str()), (body, topic.as_str()));
+        let headers = got.delivery.properties.headers().clone().unwrap_or_default();
+        let expected = [("Content-Type", "application/json"), ("x-trace", trace)];
+        assert_eq!(headers.inner().len(), 2, "{headers:?}");
+        for (name, text) in expected {
+            assert_eq!(headers.inner().get(name), Some(&AMQPValue::LongString(text.into())), "{name}");
+        }
+    }
+    channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
+    broker.close(Duration::from_secs(10)).await;
 }

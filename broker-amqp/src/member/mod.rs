@@ -1,0 +1,373 @@
+//! What a subscription holds: deliveries waiting, handed out and held.
+
+mod settle;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::task::Waker;
+
+use broker_core::{
+    Counts, Deliveries, Delivery, Failure, Gap, Group, GroupSettings, Message, MessageId, Result, Timestamp, Topic,
+    TopicFilter,
+};
+use lapin::types::ShortString;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use crate::acks::{Acks, WireAck};
+use crate::broker::Shared;
+use crate::lanes::Lanes;
+use crate::naming::GroupNames;
+use crate::wire::Arrived;
+use settle::{Batch, Handed};
+
+/// A message at this member.
+#[derive(Clone, Debug)]
+pub(crate) struct Inbound {
+    pub(crate) message: Message,
+    pub(crate) topic: Topic,
+    /// This delivery: 1 is the first.
+    pub(crate) attempt: u32,
+    pub(crate) first: Timestamp,
+    pub(crate) redeliveries: u64,
+    pub(crate) tag: u64,
+}
+
+/// What is known of a group as long as the broker lives.
+#[derive(Debug)]
+pub(crate) struct Known {
+    pub(crate) names: GroupNames,
+    pub(crate) settings: GroupSettings,
+    pub(crate) counts: Mutex<Counts>,
+    pub(crate) last_error: Mutex<Option<String>>,
+}
+
+pub(crate) struct Member {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) group: Option<Group>,
+    pub(crate) known: Arc<Known>,
+    pub(crate) filter: TopicFilter,
+    pub(crate) prefetch: u16,
+    /// Whether retries wait here rather than on the server.
+    held_here: bool,
+    pub(crate) state: Mutex<State>,
+    /// There is something to tell the server.
+    pub(crate) wire: Notify,
+    /// There is much to tell it.
+    pub(crate) full: Notify,
+    /// A delivery was settled.
+    pub(crate) settled: Notify,
+    /// The subscription is to end.
+    pub(crate) stop: CancellationToken,
+}
+
+pub(crate) struct State {
+    /// Counts the channels this member has had.
+    epoch: u64,
+    up: bool,
+    pub(crate) queue: ShortString,
+    acks: Acks,
+    nacks: Vec<u64>,
+    lanes: Lanes<Inbound>,
+    /// Handed out and unsettled, on this channel.
+    pub(crate) handed: usize,
+    remembered: HashMap<MessageId, Remembered>,
+    /// Whether the keeping queue is known to stand.
+    kept: bool,
+    /// Acks and nacks taken for the wire and not written yet.
+    telling: bool,
+    gap: Option<Gap>,
+    pub(crate) waker: Option<Waker>,
+    pub(crate) close_waker: Option<Waker>,
+    /// Nothing is delivered any more: the end, or the error that ended it.
+    pub(crate) ended: Option<Result<()>>,
+}
+
+#[derive(Clone, Copy)]
+struct Remembered {
+    attempts: u32,
+    first: Timestamp,
+    due: Timestamp,
+}
+
+impl Member {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        group: Option<Group>,
+        known: Arc<Known>,
+        filter: TopicFilter,
+        prefetch: u16,
+    ) -> Self {
+        let ordered = known.settings.ordered;
+        let stop = shared.closing.child_token();
+        Self {
+            shared,
+            held_here: ordered || group.is_none(),
+            group,
+            known,
+            filter,
+            prefetch,
+            state: Mutex::new(State {
+                epoch: 0,
+                up: false,
+                queue: ShortString::default(),
+                acks: Acks::new(),
+                nacks: Vec::new(),
+                lanes: Lanes::new(ordered),
+                handed: 0,
+                remembered: HashMap::new(),
+                kept: false,
+                telling: false,
+                gap: None,
+                waker: None,
+                close_waker: None,
+                ended: None,
+            }),
+            wire: Notify::new(),
+            full: Notify::new(),
+            settled: Notify::new(),
+            stop,
+        }
+    }
+
+    /// A channel stands, and consumes `queue`.
+    pub(crate) fn begin(&self, queue: ShortString) -> u64 {
+        let mut state = self.state.lock();
+        state.epoch += 1;
+        state.up = true;
+        state.queue = queue;
+        state.epoch
+    }
+
+    /// The channel is gone: the server gives what was unsettled to others, or to us again.
+    pub(crate) fn lost(&self) {
+        let mut state = self.state.lock();
+        state.up = false;
+        state.acks = Acks::new();
+        state.nacks.clear();
+        state.lanes = Lanes::new(self.known.settings.ordered);
+        state.handed = 0;
+        state.kept = false;
+        state.telling = false;
+        if self.group.is_none() && state.ended.is_none() {
+            state.gap = Some(state.gap.map_or(Gap::Unknown, |gap| gap.and(Gap::Unknown)));
+        }
+        drop(state);
+        self.settled.notify_waiters();
+    }
+
+    /// Nothing more will be delivered.
+    pub(crate) fn end(&self, with: Result<()>) {
+        let wakers = {
+            let mut state = self.state.lock();
+            if state.ended.is_none() {
+                state.ended = Some(with);
+            }
+            [state.waker.take(), state.close_waker.take()]
+        };
+        wakers.into_iter().flatten().for_each(Waker::wake);
+    }
+
+    pub(crate) fn take_gap(&self) -> Option<Gap> {
+        self.state.lock().gap.take()
+    }
+
+    /// Deliveries at this member, handed out or not.
+    pub(crate) fn unacked(&self) -> u64 {
+        let state = self.state.lock();
+        (state.handed + state.lanes.len()) as u64
+    }
+
+    pub(crate) fn handed(&self) -> u64 {
+        self.state.lock().handed as u64
+    }
+
+    /// Messages came, in the order of their tags.
+    pub(crate) fn arrived(self: &Arc<Self>, epoch: u64, batch: Vec<(u64, Result<Arrived, Undecodable>)>) {
+        let now = Timestamp::now();
+        let mut waker = None;
+        let mut aside = Vec::new();
+        {
+            let mut state = self.state.lock();
+            for (tag, arrived) in batch {
+                state.acks.delivered(tag);
+                match arrived {
+                    Ok(arrived) => {
+                        let inbound = self.inbound(&mut state, tag, &arrived, now);
+                        let due = self.due(&state, &arrived);
+                        if self.group.is_some() && arrived.redeliveries >= self.shared.options.max_redeliveries {
+                            aside.push((inbound, Aside::Redelivered));
+                        } else if due.is_some_and(|due| due > now) {
+                            aside.push((inbound, Aside::NotDue(due.unwrap_or(now))));
+                        } else {
+                            state.lanes.push(inbound.message.key().cloned().as_ref(), inbound);
+                        }
+                    }
+                    Err(undecodable) => {
+                        let Undecodable { reason, body, topic } = undecodable;
+                        let topic = topic.or_else(|| self.filter.topic()).unwrap_or_else(unknown_topic);
+                        let message = Message::new(body);
+                        let inbound = Inbound { message, topic, attempt: 1, first: now, redeliveries: 0, tag };
+                        aside.push((inbound, Aside::Undecodable(reason)));
+                    }
+                }
+            }
+            if state.lanes.is_ready() {
+                waker = state.waker.take();
+            }
+        }
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+        for (inbound, why) in aside {
+            match why {
+                Aside::NotDue(due) if self.held_here => self.hold(epoch, inbound, due.since(now)),
+                Aside::NotDue(due) => {
+                    let attempts = inbound.attempt - 1;
+                    drop(self.forward(epoch, inbound, attempts, due, Handed::No));
+                }
+                Aside::Redelivered => {
+                    let failure = Failure::new("redelivered").with_status("redelivered");
+                    drop(self.bury(epoch, inbound, failure, Handed::No));
+                }
+                Aside::Undecodable(reason) => {
+                    let failure = Failure::new(format!("undecodable: {reason}")).with_status("codec");
+                    drop(self.bury(epoch, inbound, failure, Handed::No));
+                }
+            }
+        }
+    }
+
+    fn inbound(&self, state: &mut State, tag: u64, arrived: &Arrived, now: Timestamp) -> Inbound {
+        let remembered = state.remembered.get(arrived.message.id()).filter(|_| self.held_here);
+        Inbound {
+            message: arrived.message.clone(),
+            topic: arrived.topic.clone(),
+            attempt: arrived.attempts.max(remembered.map_or(0, |one| one.attempts)).saturating_add(1),
+            first: remembered.map(|one| one.first).or(arrived.first).unwrap_or(now),
+            redeliveries: arrived.redeliveries,
+            tag,
+        }
+    }
+
+    fn due(&self, state: &State, arrived: &Arrived) -> Option<Timestamp> {
+        let remembered = state.remembered.get(arrived.message.id()).filter(|_| self.held_here).map(|one| one.due);
+        arrived.due.max(remembered)
+    }
+
+    /// Hands out up to `limit` deliveries. What has expired is discarded, and counted.
+    pub(crate) fn hand_out(self: &Arc<Self>, state: &mut State, batch: &mut Vec<Delivery>, limit: usize) -> usize {
+        let mut items = Vec::new();
+        let mut now = None;
+        let mut expired = 0;
+        while items.len() < limit {
+            let Some(item) = state.lanes.pop() else { break };
+            let over = item.message.expires_at().is_some_and(|at| at <= *now.get_or_insert_with(Timestamp::now));
+            if over {
+                expired += 1;
+                state.acks.ack(item.tag);
+                state.lanes.done(item.message.key());
+            } else {
+                items.push(item);
+            }
+        }
+        if expired > 0 {
+            self.known.counts.lock().expired += expired;
+            self.wire.notify_one();
+        }
+        let count = items.len();
+        if count > 0 {
+            state.handed += count;
+            self.known.counts.lock().delivered += count as u64;
+            let handed: Arc<dyn Deliveries> =
+                Arc::new(Batch { member: Arc::clone(self), epoch: state.epoch, items: items.into_boxed_slice() });
+            batch.extend((0..count).map(|index| Delivery::new(Arc::clone(&handed), index as u32)));
+        }
+        count
+    }
+
+    /// Acks that are sent at once; fewer wait a moment for more.
+    pub(crate) fn threshold(&self) -> usize {
+        usize::from(self.prefetch / 4).clamp(1, 64)
+    }
+
+    /// What is to be told to the server.
+    pub(crate) fn to_tell(&self) -> (Vec<WireAck>, Vec<u64>) {
+        let mut state = self.state.lock();
+        state.telling = true;
+        (state.acks.flush(), std::mem::take(&mut state.nacks))
+    }
+
+    /// It is written.
+    pub(crate) fn told(&self) {
+        self.state.lock().telling = false;
+    }
+
+    /// Whether something is being written.
+    pub(crate) fn telling(&self) -> bool {
+        self.state.lock().telling
+    }
+
+    /// How many acks wait to be told, and whether anything else does.
+    pub(crate) fn waiting_to_tell(&self) -> (usize, bool) {
+        let state = self.state.lock();
+        (state.acks.pending(), !state.nacks.is_empty())
+    }
+
+    /// Gives back what was not handed out.
+    pub(crate) fn give_back_waiting(&self) {
+        {
+            let mut state = self.state.lock();
+            for item in state.lanes.drain() {
+                state.give_back(item.tag);
+            }
+        }
+        self.wire.notify_one();
+    }
+
+    /// Gives back what came after the end.
+    pub(crate) fn refuse(&self, tag: u64) {
+        let mut state = self.state.lock();
+        state.acks.delivered(tag);
+        state.give_back(tag);
+    }
+}
+
+impl State {
+    fn is(&self, epoch: u64) -> bool {
+        self.up && self.epoch == epoch
+    }
+
+    /// A delivery that was handed out is.
+    fn settled(&mut self, item: &Inbound) {
+        self.handed = self.handed.saturating_sub(1);
+        self.remembered.remove(item.message.id());
+        self.lanes.done(item.message.key());
+    }
+
+    fn give_back(&mut self, tag: u64) {
+        if self.acks.told(tag) {
+            self.nacks.push(tag);
+        }
+    }
+}
+
+/// Why a message does not wait with the others.
+enum Aside {
+    NotDue(Timestamp),
+    Redelivered,
+    Undecodable(String),
+}
+
+/// A message that cannot be read, as it came.
+pub(crate) struct Undecodable {
+    pub(crate) reason: String,
+    pub(crate) body: bytes::Bytes,
+    pub(crate) topic: Option<Topic>,
+}
+
+fn unknown_topic() -> Topic {
+    // Its grammar is right.
+    "unknown".parse().unwrap_or_else(|_| unreachable!("a plain word is a topic"))
+}

@@ -1,0 +1,344 @@
+//! How a delivery is settled: acked, given back, sent round again, or buried.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use broker_core::{
+    DeadLetter, Deliveries, Error, ErrorKind, Failure, Message, Operation, Result, Settle, Settlement, Timestamp, Topic,
+};
+use tokio::sync::oneshot;
+
+use super::{Inbound, Member, Remembered};
+use crate::link::{Wait, closed};
+use crate::topology;
+use crate::wire::Travel;
+use crate::writer::{Envelope, Route};
+
+/// The server takes back what is unacked for half an hour: what the client holds longer than this goes
+/// back first, and is held again when it comes.
+const MAX_HOLD: Duration = Duration::from_secs(15 * 60);
+/// A released message that has been round this often is sent anew: the server's count of redeliveries
+/// would otherwise be taken for that of a message which breaks its readers.
+const RENEW_AFTER: u64 = 8;
+/// Attempts of held messages that are remembered at most.
+const MAX_REMEMBERED: usize = 65_536;
+
+impl Member {
+    pub(super) fn settle(self: &Arc<Self>, epoch: u64, item: &Inbound, settlement: Settlement) -> Settle {
+        if self.shared.closed.is_cancelled() {
+            return Operation::from(closed());
+        }
+        match settlement {
+            Settlement::Ack => {
+                let full = {
+                    let mut state = self.state.lock();
+                    if !state.is(epoch) {
+                        return Operation::from(lost());
+                    }
+                    state.acks.ack(item.tag);
+                    state.settled(item);
+                    state.acks.pending() >= self.threshold()
+                };
+                self.known.counts.lock().acked += 1;
+                self.tell(full);
+                Settle::done()
+            }
+            Settlement::Release => self.release(epoch, item),
+            Settlement::Retry { after, failure } => self.retry(epoch, item, after, failure),
+            Settlement::Reject(failure) => {
+                *self.known.last_error.lock() = Some(failure.reason().to_owned());
+                self.bury(epoch, item.clone(), failure, Handed::Yes)
+            }
+        }
+    }
+
+    fn tell(&self, full: bool) {
+        self.wire.notify_one();
+        if full {
+            self.full.notify_one();
+        }
+        self.settled.notify_waiters();
+    }
+
+    fn release(self: &Arc<Self>, epoch: u64, item: &Inbound) -> Settle {
+        if self.group.is_some() && !self.known.settings.ordered && item.redeliveries >= RENEW_AFTER {
+            return self.forward(epoch, item.clone(), item.attempt - 1, Timestamp::from_millis(0), Handed::Yes);
+        }
+        {
+            let mut state = self.state.lock();
+            if !state.is(epoch) {
+                return Operation::from(lost());
+            }
+            state.handed = state.handed.saturating_sub(1);
+            let behind = state.lanes.give_back(item.message.key());
+            for tag in std::iter::once(item.tag).chain(behind.into_iter().map(|one| one.tag)) {
+                state.give_back(tag);
+            }
+        }
+        self.tell(true);
+        Settle::done()
+    }
+
+    fn retry(
+        self: &Arc<Self>,
+        epoch: u64,
+        item: &Inbound,
+        after: Option<Duration>,
+        failure: Option<Failure>,
+    ) -> Settle {
+        let failure = failure.unwrap_or_else(|| Failure::new("retried, no reason given"));
+        *self.known.last_error.lock() = Some(failure.reason().to_owned());
+        let policy = self.known.settings.retry;
+        if policy.is_exhausted(item.attempt) {
+            return self.bury(epoch, item.clone(), failure, Handed::Yes);
+        }
+        let wait = after.unwrap_or_else(|| policy.backoff(item.attempt));
+        let due = Timestamp::now().after(wait);
+        if item.message.expires_at().is_some_and(|expires| expires <= due) {
+            self.known.counts.lock().expired += 1;
+            return self.finish(epoch, item);
+        }
+        self.known.counts.lock().retried += 1;
+        if !self.held_here {
+            return self.forward(epoch, item.clone(), item.attempt, due, Handed::Yes);
+        }
+        {
+            let mut state = self.state.lock();
+            if !state.is(epoch) {
+                return Operation::from(lost());
+            }
+            state.handed = state.handed.saturating_sub(1);
+            if state.remembered.len() >= MAX_REMEMBERED {
+                state.remembered.clear();
+            }
+            let remembered = Remembered { attempts: item.attempt, first: item.first, due };
+            state.remembered.insert(item.message.id().clone(), remembered);
+        }
+        self.settled.notify_waiters();
+        let again = Inbound { attempt: item.attempt.saturating_add(1), ..item.clone() };
+        // As long as was asked for, to the part of a millisecond that a time stamp cuts off.
+        self.hold(epoch, again, wait);
+        Settle::done()
+    }
+
+    /// Keeps a delivery here, unacked, until it is due.
+    pub(super) fn hold(self: &Arc<Self>, epoch: u64, item: Inbound, wait: Duration) {
+        let member = Arc::clone(self);
+        self.shared.spawn(async move {
+            tokio::select! {
+                () = member.stop.cancelled() => return,
+                () = tokio::time::sleep(wait.min(MAX_HOLD)) => {}
+            }
+            let waker = {
+                let mut state = member.state.lock();
+                if !state.is(epoch) {
+                    return;
+                }
+                if wait > MAX_HOLD {
+                    let behind = state.lanes.give_back(item.message.key());
+                    for tag in std::iter::once(item.tag).chain(behind.into_iter().map(|one| one.tag)) {
+                        state.give_back(tag);
+                    }
+                } else {
+                    state.lanes.again(item);
+                }
+                state.waker.take()
+            };
+            member.wire.notify_one();
+            if let Some(waker) = waker {
+                waker.wake();
+            }
+        });
+    }
+
+    /// Done with, at once.
+    fn finish(&self, epoch: u64, item: &Inbound) -> Settle {
+        {
+            let mut state = self.state.lock();
+            if !state.is(epoch) {
+                return Operation::from(lost());
+            }
+            state.acks.ack(item.tag);
+            state.settled(item);
+        }
+        self.tell(true);
+        Settle::done()
+    }
+
+    /// Sends a copy through the delay queues to this group alone, then acks the original.
+    pub(super) fn forward(
+        self: &Arc<Self>,
+        epoch: u64,
+        item: Inbound,
+        attempts: u32,
+        due: Timestamp,
+        handed: Handed,
+    ) -> Settle {
+        let envelope = Envelope {
+            route: Route::Queue(self.state.lock().queue.clone()),
+            message: item.message.clone(),
+            travel: Travel {
+                attempts,
+                first: Some(item.first),
+                topic: Some(item.topic.clone()),
+                due: Some(due),
+                also_to: None,
+                kept: false,
+            },
+            require_route: false,
+        };
+        self.replace(epoch, item, Some(envelope), handed)
+    }
+
+    /// Sends the message to the dead-letter topic, then acks it. What is a dead letter already goes to
+    /// the keeping queue alone; what has no dead-letter topic is discarded.
+    pub(super) fn bury(self: &Arc<Self>, epoch: u64, item: Inbound, failure: Failure, handed: Handed) -> Settle {
+        self.known.counts.lock().dead_lettered += 1;
+        let names = &self.known.names;
+        let dead = DeadLetter::is_dead(&item.message);
+        let letter = DeadLetter {
+            message: item.message.clone(),
+            topic: item.topic.clone(),
+            group: self.group.clone(),
+            failure,
+            attempts: item.attempt,
+            first: item.first,
+            last: Timestamp::now(),
+        };
+        let (route, also_to) = match (&self.known.settings.dead_letter, &self.group) {
+            (_, Some(_)) if dead => (Route::Queue(names.dead.clone()), None),
+            (Some(topic), Some(_)) => (Route::Topic(topic.clone()), Some(names.dead_key.clone())),
+            (Some(topic), None) if !dead => (Route::Topic(topic.clone()), None),
+            _ => {
+                tracing::warn!(topic = %item.topic, id = %item.message.id(), reason = letter.failure.reason(), "a message is discarded: there is no dead-letter topic");
+                return self.replace(epoch, item, None, handed);
+            }
+        };
+        let message = letter.into_message();
+        let travel = Travel { also_to, kept: true, ..Travel::default() };
+        self.replace(epoch, item, Some(Envelope { route, message, travel, require_route: false }), handed)
+    }
+
+    /// Publishes what takes a delivery's place, again until it is confirmed, and acks the delivery.
+    fn replace(self: &Arc<Self>, epoch: u64, item: Inbound, by: Option<Envelope>, handed: Handed) -> Settle {
+        if !self.state.lock().is(epoch) {
+            return Operation::from(lost());
+        }
+        let (done, outcome) = oneshot::channel();
+        let member = Arc::clone(self);
+        self.shared.spawn(async move {
+            let outcome = member.published(epoch, by).await.and_then(|()| member.replaced(epoch, &item, handed));
+            if let Err(error) = &outcome {
+                tracing::debug!(%error, id = %item.message.id(), "a settlement is not done; the message comes back");
+            }
+            let _ = done.send(outcome);
+        });
+        Operation::boxed(async move { outcome.await.unwrap_or_else(|_| Err(closed())) })
+    }
+
+    async fn published(&self, epoch: u64, envelope: Option<Envelope>) -> Result<()> {
+        let Some(envelope) = envelope else { return Ok(()) };
+        let mut wait = Wait::new(Duration::from_secs(5));
+        loop {
+            let result = match self.keep_first(&envelope).await {
+                Ok(()) => self.shared.writer.submit(envelope.clone()).await.map(drop),
+                Err(error) => Err(error),
+            };
+            match result {
+                Ok(()) => return Ok(()),
+                // The group was deleted: so is its message.
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+                Err(error) if error.kind() == ErrorKind::Closed => return Err(error),
+                Err(error) if !self.state.lock().is(epoch) => return Err(error),
+                Err(error) => {
+                    *self.known.last_error.lock() = Some(error.to_string());
+                    tokio::select! {
+                        () = self.shared.closed.cancelled() => return Err(closed()),
+                        () = tokio::time::sleep(wait.next()) => {}
+                    }
+                }
+            }
+        }
+    }
+
+    /// Makes sure of the keeping queue before the first dead letter goes there.
+    async fn keep_first(&self, envelope: &Envelope) -> Result<()> {
+        let to_keeping = envelope.travel.also_to.is_some()
+            || matches!(&envelope.route, Route::Queue(queue) if *queue == self.known.names.dead);
+        if !to_keeping || self.state.lock().kept {
+            return Ok(());
+        }
+        let live = self.shared.connection().await?;
+        let names = &self.known.names;
+        let options = &self.shared.options;
+        let declare = topology::on_channel(&live.connection, async |channel| {
+            topology::declare_keeping(channel, names, options).await
+        });
+        self.shared.bounded(declare).await?;
+        self.state.lock().kept = true;
+        Ok(())
+    }
+
+    fn replaced(&self, epoch: u64, item: &Inbound, handed: Handed) -> Result<()> {
+        let mut state = self.state.lock();
+        if !state.is(epoch) {
+            return Err(lost());
+        }
+        state.acks.ack(item.tag);
+        match handed {
+            Handed::Yes => state.settled(item),
+            Handed::No => {}
+        }
+        drop(state);
+        self.tell(true);
+        Ok(())
+    }
+}
+
+/// Whether a delivery is in a caller's hands.
+#[derive(Clone, Copy)]
+pub(super) enum Handed {
+    Yes,
+    No,
+}
+
+fn lost() -> Error {
+    Error::unavailable("the connection to RabbitMQ was lost before this was settled: the message comes back")
+}
+
+pub(super) struct Batch {
+    pub(super) member: Arc<Member>,
+    pub(super) epoch: u64,
+    pub(super) items: Box<[Inbound]>,
+}
+
+impl Batch {
+    fn item(&self, index: u32) -> &Inbound {
+        // Indices are those that were made with the batch.
+        #[expect(clippy::indexing_slicing, reason = "the contract of `Deliveries`: an index that was given out")]
+        &self.items[index as usize]
+    }
+}
+
+impl Deliveries for Batch {
+    fn message(&self, index: u32) -> &Message {
+        &self.item(index).message
+    }
+
+    fn topic(&self, index: u32) -> &Topic {
+        &self.item(index).topic
+    }
+
+    fn attempt(&self, index: u32) -> u32 {
+        self.item(index).attempt
+    }
+
+    fn settle(&self, index: u32, settlement: Settlement) -> Settle {
+        self.member.settle(self.epoch, self.item(index), settlement)
+    }
+
+    fn abandon(&self, index: u32) {
+        let failure = Some(Failure::new("dropped unsettled"));
+        drop(self.member.settle(self.epoch, self.item(index), Settlement::Retry { after: None, failure }));
+    }
+}

@@ -1,0 +1,204 @@
+//! Publishing: one task, one channel, confirms always.
+//!
+//! Callers push envelopes into a queue and get a ticket; the task hands them to lapin up to
+//! 64 at a time, which costs it a third of what one awaited after another does, and completes the
+//! tickets as confirms arrive. What is unconfirmed when the channel is lost is sent again, in order and
+//! before anything newer, until its own deadline.
+
+mod task;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use broker_core::{Confirms, Error, ErrorKind, Message, Operation, Publish, Receipt, Result, Topic};
+use lapin::types::ShortString;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::AmqpOptions;
+use crate::link::{Link, closed};
+use crate::returns::Identity;
+use crate::wire::{self, Travel};
+use task::Task;
+
+/// Publishes and bytes that wait for their confirm at most; beyond, the caller has to await some.
+const MAX_PENDING: usize = 100_000;
+const MAX_PENDING_BYTES: usize = 512 << 20;
+/// What RabbitMQ negotiates unless it is told otherwise.
+const DEFAULT_FRAME_MAX: usize = 131_072;
+
+/// Where a message goes.
+#[derive(Clone, Debug)]
+pub(crate) enum Route {
+    /// To whoever is bound to the exchange.
+    Topic(Topic),
+    /// To one queue alone.
+    Queue(ShortString),
+}
+
+/// A message to publish.
+#[derive(Clone, Debug)]
+pub(crate) struct Envelope {
+    pub(crate) route: Route,
+    pub(crate) message: Message,
+    pub(crate) travel: Travel,
+    pub(crate) require_route: bool,
+}
+
+#[derive(Debug)]
+struct Entry {
+    ticket: u64,
+    deadline: Instant,
+    envelope: Envelope,
+    /// Where it was last sent to.
+    key: ShortString,
+    delayed: bool,
+}
+
+impl Entry {
+    fn bytes(&self) -> usize {
+        self.envelope.message.size() + 256
+    }
+
+    fn identity(&self) -> Identity {
+        (self.key.to_string(), self.envelope.message.id().to_string())
+    }
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: VecDeque<Entry>,
+    ended: bool,
+}
+
+/// The queue, shared by every publisher of a broker.
+pub(crate) struct Writer {
+    options: Arc<AmqpOptions>,
+    link: Arc<Link>,
+    queue: Mutex<Queue>,
+    wake: Notify,
+    confirms: Arc<Confirms<Receipt>>,
+    pending: AtomicUsize,
+    pending_bytes: AtomicUsize,
+    /// Told when `pending` comes to nothing.
+    idle: Notify,
+    frame_max: AtomicUsize,
+    stop: CancellationToken,
+}
+
+impl Writer {
+    pub(crate) fn new(options: Arc<AmqpOptions>, link: Arc<Link>, stop: CancellationToken) -> Self {
+        Self {
+            options,
+            link,
+            queue: Mutex::default(),
+            wake: Notify::new(),
+            confirms: Arc::new(Confirms::new()),
+            pending: AtomicUsize::new(0),
+            pending_bytes: AtomicUsize::new(0),
+            idle: Notify::new(),
+            frame_max: AtomicUsize::new(DEFAULT_FRAME_MAX),
+            stop,
+        }
+    }
+
+    /// Takes a message; what is returned ends when the server has confirmed it, or at the publish
+    /// timeout. The order of calls is the order of sending.
+    pub(crate) fn submit(&self, envelope: Envelope) -> Publish {
+        if let Err(error) = wire::check(&envelope.message, self.frame_max.load(Ordering::Relaxed)) {
+            return Operation::from(error);
+        }
+        let deadline = Instant::now() + self.options.publish_timeout;
+        let mut queue = self.queue.lock();
+        if queue.ended {
+            return Operation::from(closed());
+        }
+        let bytes = self.pending_bytes.load(Ordering::Relaxed);
+        if self.pending.load(Ordering::Relaxed) >= MAX_PENDING || bytes >= MAX_PENDING_BYTES {
+            return Operation::from(Error::unavailable(format!(
+                "{MAX_PENDING} publishes or {} MiB wait for RabbitMQ: await some of them first",
+                MAX_PENDING_BYTES >> 20
+            )));
+        }
+        let (ticket, publish) = self.confirms.issue();
+        let entry = Entry { ticket, deadline, envelope, key: ShortString::default(), delayed: false };
+        self.pending.fetch_add(1, Ordering::Relaxed);
+        self.pending_bytes.fetch_add(entry.bytes(), Ordering::Relaxed);
+        queue.waiting.push_back(entry);
+        drop(queue);
+        self.wake.notify_one();
+        publish
+    }
+
+    /// Publishes not confirmed yet.
+    pub(crate) fn pending(&self) -> usize {
+        self.pending.load(Ordering::Acquire)
+    }
+
+    /// Waits until everything is confirmed or failed.
+    pub(crate) async fn flushed(&self) {
+        loop {
+            let idle = self.idle.notified();
+            if self.pending() == 0 {
+                return;
+            }
+            idle.await;
+        }
+    }
+
+    fn next(&self) -> Option<Entry> {
+        self.queue.lock().waiting.pop_front()
+    }
+
+    fn finish(&self, entry: &Entry, result: Result<Receipt>) {
+        self.forget(entry);
+        self.confirms.complete(entry.ticket, result);
+    }
+
+    fn forget(&self, entry: &Entry) {
+        self.pending_bytes.fetch_sub(entry.bytes(), Ordering::Relaxed);
+        if self.pending.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.idle.notify_waiters();
+        }
+    }
+
+    /// Why a message whose time is over was not confirmed.
+    fn too_late(&self) -> Error {
+        let state = self.link.state();
+        if let Some(reason) = state.blocked {
+            return Error::unavailable(format!("RabbitMQ blocks publishers ({reason}): publish again later"));
+        }
+        match state.last_error {
+            Some(error) if state.live.is_none() && error.kind() != ErrorKind::Timeout => {
+                Error::unavailable(format!("RabbitMQ is not reached: {}", error.message())).with_source(error)
+            }
+            _ => Error::timeout(format!(
+                "RabbitMQ did not confirm within {:?}: whether it has the message is unknown",
+                self.options.publish_timeout
+            )),
+        }
+    }
+
+    /// The task.
+    pub(crate) async fn run(self: Arc<Self>) {
+        let mut task = Task::new(Arc::clone(&self));
+        tokio::select! {
+            () = self.stop.cancelled() => {}
+            () = task.run() => {}
+        }
+        let left = {
+            let mut queue = self.queue.lock();
+            queue.ended = true;
+            std::mem::take(&mut queue.waiting)
+        };
+        for entry in task.unconfirmed().into_iter().chain(left) {
+            self.finish(
+                &entry,
+                Err(Error::closed("the broker closed before RabbitMQ confirmed: the outcome is unknown")),
+            );
+        }
+    }
+}
