@@ -36,6 +36,10 @@ pub struct Arguments {
     /// Print the bytes that one of these holds (what a comparison asks of a process of its own)
     #[arg(long, hide = true)]
     footprint: Option<Footprint>,
+
+    /// The endpoint that `--footprint` pushes to
+    #[arg(long, hide = true, default_value = "")]
+    endpoint: String,
 }
 
 /// What running came to, the better first.
@@ -94,7 +98,7 @@ fn select(comparisons: Vec<Comparison>, names: &[String]) -> Result<Vec<Comparis
 fn execute(comparisons: Vec<Comparison>, arguments: &Arguments) -> Result<bool> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     if let Some(what) = arguments.footprint {
-        println!("{}", runtime.block_on(footprint::measure(what))?);
+        println!("{}", runtime.block_on(footprint::measure(what, &arguments.endpoint))?);
         return Ok(true);
     }
     let (json, limit) = (arguments.json, Duration::from_secs(arguments.seconds));

@@ -8,6 +8,7 @@ use std::process::Stdio;
 use clap::ValueEnum;
 
 use crate::comparison::{Comparison, Pair, Unit};
+use crate::http::Endpoint;
 use crate::{Failure, Result, http, in_process};
 
 /// What is measured.
@@ -32,8 +33,11 @@ pub(crate) fn at_most(name: &str, what: Footprint, allowed: f64) -> Comparison {
 
 async fn in_own_process(what: Footprint) -> Result<f64> {
     let value = what.to_possible_value().ok_or("it has no name")?;
+    // Here, so that what the endpoint holds is not counted.
+    let endpoint = Endpoint::start().await?;
     let mut command = std::process::Command::new(std::env::current_exe()?);
-    command.args(["--footprint", value.get_name()]).stdin(Stdio::null()).stderr(Stdio::inherit());
+    command.args(["--footprint", value.get_name(), "--endpoint", &endpoint.url()]);
+    command.stdin(Stdio::null()).stderr(Stdio::inherit());
     let output = tokio::task::spawn_blocking(move || command.output()).await??;
     if !output.status.success() {
         return Err(format!("measuring {what:?} ended with {}", output.status).into());
@@ -41,16 +45,17 @@ async fn in_own_process(what: Footprint) -> Result<f64> {
     Ok(String::from_utf8(output.stdout)?.trim().parse()?)
 }
 
-/// Bytes held; for a process that has done nothing else.
+/// Bytes held; for a process that has done nothing else. `endpoint` is the URL of one in another
+/// process.
 ///
 /// # Errors
 ///
 /// The broker's, and where the system does not tell a process's memory.
-pub async fn measure(what: Footprint) -> Result<f64> {
+pub async fn measure(what: Footprint, endpoint: &str) -> Result<f64> {
     match what {
         Footprint::Subscription => in_process::footprint::subscription().await,
         Footprint::Topic => in_process::footprint::topic().await,
-        Footprint::PushSubscriptions => http::footprint::push_subscriptions().await,
+        Footprint::PushSubscriptions => http::footprint::push_subscriptions(endpoint).await,
         Footprint::Backlog => http::footprint::backlog().await,
     }
 }

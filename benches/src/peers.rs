@@ -6,12 +6,16 @@ use std::process::Command;
 
 use crate::cli::{Arguments, Outcome};
 
-/// The peers' names and bars, told without building them; their own tests check that it is these.
-pub const NAMES: [(&str, f64); 4] = [
+/// The peers' names and bars, told without building them; a test of theirs checks that it is these.
+pub const NAMES: [(&str, f64); 8] = [
     ("peers/ruststream_10", 5.0),
-    ("peers/mq_bridge_1", 1.5),
+    ("peers/ruststream_100", 5.0),
+    ("peers/mq_bridge_10", 1.5),
+    ("peers/mq_bridge_100", 1.5),
     ("peers/flume_10", 1.0),
+    ("peers/flume_100", 1.0),
     ("peers/async_broadcast_10", 1.0),
+    ("peers/async_broadcast_100", 1.0),
 ];
 
 /// Whether a name asked for is the peers'.

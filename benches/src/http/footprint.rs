@@ -6,8 +6,7 @@ use broker_core::{Message, PublisherOptions, Topic};
 use serde_json::json;
 use tokio::net::TcpListener;
 
-use super::Ours;
-use super::endpoint::Endpoint;
+use super::{Ours, bounded};
 use crate::Result;
 use crate::comparison::Comparison;
 use crate::footprint::{Footprint, at_most, resident_bytes};
@@ -28,25 +27,36 @@ pub(super) fn comparisons() -> Vec<Comparison> {
 }
 
 /// Bytes of a process with 10,000 push subscriptions, when each has been pushed to and its
-/// connections are closed. The endpoint is one listener in the same process, a path each.
-pub(crate) async fn push_subscriptions() -> Result<f64> {
-    let (ours, endpoint) = (Ours::start().await?, Endpoint::start().await?);
+/// connections are closed. `endpoint` is one listener in another process, and each subscription's own
+/// is a path there.
+pub(crate) async fn push_subscriptions(endpoint: &str) -> Result<f64> {
+    let ours = Ours::start().await?;
     for number in 0..SUBSCRIPTIONS {
-        let url = format!("{}{number}", endpoint.url());
-        ours.put(&format!("push-{number}"), json!({"filter": format!("orders.{number}"), "endpoint": url})).await?;
+        let spec = json!({"filter": format!("orders.{number}"), "endpoint": format!("{endpoint}{number}")});
+        ours.put(&format!("push-{number}"), spec).await?;
     }
     let all: Vec<_> = (0..SUBSCRIPTIONS).collect();
     for some in all.chunks(AT_A_TIME) {
-        let arrived = endpoint.expect(some.len() as u64);
         for number in some {
             let publisher = ours.broker.publisher(&Topic::new(format!("orders.{number}"))?, PublisherOptions::new())?;
             publisher.publish(Message::new("42")).await?;
         }
-        arrived.await?;
+        bounded("pushing to all", async {
+            while waiting(&ours).await? > 0 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            Ok(())
+        })
+        .await?;
     }
     // Idle connections are closed after 15 s.
     tokio::time::sleep(Duration::from_secs(20)).await;
     Ok(resident_bytes()? as f64)
+}
+
+/// Messages that no endpoint has taken yet.
+async fn waiting(ours: &Ours) -> Result<u64> {
+    Ok(ours.broker.status().await?.groups.iter().filter_map(|group| group.lag).sum())
 }
 
 /// Bytes of a process with 1,000,000 messages of 100 bytes that wait for an endpoint which never
@@ -62,8 +72,7 @@ pub(crate) async fn backlog() -> Result<f64> {
         // A payload of its own each, as messages from outside have.
         publisher.publish(Message::new(format!("{number:0100}"))).await?;
     }
-    let status = ours.broker.status().await?;
-    let waiting: u64 = status.groups.iter().filter_map(|group| group.lag).sum();
+    let waiting = waiting(&ours).await?;
     if waiting != BACKLOG as u64 {
         return Err(format!("{waiting} messages wait where {BACKLOG} are due").into());
     }

@@ -26,6 +26,7 @@ mod publish;
 mod push;
 
 use bare::Client;
+pub(crate) use endpoint::Endpoint;
 
 /// Connections, on both sides.
 const CONNECTIONS: usize = 32;

@@ -12,8 +12,7 @@ use http::{HeaderMap, Method};
 use serde_json::json;
 
 use super::bare::Client;
-use super::endpoint::Endpoint;
-use super::{CONNECTIONS, Ours, PAYLOAD, bounded};
+use super::{CONNECTIONS, Endpoint, Ours, PAYLOAD, bounded};
 use crate::comparison::{Comparison, Pair, Unit};
 use crate::{Failure, Result};
 

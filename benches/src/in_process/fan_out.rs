@@ -134,6 +134,7 @@ async fn receive_broadcast(mut receiver: broadcast::Receiver<Message>) -> Result
     }
 }
 
-fn due(load: Load) -> u64 {
+/// Messages to be received, by all subscribers together.
+pub fn due(load: Load) -> u64 {
     load.messages * load.receivers as u64
 }

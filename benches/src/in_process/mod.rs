@@ -52,7 +52,8 @@ pub struct Load {
 }
 
 impl Load {
-    fn payload(self) -> Bytes {
+    /// The payload that all messages share.
+    pub fn payload(self) -> Bytes {
         Bytes::from(vec![b'x'; self.payload])
     }
 }
@@ -73,7 +74,11 @@ impl Run {
     }
 
     /// This run, if exactly `expected` messages were received.
-    fn checked(self, expected: u64) -> Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// Another count.
+    pub fn checked(self, expected: u64) -> Result<Self> {
         if self.received != expected {
             return Err(format!("{} messages were received where {expected} were due", self.received).into());
         }
@@ -81,8 +86,13 @@ impl Run {
     }
 }
 
-/// Runs `publisher` and `receivers`, which wait for it already, to their end.
-async fn run(
+/// Runs `publisher` and `receivers`, which wait for it already and tell how many messages they
+/// received, to their end.
+///
+/// # Errors
+///
+/// What one of them reports, and that they hang.
+pub async fn run(
     receivers: Vec<JoinHandle<Result<u64>>>,
     publisher: impl Future<Output = Result<()>> + Send + 'static,
 ) -> Result<Run> {
@@ -101,7 +111,7 @@ async fn run(
 }
 
 /// A comparison of two runs of the same load, by what is received a second.
-fn versus<O, T>(name: String, bar: f64, load: Load, ours: fn(Load) -> O, theirs: fn(Load) -> T) -> Comparison
+pub fn versus<O, T>(name: String, bar: f64, load: Load, ours: fn(Load) -> O, theirs: fn(Load) -> T) -> Comparison
 where
     O: Future<Output = Result<Run>> + Send + 'static,
     T: Future<Output = Result<Run>> + Send + 'static,
