@@ -13,13 +13,13 @@ use axum::extract::State;
 use axum::response::IntoResponse;
 use axum::serve::Listener;
 use bytes::Bytes;
-use http::{Method, Request, Response};
+use http::{Method, Request, Response, header};
 use http_body::{Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -44,7 +44,12 @@ pub(crate) struct Connections {
     cut: CancellationToken,
     tasks: TaskTracker,
     free: Arc<Semaphore>,
+    /// Places for telling a connection that it is one too many.
+    refusing: Arc<Semaphore>,
 }
+
+/// Connections told at a time that they are too many.
+const REFUSED_AT_ONCE: usize = 256;
 
 impl Connections {
     pub(crate) fn new(max: usize) -> Self {
@@ -53,6 +58,7 @@ impl Connections {
             cut: CancellationToken::new(),
             tasks: TaskTracker::new(),
             free: Arc::new(Semaphore::new(max.min(Semaphore::MAX_PERMITS))),
+            refusing: Arc::new(Semaphore::new(REFUSED_AT_ONCE)),
         }
     }
 
@@ -83,7 +89,10 @@ impl Connections {
                 }
                 Err(_) => {
                     shared.metrics.connection_refused();
-                    self.tasks.spawn(refuse(stream));
+                    // In a flood most are just closed.
+                    if let Ok(place) = Arc::clone(&self.refusing).try_acquire_owned() {
+                        self.tasks.spawn(refuse(stream, place));
+                    }
                 }
             }
         }
@@ -142,10 +151,15 @@ fn builder(limits: &Limits) -> Builder<TokioExecutor> {
     builder
 }
 
-async fn refuse<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S) {
+/// Says so, and takes what was sent for a moment: closing on unread data would reset the connection
+/// and with it lose the answer.
+async fn refuse<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, _place: OwnedSemaphorePermit) {
     let told = async {
         stream.write_all(TOO_MANY).await?;
-        stream.shutdown().await
+        stream.shutdown().await?;
+        let mut dropped = [0; 4096];
+        while stream.read(&mut dropped).await? > 0 {}
+        Ok::<_, std::io::Error>(())
     };
     // Whoever does not read it learns nothing; that must not hold anything here.
     let _ = timeout(Duration::from_secs(1), told).await;
@@ -214,6 +228,8 @@ impl Connection {
 /// much as publishing does.
 async fn answer(shared: Arc<Shared>, mut router: Router, request: Request<Body>) -> Response<Body> {
     let is_publish = request.method() == Method::POST
+        // A web page's request has more to be said to it.
+        && !request.headers().contains_key(header::ORIGIN)
         && request.uri().path().strip_prefix("/topics/").is_some_and(|topic| !topic.is_empty() && !topic.contains('/'));
     if !is_publish {
         let Ok(response) = router.call(request).await;

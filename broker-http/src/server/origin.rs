@@ -3,8 +3,9 @@
 
 use std::net::IpAddr;
 
+use axum::response::{IntoResponse, Response};
 use broker_core::ErrorKind;
-use http::{HeaderMap, StatusCode, Uri, header};
+use http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
 
 use super::problem::{Answer, Problem};
 
@@ -36,6 +37,27 @@ pub(crate) fn check(development: bool, allowed: &[String], uri: &Uri, headers: &
         )),
         _ => Ok(()),
     }
+}
+
+/// Answers a browser that asks ahead whether a page may send a request (the CORS protocol of the
+/// Fetch standard): what the request is was checked, what it does is checked when it comes.
+pub(crate) fn preflight(asked: &HeaderMap) -> Response {
+    let mut response = StatusCode::NO_CONTENT.into_response();
+    let headers = response.headers_mut();
+    let methods = HeaderValue::from_static("GET, POST, PUT, DELETE");
+    headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, methods);
+    if let Some(names) = asked.get(header::ACCESS_CONTROL_REQUEST_HEADERS) {
+        headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, names.clone());
+    }
+    headers.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
+    response
+}
+
+/// Lets the page at `origin`, which was checked, read the answer.
+pub(crate) fn allow(origin: HeaderValue, headers: &mut HeaderMap) {
+    headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+    headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static("retry-after"));
+    headers.append(header::VARY, HeaderValue::from_static("origin"));
 }
 
 fn forbidden(detail: &str) -> Problem {

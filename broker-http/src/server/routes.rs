@@ -7,6 +7,7 @@ use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, delete, get, post};
+use http::{Method, header};
 
 use super::problem::Answer;
 use super::{Shared, body, ops, origin, publish, pull, stream, subscriptions};
@@ -60,10 +61,21 @@ pub(crate) async fn check(shared: &Shared, request: Request) -> Answer<Request> 
 }
 
 async fn guard(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
-    match check(&shared, request).await {
-        Ok(request) => next.run(request).await,
-        Err(problem) => problem.into_response(),
+    let origin = request.headers().get(header::ORIGIN).cloned();
+    let request = match check(&shared, request).await {
+        Ok(request) => request,
+        Err(problem) => return problem.into_response(),
+    };
+    // From here on a web page is one that may: its browser is told so.
+    let asks = origin.is_some() && request.headers().contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
+    let mut response = match request.method() {
+        &Method::OPTIONS if asks => origin::preflight(request.headers()),
+        _ => next.run(request).await,
+    };
+    if let Some(origin) = origin {
+        origin::allow(origin, response.headers_mut());
     }
+    response
 }
 
 #[cfg(test)]

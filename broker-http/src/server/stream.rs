@@ -248,7 +248,8 @@ fn frame<E>(text: Vec<u8>) -> Poll<Option<Result<Frame<Bytes>, E>>> {
     Poll::Ready(Some(Ok(Frame::data(text.into()))))
 }
 
-/// An id has no control characters, and JSON no line break: both are one line.
+/// An id has no control characters and is one line; JSON may have line breaks between its tokens, and
+/// then it is as many.
 fn encode(delivery: &Delivery, text: &mut Vec<u8>) {
     text.extend_from_slice(format!("id: {}\ndata: ", delivery.message().id()).as_bytes());
     let envelope = Envelope {
@@ -257,7 +258,16 @@ fn encode(delivery: &Delivery, text: &mut Vec<u8>) {
         subscription: None,
         attempt: Some(delivery.attempt()),
     };
+    let begin = text.len();
     json::encode(envelope, text);
+    if text.iter().skip(begin).any(|byte| *byte == b'\n') {
+        for byte in text.split_off(begin) {
+            match byte {
+                b'\n' => text.extend_from_slice(b"\ndata: "),
+                _ => text.push(byte),
+            }
+        }
+    }
     text.extend_from_slice(b"\n\n");
 }
 

@@ -167,7 +167,13 @@ async fn web_pages_and_other_hosts_are_refused_in_development() {
     for (header, value) in [("origin", "http://evil.example"), ("origin", "null")] {
         running.send("POST /topics/a", &[(header, value)], "x").await.is_problem(403, "development mode");
     }
-    assert_eq!(running.send("POST /topics/a", &[("origin", "http://localhost:3000")], "x").await.status, 202);
+    let page = [("origin", "http://localhost:3000")];
+    let reply = running.send("POST /topics/a", &page, "x").await;
+    assert_eq!((reply.status, reply.header("access-control-allow-origin")), (202, Some("http://localhost:3000")));
+    let asks = [page[0], ("access-control-request-method", "PUT"), ("access-control-request-headers", "x-a")];
+    let reply = running.send("OPTIONS /subscriptions/a", &asks, "").await;
+    assert_eq!((reply.status, reply.header("access-control-allow-headers")), (204, Some("x-a")));
+    assert!(reply.header("access-control-allow-methods").unwrap().contains("PUT"));
     let mut stream = running.connect().await;
     stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: evil.example\r\nconnection: close\r\n\r\n").await.unwrap();
     let mut answer = Vec::new();

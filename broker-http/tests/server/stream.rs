@@ -38,6 +38,14 @@ async fn messages_show_as_they_come() {
     assert!(text.contains("id: 1\n"), "{text}");
     let event = &data(&text)[0];
     assert_eq!((&event["brokertopic"], &event["data"]), (&json!("orders.created"), &json!({"a": "x\ny"})));
+    // JSON that was laid out in lines is as many lines of data.
+    running
+        .send("POST /topics/orders.created?id=2", &[("content-type", "application/json")], "{\n\"a\":\n1}")
+        .await;
+    let text = read_until(&mut stream, "\n\n").await;
+    let json: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
+    assert!(json.len() > 1 && text.contains("\ndata: \"a\""), "{text}");
+    assert_eq!(serde_json::from_str::<Value>(&json.join("\n")).unwrap()["data"], json!({"a": 1}));
     assert_eq!(running.post("/topics/elsewhere", "x").await.json()["matched"], 0);
     // Closing it ends the subscription.
     drop(stream);
