@@ -240,8 +240,8 @@ async fn fault(what: &'static str) -> bool {
         println!("no control: {what}");
         return false;
     }
-    let done = tokio::task::spawn_blocking(move || script(&[what, server()])).await.unwrap();
-    done.unwrap_or_else(|error| panic!("tests/servers {what}: {error}"));
+    let done = tokio::task::spawn_blocking(move || script(&[what, server()])).await;
+    done.map_err(|error| error.to_string()).flatten().unwrap_or_else(|error| panic!("tests/servers {what}: {error}"));
     true
 }
 
