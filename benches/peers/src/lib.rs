@@ -1,0 +1,56 @@
+//! Other people's brokers and channels beside ours: one publisher, a copy for every subscriber, the
+//! same payload. `cargo run --release --bin ratios -- peers` in the project's own workspace builds
+//! and runs this one.
+
+mod channels;
+mod mq_bridge;
+mod ruststream;
+
+use broker_benches::comparison::Comparison;
+use broker_benches::in_process::{Load, fan_out, versus};
+
+/// Few enough messages that mq-bridge, which keeps 100,000 and drops what is older, loses none.
+const LOADS: [Load; 2] =
+    [Load { receivers: 10, payload: 64, messages: 40_000 }, Load { receivers: 100, payload: 64, messages: 10_000 }];
+
+/// Ours to each peer.
+pub fn comparisons() -> Vec<Comparison> {
+    let mut comparisons = Vec::new();
+    for load in LOADS {
+        let name = |peer: &str| format!("peers/{peer}_{}", load.receivers);
+        comparisons.push(versus(name("ruststream"), 5.0, load, fan_out::ours, ruststream::run));
+        comparisons.push(versus(name("mq_bridge"), 1.5, load, fan_out::ours, mq_bridge::run));
+        comparisons.push(versus(name("flume"), 1.0, load, fan_out::ours, channels::flume));
+        comparisons.push(versus(name("async_broadcast"), 1.0, load, fan_out::ours, channels::async_broadcast));
+    }
+    comparisons
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_names_are_those_that_the_list_promises() {
+        let mut ours: Vec<_> = comparisons().iter().map(|it| (it.name().to_owned(), it.bar())).collect();
+        let mut listed: Vec<_> =
+            broker_benches::peers::NAMES.iter().map(|(name, bar)| ((*name).to_owned(), *bar)).collect();
+        ours.sort_by(|one, other| one.0.cmp(&other.0));
+        listed.sort_by(|one, other| one.0.cmp(&other.0));
+        assert_eq!(ours, listed);
+    }
+
+    const SMALL: Load = Load { receivers: 3, payload: 64, messages: 2_000 };
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn every_peer_delivers_everything_to_everybody() {
+        for run in [
+            ruststream::run(SMALL).await,
+            mq_bridge::run(SMALL).await,
+            channels::flume(SMALL).await,
+            channels::async_broadcast(SMALL).await,
+        ] {
+            assert_eq!(run.map(|run| run.received).map_err(|error| error.to_string()), Ok(6_000));
+        }
+    }
+}
