@@ -13,7 +13,7 @@ async fn every_check(form: Form) -> Result<(), Box<dyn Error>> {
     let broker = Connectors::new().open("memory:?retain=1000")?;
     let server = Server::new(broker, ServerOptions::new().with_development(true));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
-    let url = format!("http://{}?lease=3s&timeout=5s", listener.local_addr()?);
+    let url = format!("http://{}?timeout=5s", listener.local_addr()?);
     let serving = server.clone();
     tokio::spawn(async move { serving.serve(listener).await });
 

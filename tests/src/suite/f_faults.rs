@@ -342,7 +342,7 @@ pub(super) async fn expired(broker: &dyn Broker, scene: &Scene) -> Verdict {
     let dead = scene.topic("dead").await?;
     scene.create(broker, &group, scene.quick()?.with_dead_letter(dead.clone())).await?;
     let mut letters = scene.listen(broker, &dead).await?;
-    let ttl = Duration::from_millis(100);
+    let ttl = Duration::from_secs(1);
     let publish = broker.publish(&topic, Message::new("short").with_ttl(ttl));
     let publish = scene.within("publishing", publish).await?;
     if !broker.capabilities().expiry.is_some() {
@@ -352,7 +352,7 @@ pub(super) async fn expired(broker: &dyn Broker, scene: &Scene) -> Verdict {
     publish?;
     let lasting = [Message::new("long").with_ttl(Duration::from_secs(3600)), Message::new("for ever")];
     scene.publish(broker, &topic, &lasting).await?;
-    tokio::time::sleep(ttl * 3).await;
+    tokio::time::sleep(ttl + ttl / 2).await;
     let mut member = scene.join_with(broker, &group, GroupOptions::new(), 256).await?;
     for one in member.expect(&lasting).await? {
         let message = sent(&lasting, one.message().id())?;
@@ -360,11 +360,11 @@ pub(super) async fn expired(broker: &dyn Broker, scene: &Scene) -> Verdict {
         ensure!(message.expires_at() == one.message().expires_at(), "the expiry arrived changed");
     }
     // A retry does not outlive it either.
-    let brief = Message::new("brief").with_ttl(Duration::from_millis(400));
+    let brief = Message::new("brief").with_ttl(2 * ttl);
     scene.publish(broker, &topic, std::slice::from_ref(&brief)).await?;
     let delivery = member.one().await?;
-    member.settled(delivery.retry_after(Duration::from_millis(600))).await?;
-    member.quiet_for(Duration::from_millis(900)).await.map_err(|failed| failed.context("retried beyond its expiry"))?;
+    member.settled(delivery.retry_after(3 * ttl)).await?;
+    member.quiet_for(3 * ttl + ttl / 2).await.map_err(|failed| failed.context("retried beyond its expiry"))?;
     letters.quiet().await.map_err(|failed| failed.context("an expired message's dead letter"))?;
     let status = scene.done("asking for the status", broker.status()).await?;
     let counted = status.group(&group).map(|status| status.counts.expired);

@@ -228,7 +228,7 @@ pub(super) async fn in_parallel(broker: &dyn Broker, scene: &Scene) -> Verdict {
 pub(super) async fn delay_is_a_floor(broker: &dyn Broker, scene: &Scene) -> Verdict {
     let topic = scene.topic("delay").await?;
     let mut inbox = scene.listen(broker, &topic).await?;
-    let delay = Duration::from_millis(400);
+    let delay = Duration::from_millis(1500);
     let begin = Instant::now();
     let late = Message::new("late").with_delay(delay);
     let publish = scene.within("publishing", broker.publish(&topic, late.clone())).await?;
