@@ -13,13 +13,25 @@ use http::{HeaderMap, HeaderValue, header};
 
 use super::inflate::Encoding;
 use super::problem::{Answer, Problem};
-use super::publish::{ends_stream, publish_all, write_problem, write_result};
+use super::publish::{Outgoing, ends_stream, publish_all, write_problem, write_result};
 use super::publishers::Published;
 use super::{Shared, body};
 use crate::event::{LINES_TYPE, Options, ndjson};
 
 /// Lines published in one go.
-const LINES_AT_ONCE: usize = 512;
+pub(crate) const AT_ONCE: usize = 256;
+
+/// The lines of a body that say something.
+pub(crate) fn of(body: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let ends = memchr::memchr_iter(b'\n', body).chain(std::iter::once(body.len()));
+    let mut begin = 0;
+    let lines = ends.map(move |end| {
+        let line = body.get(begin..end).unwrap_or_default();
+        begin = end + 1;
+        line
+    });
+    lines.filter(|line| !line.trim_ascii().is_empty())
+}
 
 /// Whether the sender wants results as they are known.
 pub(crate) fn wants_stream(headers: &HeaderMap) -> bool {
@@ -91,8 +103,8 @@ impl Lines {
             self.read().await;
         }
         let mut out = Vec::new();
-        let lines = self.pending.len().min(LINES_AT_ONCE);
-        let mut messages = Vec::with_capacity(lines);
+        let lines = self.pending.len().min(AT_ONCE);
+        let mut messages = Outgoing::default();
         for line in self.pending.drain(..lines) {
             match line {
                 Ok(line) => messages.push(ndjson::decode(&line, &self.options)),
@@ -140,7 +152,7 @@ impl Lines {
     fn split(&mut self, data: &[u8]) {
         let max = self.shared.limits().message_body_bytes * 2;
         let mut rest = data;
-        while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+        while let Some(end) = memchr::memchr(b'\n', rest) {
             let (head, tail) = rest.split_at(end);
             rest = tail.get(1..).unwrap_or_default();
             if std::mem::take(&mut self.skipping) {
@@ -171,15 +183,16 @@ async fn publish_lines(
     shared: &Shared,
     published: &Published,
     options: &Options,
-    messages: Vec<Result<broker_core::Message, Error>>,
+    messages: Outgoing,
     out: &mut Vec<u8>,
 ) -> bool {
-    if messages.is_empty() {
+    if messages.len() == 0 {
         return false;
     }
+    let count = messages.len();
     let results = match publish_all(shared, published, options, messages).await {
         Ok(results) => results,
-        Err(error) => vec![Err(error)],
+        Err(error) => vec![Err(error); count],
     };
     let mut ends = false;
     for result in results {

@@ -105,14 +105,13 @@ async fn publish_body(
         Format::Batch => {
             let decoded = json::decode_batch(&body, options, Some(topic))?;
             check_count(shared, decoded.len())?;
-            let messages = decoded.into_iter().map(|decoded| decoded.map(|decoded| decoded.message)).collect();
-            many(shared, published, options, messages).await
+            let mut outgoing = Outgoing::default();
+            decoded.into_iter().for_each(|decoded| outgoing.push(decoded.map(|decoded| decoded.message)));
+            let mut answer = Results::new(outgoing.len());
+            answer.extend(topic, publish_all(shared, published, options, outgoing).await?);
+            Ok(answer.finish())
         }
-        Format::Lines => {
-            options.check_many()?;
-            let messages = read_lines(shared, options, &body)?;
-            many(shared, published, options, messages).await
-        }
+        Format::Lines => collected(shared, published, options, &body).await,
     }
 }
 
@@ -126,16 +125,29 @@ fn check_count(shared: &Shared, count: usize) -> Answer<()> {
     )))
 }
 
-fn read_lines(shared: &Shared, options: &Options, body: &[u8]) -> Answer<Vec<Result<Message, Error>>> {
-    let mut messages = Vec::new();
-    for line in body.split(|byte| *byte == b'\n').filter(|line| !line.trim_ascii().is_empty()) {
-        messages.push(ndjson::decode(line, options));
-        check_count(shared, messages.len())?;
-    }
-    if messages.is_empty() {
+/// Publishes a message a line, and answers for all of them together.
+async fn collected(shared: &Shared, published: &Published, options: &Options, body: &[u8]) -> Answer {
+    options.check_many()?;
+    let count = lines::of(body).count();
+    if count == 0 {
         return Err(Problem::invalid("the body has no line; one message a line is expected"));
     }
-    Ok(messages)
+    check_count(shared, count)?;
+    let mut answer = Results::new(count);
+    let mut lines = lines::of(body).peekable();
+    while lines.peek().is_some() {
+        // A few at a time stay in the processor's cache, and their readers need not wait for all.
+        let mut outgoing = Outgoing::default();
+        lines.by_ref().take(lines::AT_ONCE).for_each(|line| outgoing.push(ndjson::decode(line, options)));
+        let count = outgoing.len();
+        let results = match publish_all(shared, published, options, outgoing).await {
+            Err(error) if answer.is_empty() => return Err(error.into()),
+            Err(error) => vec![Err(error); count],
+            Ok(results) => results,
+        };
+        answer.extend(published.topic(), results);
+    }
+    Ok(answer.finish())
 }
 
 async fn one(shared: &Shared, published: &Published, options: &Options, decoded: Decoded) -> Answer {
@@ -148,24 +160,24 @@ async fn one(shared: &Shared, published: &Published, options: &Options, decoded:
     Ok(json_response(StatusCode::ACCEPTED, json))
 }
 
-async fn many(
-    shared: &Shared,
-    published: &Published,
-    options: &Options,
-    messages: Vec<Result<Message, Error>>,
-) -> Answer {
-    let mut json = Vec::with_capacity(16 + messages.len() * 80);
-    json.extend_from_slice(br#"{"results":["#);
-    let mut failed = false;
-    for (index, result) in publish_all(shared, published, options, messages).await?.into_iter().enumerate() {
-        if index > 0 {
-            json.push(b',');
+/// Messages to publish, and where one could not be read, why.
+#[derive(Default)]
+pub(crate) struct Outgoing {
+    messages: Vec<Message>,
+    unread: Vec<(usize, Error)>,
+}
+
+impl Outgoing {
+    pub(crate) fn push(&mut self, message: Result<Message, Error>) {
+        match message {
+            Ok(message) => self.messages.push(message),
+            Err(error) => self.unread.push((self.len(), error)),
         }
-        failed |= result.is_err();
-        write_result(&mut json, published.topic(), result);
     }
-    json.extend_from_slice(b"]}");
-    Ok(json_response(if failed { StatusCode::MULTI_STATUS } else { StatusCode::ACCEPTED }, json))
+
+    pub(crate) fn len(&self) -> usize {
+        self.messages.len() + self.unread.len()
+    }
 }
 
 /// Publishes what could be read, in order; what could not keeps its place among the results.
@@ -173,18 +185,11 @@ pub(crate) async fn publish_all(
     shared: &Shared,
     published: &Published,
     options: &Options,
-    messages: Vec<Result<Message, Error>>,
+    outgoing: Outgoing,
 ) -> Result<Vec<Result<Receipt, Error>>, Error> {
     let publisher = published.publisher(&*shared.broker, options.require_route)?;
-    let mut unread = Vec::new();
-    let mut good = Vec::with_capacity(messages.len());
-    for (index, message) in messages.into_iter().enumerate() {
-        match message {
-            Ok(message) => good.push(message),
-            Err(error) => unread.push((index, error)),
-        }
-    }
-    let mut results = if good.is_empty() { Vec::new() } else { publisher.publish_batch(good).await? };
+    let Outgoing { messages, unread } = outgoing;
+    let mut results = if messages.is_empty() { Vec::new() } else { publisher.publish_batch(messages).await? };
     let accepted = results.iter().filter(|result| result.is_ok()).count() as u64;
     published.published(accepted);
     shared.metrics.accepted(accepted);
@@ -201,6 +206,39 @@ pub(crate) async fn publish_all(
     Ok(all)
 }
 
+/// The answer to a batch in the making.
+struct Results {
+    json: Vec<u8>,
+    failed: bool,
+}
+
+impl Results {
+    fn new(count: usize) -> Self {
+        let mut json = Vec::with_capacity(16 + count * 96);
+        json.extend_from_slice(br#"{"results":["#);
+        Self { json, failed: false }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.json.ends_with(b"[")
+    }
+
+    fn extend(&mut self, topic: &Topic, results: Vec<Result<Receipt, Error>>) {
+        for result in results {
+            if !self.is_empty() {
+                self.json.push(b',');
+            }
+            self.failed |= result.is_err();
+            write_result(&mut self.json, topic, result);
+        }
+    }
+
+    fn finish(mut self) -> Response {
+        self.json.extend_from_slice(b"]}");
+        json_response(if self.failed { StatusCode::MULTI_STATUS } else { StatusCode::ACCEPTED }, self.json)
+    }
+}
+
 /// Appends what became of one message of several.
 pub(crate) fn write_result(json: &mut Vec<u8>, topic: &Topic, result: Result<Receipt, Error>) {
     match result {
@@ -214,11 +252,19 @@ pub(crate) fn write_problem(json: &mut Vec<u8>, problem: &Problem) {
     let _ = serde_json::to_writer(json, &Refused { error: problem });
 }
 
-/// By hand: a topic and a UUID need no escaping, and this is on the way of every publish.
+/// By hand, since this is on the way of every publish: a topic needs no escaping, and an id, which has
+/// no control characters, seldom.
 fn write_receipt(json: &mut Vec<u8>, topic: &Topic, receipt: &Receipt) {
-    json.extend_from_slice(b"{\"id\":");
+    json.extend_from_slice(b"{\"id\":\"");
+    let begin = json.len();
     // Writing to a vector cannot fail.
-    let _ = serde_json::to_writer(&mut *json, &receipt.id);
+    let _ = write!(json, "{}", receipt.id);
+    if json.iter().skip(begin).any(|byte| matches!(byte, b'"' | b'\\')) {
+        json.truncate(begin - 1);
+        let _ = serde_json::to_writer(&mut *json, &receipt.id);
+    } else {
+        json.push(b'"');
+    }
     json.extend_from_slice(b",\"topic\":\"");
     json.extend_from_slice(topic.as_str().as_bytes());
     json.push(b'"');

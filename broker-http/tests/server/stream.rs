@@ -39,9 +39,7 @@ async fn messages_show_as_they_come() {
     let event = &data(&text)[0];
     assert_eq!((&event["brokertopic"], &event["data"]), (&json!("orders.created"), &json!({"a": "x\ny"})));
     // JSON that was laid out in lines is as many lines of data.
-    running
-        .send("POST /topics/orders.created?id=2", &[("content-type", "application/json")], "{\n\"a\":\n1}")
-        .await;
+    running.send("POST /topics/orders.created?id=2", &[("content-type", "application/json")], "{\n\"a\":\n1}").await;
     let text = read_until(&mut stream, "\n\n").await;
     let json: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
     assert!(json.len() > 1 && text.contains("\ndata: \"a\""), "{text}");
