@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, OnceLock};
 
+use super::wheel::Due;
 use crate::{Failure, Message, Timestamp, Topic};
 
 /// A message that more than one place holds: the logs of several filters, a topic's history, a group
@@ -177,6 +178,12 @@ pub(super) struct Story {
     /// When it was first delivered.
     pub(super) first: Timestamp,
     pub(super) failure: Option<Failure>,
+}
+
+impl Due for Queued {
+    fn due(&mut self) -> &mut u64 {
+        &mut self.due
+    }
 }
 
 impl Queued {

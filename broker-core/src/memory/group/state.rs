@@ -101,7 +101,7 @@ impl State {
     }
 
     pub(super) fn delay(&mut self, now: u64, queued: Queued) {
-        self.timer.get_or_insert_with(|| Box::new(Wheel::new(now))).insert(queued.due, queued);
+        self.timer.get_or_insert_with(|| Box::new(Wheel::new(now))).insert(queued);
     }
 
     /// Takes over what a batch counted since the last time.
