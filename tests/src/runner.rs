@@ -90,6 +90,13 @@ impl Suite {
         &self.name
     }
 
+    /// Under another name in the table.
+    #[must_use]
+    pub fn named(mut self, name: impl Into<String>) -> Self {
+        self.name = name.into();
+        self
+    }
+
     /// The checks that are run.
     pub fn checks(&self) -> &[&'static Check] {
         &self.checks

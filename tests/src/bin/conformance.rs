@@ -16,8 +16,8 @@ use clap::Parser;
 #[derive(Debug, Parser)]
 #[command(name = "conformance")]
 struct Arguments {
-    /// Brokers, as in memory: or http://127.0.0.1:2757.
-    #[arg(required_unless_present = "list")]
+    /// Brokers, as in memory: or http://127.0.0.1:2757; NAME=URL gives one another name in the table.
+    #[arg(required_unless_present = "list", value_name = "URL")]
     urls: Vec<String>,
     /// Only these checks: ids or letters, as in A1,B.
     #[arg(long, value_delimiter = ',')]
@@ -97,10 +97,12 @@ async fn run(arguments: &Arguments) -> Result<bool, String> {
     }
     let connectors = connectors();
     let mut suites = Vec::new();
-    for url in &arguments.urls {
+    for argument in &arguments.urls {
+        let (name, url) = named(argument);
         // The error names no URL: one may hold a password. Its place tells which it was.
         let suite = url::suite(&connectors, url).map_err(|error| format!("broker {}: {error}", suites.len() + 1))?;
         let suite = suite.parallel(arguments.jobs.into());
+        let suite = if let Some(name) = name { suite.named(name) } else { suite };
         suites.push(if arguments.only.is_empty() { suite } else { suite.only(&arguments.only) });
     }
     let mut reports = Vec::new();
@@ -119,6 +121,14 @@ async fn run(arguments: &Arguments) -> Result<bool, String> {
         say(&summary(suite.name(), &reports));
     }
     Ok(reports.iter().all(Report::is_good))
+}
+
+/// `NAME=URL`, or a URL alone, which may have an equals sign in its parameters.
+fn named(argument: &str) -> (Option<&str>, &str) {
+    match argument.split_once('=') {
+        Some((name, url)) if !name.is_empty() && !name.contains([':', '/', '?']) => (Some(name), url),
+        _ => (None, argument),
+    }
 }
 
 /// Runs a suite `times` at once, and prints each report as it is known.
