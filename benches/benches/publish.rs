@@ -21,10 +21,14 @@ fn publish(criterion: &mut Criterion) {
     for payload in [64, 1024] {
         group.throughput(Throughput::Elements(1));
         group.bench_function(BenchmarkId::new("ours", payload), |bencher| {
-            bencher.iter_custom(|messages| timed(&runtime, ours(Load { receivers: 1, payload, messages }, false)));
+            bencher.iter_custom(|messages| {
+                timed(&runtime, ours(Load { receivers: 1, payload, messages, capacity: CAPACITY }, false))
+            });
         });
         group.bench_function(BenchmarkId::new("ours_by_name", payload), |bencher| {
-            bencher.iter_custom(|messages| timed(&runtime, ours(Load { receivers: 1, payload, messages }, true)));
+            bencher.iter_custom(|messages| {
+                timed(&runtime, ours(Load { receivers: 1, payload, messages, capacity: CAPACITY }, true))
+            });
         });
         group.bench_function(BenchmarkId::new("tokio_mpsc", payload), |bencher| {
             bencher.iter_custom(|messages| timed(&runtime, mpsc(payload, messages)));

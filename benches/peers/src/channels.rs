@@ -3,14 +3,14 @@
 use std::hint::black_box;
 
 use broker_benches::Result;
-use broker_benches::in_process::{BATCH, CAPACITY, Load, Run, fan_out, run};
+use broker_benches::in_process::{BATCH, Load, Run, fan_out, run};
 use broker_core::Message;
 use bytes::Bytes;
 
 /// A bounded flume channel per subscriber, of the message itself.
 pub(crate) async fn flume(load: Load) -> Result<Run> {
     let (senders, receivers): (Vec<_>, Vec<_>) =
-        (0..load.receivers).map(|_| ::flume::bounded::<Message>(CAPACITY)).unzip();
+        (0..load.receivers).map(|_| ::flume::bounded::<Message>(load.capacity)).unzip();
     let receivers = receivers.into_iter().map(|receiver| {
         tokio::spawn(async move {
             let mut received = 0;
@@ -42,7 +42,7 @@ pub(crate) async fn flume(load: Load) -> Result<Run> {
 
 /// async-broadcast's channel, which waits for its slowest receiver.
 pub(crate) async fn async_broadcast(load: Load) -> Result<Run> {
-    let (sender, receiver) = ::async_broadcast::broadcast::<Message>(CAPACITY);
+    let (sender, receiver) = ::async_broadcast::broadcast::<Message>(load.capacity);
     let receivers = (0..load.receivers).map(|_| {
         let mut receiver = receiver.new_receiver();
         tokio::spawn(async move {

@@ -7,19 +7,25 @@ mod mq_bridge;
 mod ruststream;
 
 use broker_benches::comparison::Comparison;
-use broker_benches::in_process::{Load, fan_out, versus};
+use broker_benches::in_process::{CAPACITY, Load, fan_out, versus};
 
 /// Few enough messages that mq-bridge, which keeps 100,000 and drops what is older, loses none.
-const LOADS: [Load; 2] =
-    [Load { receivers: 10, payload: 64, messages: 40_000 }, Load { receivers: 100, payload: 64, messages: 10_000 }];
+const LOADS: [Load; 2] = [
+    Load { receivers: 10, payload: 64, messages: 40_000, capacity: CAPACITY },
+    Load { receivers: 100, payload: 64, messages: 10_000, capacity: CAPACITY },
+];
+
+/// What mq-bridge's log holds; RustStream's queues have no bound. Ours has the same room beside them.
+const LOG: usize = 100_000;
 
 /// Ours to each peer.
 pub fn comparisons() -> Vec<Comparison> {
     let mut comparisons = Vec::new();
     for load in LOADS {
         let name = |peer: &str| format!("peers/{peer}_{}", load.receivers);
-        comparisons.push(versus(name("ruststream"), 5.0, load, fan_out::ours, ruststream::run));
-        comparisons.push(versus(name("mq_bridge"), 1.5, load, fan_out::ours, mq_bridge::run));
+        let roomy = Load { capacity: LOG, ..load };
+        comparisons.push(versus(name("ruststream"), 5.0, roomy, fan_out::ours, ruststream::run));
+        comparisons.push(versus(name("mq_bridge"), 1.5, roomy, fan_out::ours, mq_bridge::run));
         comparisons.push(versus(name("flume"), 1.0, load, fan_out::ours, channels::flume));
         comparisons.push(versus(name("async_broadcast"), 1.0, load, fan_out::ours, channels::async_broadcast));
     }
@@ -40,7 +46,7 @@ mod tests {
         assert_eq!(ours, listed);
     }
 
-    const SMALL: Load = Load { receivers: 3, payload: 64, messages: 2_000 };
+    const SMALL: Load = Load { receivers: 3, payload: 64, messages: 2_000, capacity: CAPACITY };
 
     #[tokio::test(flavor = "multi_thread")]
     async fn every_peer_delivers_everything_to_everybody() {

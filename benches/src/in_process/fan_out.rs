@@ -15,10 +15,10 @@ use crate::comparison::Comparison;
 /// The loads that are compared: about as many deliveries each, so that a round takes a fraction of a
 /// second whichever side runs it.
 pub const LOADS: [Load; 4] = [
-    Load { receivers: 1, payload: 64, messages: 400_000 },
-    Load { receivers: 10, payload: 64, messages: 150_000 },
-    Load { receivers: 100, payload: 64, messages: 30_000 },
-    Load { receivers: 1_000, payload: 64, messages: 4_000 },
+    Load { receivers: 1, payload: 64, messages: 400_000, capacity: CAPACITY },
+    Load { receivers: 10, payload: 64, messages: 150_000, capacity: CAPACITY },
+    Load { receivers: 100, payload: 64, messages: 30_000, capacity: CAPACITY },
+    Load { receivers: 1_000, payload: 64, messages: 4_000, capacity: CAPACITY },
 ];
 
 /// Ours to one mpsc per subscriber, and to broadcast.
@@ -42,7 +42,7 @@ pub async fn ours(load: Load) -> Result<Run> {
     let (broker, topic) = (open()?, topic()?);
     let mut receivers = Vec::with_capacity(load.receivers);
     for _ in 0..load.receivers {
-        receivers.push(tokio::spawn(receive(subscribe(&*broker, &topic, None).await?)));
+        receivers.push(tokio::spawn(receive(subscribe(&*broker, &topic, load.capacity, None).await?)));
     }
     run(receivers, publish_and_close(Arc::clone(&broker), topic, load)).await?.checked(due(load))
 }
@@ -54,7 +54,7 @@ pub async fn ours(load: Load) -> Result<Run> {
 /// A count that is not exact.
 pub async fn mpsc(load: Load) -> Result<Run> {
     let (senders, receivers): (Vec<_>, Vec<_>) =
-        (0..load.receivers).map(|_| mpsc::channel::<Message>(CAPACITY)).unzip();
+        (0..load.receivers).map(|_| mpsc::channel::<Message>(load.capacity)).unzip();
     let receivers = receivers.into_iter().map(|mut receiver| {
         tokio::spawn(async move {
             let mut batch = Vec::with_capacity(BATCH);
@@ -93,7 +93,7 @@ pub async fn mpsc(load: Load) -> Result<Run> {
 ///
 /// More messages received than were due.
 pub async fn broadcast(load: Load) -> Result<Run> {
-    let (sender, _) = broadcast::channel::<Message>(CAPACITY);
+    let (sender, _) = broadcast::channel::<Message>(load.capacity);
     let receivers = (0..load.receivers).map(|_| tokio::spawn(receive_broadcast(sender.subscribe()))).collect();
     let publisher = async move {
         let payload = load.payload();

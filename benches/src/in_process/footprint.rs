@@ -2,7 +2,7 @@
 
 use broker_core::{Message, PublisherOptions, Topic};
 
-use super::{open, subscribe};
+use super::{CAPACITY, open, subscribe};
 use crate::Result;
 use crate::comparison::Comparison;
 use crate::footprint::{Footprint, at_most, resident_bytes};
@@ -21,7 +21,7 @@ pub(super) fn comparisons() -> Vec<Comparison> {
 /// Bytes of a subscription with a topic of its own.
 pub(crate) async fn subscription() -> Result<f64> {
     let broker = open()?;
-    each(async |topic| subscribe(&*broker, &topic, None).await).await
+    each(async |topic| subscribe(&*broker, &topic, CAPACITY, None).await).await
 }
 
 /// Bytes of a topic that was published to and has a publisher.

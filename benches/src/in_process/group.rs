@@ -10,8 +10,10 @@ use super::{BATCH, CAPACITY, Load, Run, open, publish_and_close, receive, run, s
 use crate::Result;
 use crate::comparison::Comparison;
 
-const LOADS: [Load; 2] =
-    [Load { receivers: 2, payload: 64, messages: 400_000 }, Load { receivers: 16, payload: 64, messages: 400_000 }];
+const LOADS: [Load; 2] = [
+    Load { receivers: 2, payload: 64, messages: 400_000, capacity: CAPACITY },
+    Load { receivers: 16, payload: 64, messages: 400_000, capacity: CAPACITY },
+];
 
 /// Ours to a channel whose receiver is shared: being at least as fast as both is being at least as
 /// fast as whichever is faster.
@@ -34,7 +36,7 @@ pub async fn ours(load: Load) -> Result<Run> {
     let (broker, topic) = (open()?, topic()?);
     let mut members = Vec::with_capacity(load.receivers);
     for _ in 0..load.receivers {
-        members.push(tokio::spawn(receive(subscribe(&*broker, &topic, Some("workers")).await?)));
+        members.push(tokio::spawn(receive(subscribe(&*broker, &topic, load.capacity, Some("workers")).await?)));
     }
     run(members, publish_and_close(Arc::clone(&broker), topic, load)).await?.checked(load.messages)
 }
@@ -45,7 +47,7 @@ pub async fn ours(load: Load) -> Result<Run> {
 ///
 /// A count that is not exact.
 pub async fn flume(load: Load) -> Result<Run> {
-    let (sender, receiver) = flume::bounded::<Message>(CAPACITY);
+    let (sender, receiver) = flume::bounded::<Message>(load.capacity);
     let members = (0..load.receivers).map(|_| {
         let receiver = receiver.clone();
         tokio::spawn(async move {
@@ -76,7 +78,7 @@ pub async fn flume(load: Load) -> Result<Run> {
 ///
 /// A count that is not exact.
 pub async fn async_channel(load: Load) -> Result<Run> {
-    let (sender, receiver) = async_channel::bounded::<Message>(CAPACITY);
+    let (sender, receiver) = async_channel::bounded::<Message>(load.capacity);
     let members = (0..load.receivers).map(|_| {
         let receiver = receiver.clone();
         tokio::spawn(async move {

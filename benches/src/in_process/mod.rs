@@ -1,7 +1,7 @@
 //! The in-process broker, through its full public contract, beside bare channels.
 //!
 //! Both sides carry [`Message`]s made from one shared payload, in channels and backlogs of
-//! [`CAPACITY`] messages, taken off in batches of [`BATCH`] at most. Ours is an `Arc<dyn Broker>`, and
+//! the same size, taken off in batches of [`BATCH`] at most. Ours is an `Arc<dyn Broker>`, and
 //! every delivery is acked; theirs is the channel alone.
 
 use std::hint::black_box;
@@ -23,7 +23,7 @@ pub mod footprint;
 pub mod group;
 pub mod publish;
 
-/// Messages a channel or a backlog holds at most, on both sides.
+/// Messages a channel or a backlog holds at most, unless a load says otherwise.
 pub const CAPACITY: usize = 1024;
 
 /// Messages taken off at once at most, on both sides.
@@ -49,6 +49,8 @@ pub struct Load {
     pub payload: usize,
     /// Messages published.
     pub messages: u64,
+    /// Messages that a channel, or the backlog of a subscription, holds at most: the same on both sides.
+    pub capacity: usize,
 }
 
 impl Load {
@@ -132,13 +134,13 @@ fn topic() -> Result<Topic> {
     Ok(Topic::new("bench.load")?)
 }
 
-/// Subscribes with a backlog of [`CAPACITY`]: with a copy of one's own, or as a member of `group`.
-async fn subscribe(broker: &dyn Broker, topic: &Topic, group: Option<&str>) -> Result<Subscription> {
+/// Subscribes with a backlog of so many messages: with a copy of one's own, or as a member of `group`.
+async fn subscribe(broker: &dyn Broker, topic: &Topic, capacity: usize, group: Option<&str>) -> Result<Subscription> {
     let options = match group {
         Some(name) => Subscribe::group(GroupName::new(name)?),
         None => Subscribe::new(),
     };
-    let backlog = Backlog::default().with_max_messages(CAPACITY as u64)?;
+    let backlog = Backlog::default().with_max_messages(capacity as u64)?;
     let options = options.with_options(GroupOptions::new().with_backlog(backlog)).with_max_in_flight(BATCH)?;
     Ok(broker.subscribe(&TopicFilter::from(topic), options).await?)
 }

@@ -7,11 +7,11 @@ use broker_core::{Broker, BrokerExt, Message, Publisher, PublisherOptions, Subsc
 use bytes::Bytes;
 use tokio::sync::Mutex;
 
-use super::{BATCH, Load, Run, ack, open, subscribe, topic};
+use super::{BATCH, CAPACITY, Load, Run, ack, open, subscribe, topic};
 use crate::Result;
 use crate::comparison::{Comparison, Pair, Unit};
 
-const LOAD: Load = Load { receivers: 1, payload: 64, messages: 300_000 };
+const LOAD: Load = Load { receivers: 1, payload: 64, messages: 300_000, capacity: CAPACITY };
 
 /// A publish beside 100,000 other topics and subscriptions to one beside 10, the topic looked up by
 /// its name each time: within 20 %.
@@ -49,12 +49,12 @@ impl Loop {
     /// The broker's.
     pub async fn new(others: usize) -> Result<Self> {
         let (broker, topic) = (open()?, topic()?);
-        let subscription = subscribe(&*broker, &topic, None).await?;
+        let subscription = subscribe(&*broker, &topic, CAPACITY, None).await?;
         let publisher = broker.publisher(&topic, PublisherOptions::new())?;
         let mut it = Self { broker, topic, publisher, subscription, others: Vec::with_capacity(others) };
         for number in 0..others {
             let other = Topic::new(format!("bench.other.{number}"))?;
-            it.others.push(subscribe(&*it.broker, &other, None).await?);
+            it.others.push(subscribe(&*it.broker, &other, CAPACITY, None).await?);
         }
         Ok(it)
     }
