@@ -44,6 +44,8 @@ pub(crate) struct Lot {
     pub(crate) leaving: bool,
     /// Something was settled since the last commit.
     pub(crate) dirty: bool,
+    /// A commit was sent.
+    pub(crate) sent: bool,
 }
 
 impl Lot {
@@ -65,6 +67,7 @@ impl Lot {
             bytes: 0,
             leaving: false,
             dirty: false,
+            sent: false,
         }
     }
 
@@ -121,6 +124,14 @@ impl Lot {
     pub(crate) fn finish_apart(&mut self, seq: u64) {
         self.tracker.finish(seq);
         self.dirty = true;
+    }
+
+    /// What a commit is to say, which is sent now.
+    pub(crate) fn commit(&mut self) -> Option<(Partition, Progress)> {
+        let progress = self.tracker.progress()?;
+        self.dirty = false;
+        self.sent = true;
+        Some((self.partition.clone(), progress))
     }
 
     /// Whether it can be let go: nothing of it is anywhere else.

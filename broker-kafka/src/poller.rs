@@ -258,8 +258,11 @@ impl Poller {
                 self.leaving.push(leaving);
                 continue;
             }
-            if !lost {
-                self.commit_now(Some(&leaving.places));
+            let committed = lost || self.commit_now(Some(&leaving.places));
+            if !committed && now < leaving.deadline + REBALANCE {
+                // The group is just between two generations: a moment later it takes commits again.
+                self.leaving.push(leaving);
+                continue;
             }
             self.member.state(|state| leaving.places.iter().for_each(|place| state.remove(*place)));
             self.report(unassign(&self.consumer, &leaving.partitions));
@@ -407,30 +410,31 @@ impl Poller {
             return;
         }
         self.next_commit = now + self.admin.config().commit_interval;
-        let commits = self.member.state(|state| state.commits(None));
+        let commits = self.member.state(|state| state.commits());
         self.send_commit(&commits, CommitMode::Async);
     }
 
-    /// Commits, and waits until the server has it.
-    fn commit_now(&self, places: Option<&[Place]>) {
+    /// Commits, and waits until the server has it; false if it may have it a moment later.
+    fn commit_now(&self, places: Option<&[Place]>) -> bool {
         if self.member.group.is_none() {
-            return;
+            return true;
         }
-        let commits = self.member.state(|state| state.commits(places));
-        self.send_commit(&commits, CommitMode::Sync);
+        let commits = self.member.state(|state| state.last_commits(places));
+        self.send_commit(&commits, CommitMode::Sync)
     }
 
-    fn send_commit(&self, commits: &[(Partition, Progress)], mode: CommitMode) {
+    fn send_commit(&self, commits: &[(Partition, Progress)], mode: CommitMode) -> bool {
         if commits.is_empty() {
-            return;
+            return true;
         }
         let stored = Stored::new(&self.member.entry.settings());
         let sent = group::commit_list(&stored, commits)
             .and_then(|list| self.consumer.commit(&list, mode).map_err(|error| error::failed("commit", &error)));
-        if sent.is_err() {
-            self.member.state(|state| state.not_committed());
-        }
-        self.report_error(sent);
+        let Err(error) = sent else { return true };
+        self.member.state(|state| state.not_committed());
+        let passing = error.kind() == ErrorKind::Unavailable;
+        self.report_error(Err(error));
+        !passing
     }
 
     // --- the end ------------------------------------------------------------------------------------
@@ -451,8 +455,14 @@ impl Poller {
     fn leave(mut self) {
         self.await_rebalance();
         self.member.state(|state| self.queues.iter().for_each(|(place, _)| state.let_go(*place)));
-        // Acks of before are committed whatever comes after.
-        self.commit_now(None);
+        // Acks of before are committed whatever comes after; between two generations the group takes no
+        // commit, and what comes next in its rebalance is for this thread to do.
+        let deadline = Instant::now() + REBALANCE;
+        while !self.commit_now(None) && Instant::now() < deadline && !self.consumer.assignment_lost() {
+            self.serve_events();
+            self.finish_leaving();
+            let _ = self.roused.recv_timeout(Duration::from_millis(20));
+        }
         self.queues.clear();
         for leaving in std::mem::take(&mut self.leaving) {
             self.report(unassign(&self.consumer, &leaving.partitions));

@@ -190,19 +190,18 @@ impl State {
         room
     }
 
-    /// What is to be committed of `places`, or of all that changed.
-    pub(crate) fn commits(&mut self, places: Option<&[Place]>) -> Vec<(Partition, Progress)> {
-        let mut commits = Vec::new();
-        for (index, lot) in &mut self.lots {
-            let wanted = places.is_none_or(|places| places.contains(&Place { index, id: lot.id }));
-            if wanted
-                && std::mem::take(&mut lot.dirty)
-                && let Some(progress) = lot.tracker.progress()
-            {
-                commits.push((lot.partition.clone(), progress));
-            }
-        }
-        commits
+    /// What is to be committed: what changed since the last commit, of all partitions.
+    pub(crate) fn commits(&mut self) -> Vec<(Partition, Progress)> {
+        let changed = self.lots.iter_mut().filter(|(_, lot)| lot.dirty);
+        changed.filter_map(|(_, lot)| lot.commit()).collect()
+    }
+
+    /// What is to be committed for the last time, of `places` or of all: also what was sent before,
+    /// because whether the server took it is not known yet.
+    pub(crate) fn last_commits(&mut self, places: Option<&[Place]>) -> Vec<(Partition, Progress)> {
+        let gone = |place: Place| places.is_none_or(|places| places.contains(&place));
+        let last = self.lots.iter_mut().filter(|(index, lot)| gone(Place { index: *index, id: lot.id }));
+        last.filter(|(_, lot)| lot.dirty || lot.sent).filter_map(|(_, lot)| lot.commit()).collect()
     }
 
     /// A commit was not taken: what it said is to be said again.
