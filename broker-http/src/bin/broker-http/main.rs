@@ -84,5 +84,23 @@ fn with_default_command(mut args: Vec<OsString>) -> Vec<OsString> {
 pub(crate) fn connectors() -> Connectors {
     let mut connectors = Connectors::new();
     connectors.add(["http"], broker_http::client::connector());
+    #[cfg(feature = "kafka")]
+    connectors.add(["kafka"], broker_kafka::connector());
+    #[cfg(not(feature = "kafka"))]
+    connectors.add(["kafka"], left_out("kafka"));
+    #[cfg(feature = "amqp")]
+    connectors.add(["amqp", "amqps"], broker_amqp::connector());
+    #[cfg(not(feature = "amqp"))]
+    connectors.add(["amqp", "amqps"], left_out("amqp"));
     connectors
+}
+
+/// What answers for a kind of broker that this binary was built without.
+#[cfg(not(all(feature = "kafka", feature = "amqp")))]
+fn left_out(feature: &'static str) -> impl broker_core::Connector {
+    move |_: broker_core::BrokerUrl| {
+        Err(broker_core::Error::unsupported(format!(
+            "this broker-http was built without {feature}: build it with `cargo build --release -p broker-http --features {feature}`, or `full` for everything"
+        )))
+    }
 }
