@@ -4,7 +4,7 @@
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -29,7 +29,8 @@ const MAX_HEAD_BYTES: usize = 64 << 10;
 /// A connection to the daemon, with nothing under way.
 pub(super) struct Connection {
     sender: http1::SendRequest<Full<Bytes>>,
-    driver: Pin<Box<http1::Connection<TokioIo<Link>, Full<Bytes>>>>,
+    /// Gone when it has ended: only its going tells a request that waits in its queue.
+    driver: Option<Driver>,
     link: Arc<LinkState>,
     /// Whether the driver has ended, and with it the connection.
     ended: bool,
@@ -57,6 +58,8 @@ pub(super) enum Broken {
     Parted,
 }
 
+type Driver = Pin<Box<http1::Connection<TokioIo<Link>, Full<Bytes>>>>;
+
 impl Connection {
     pub(super) async fn open(authority: &str) -> std::io::Result<Self> {
         let stream = TcpStream::connect(authority).await?;
@@ -68,7 +71,7 @@ impl Connection {
             .handshake(TokioIo::new(link))
             .await
             .map_err(std::io::Error::other)?;
-        let driver = Box::pin(driver);
+        let driver = Some(Box::pin(driver));
         Ok(Self { sender, driver, link: state, ended: false, kept: false, idle_since: Instant::now() })
     }
 
@@ -101,13 +104,11 @@ impl Connection {
             if let Poll::Ready(done) = work.as_mut().poll(cx) {
                 return Poll::Ready(done);
             }
-            if !*ended && driver.as_mut().poll(cx).is_ready() {
-                *ended = true;
-            }
+            drive(driver, ended, cx);
             let done = work.as_mut().poll(cx);
             // Let the driver see that the answer was read: it knows whether the daemon closes now.
-            if done.is_ready() && !*ended && driver.as_mut().poll(cx).is_ready() {
-                *ended = true;
+            if done.is_ready() {
+                drive(driver, ended, cx);
             }
             done
         }));
@@ -137,6 +138,13 @@ impl Connection {
             }
             None => Err(Broken::Parted),
         }
+    }
+}
+
+fn drive(driver: &mut Option<Driver>, ended: &mut bool, cx: &mut Context<'_>) {
+    if driver.as_mut().is_some_and(|driver| driver.as_mut().poll(cx).is_ready()) {
+        *driver = None;
+        *ended = true;
     }
 }
 
