@@ -162,8 +162,8 @@ mod tests {
 
     #[test]
     fn a_bad_key_is_named_and_the_known_ones_are_told() {
-        let error = read_text("listen = \"127.0.0.1:0\"").unwrap_err();
-        assert!(error.contains("listen") && error.contains("listen") && error.contains("broker.toml"), "{error}");
+        let error = read_text("lisen = \"127.0.0.1:0\"").unwrap_err();
+        assert!(error.contains("lisen") && error.contains("`listen`") && error.contains("broker.toml"), "{error}");
         let error = read_text("[limits]\nconections = 1").unwrap_err();
         assert!(error.contains("conections") && error.contains("connections"), "{error}");
         let error = read_text("dev = 1").unwrap_err();
