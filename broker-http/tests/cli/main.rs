@@ -189,7 +189,7 @@ async fn what_fails_is_told_and_seen_in_the_exit_status() {
         (&["pub", "t", "--id", "x"], "--id"),
         (&["pub", "broker-x", "x"], "broker-x"),
         (&["pub", "t", "--file", "/nowhere/at/all"], "/nowhere/at/all"),
-        (&["pub", "t", "x", "--broker", "carrier-pigeon://roof"], "http, memory"),
+        (&["pub", "t", "x", "--broker", "carrier-pigeon://roof"], "known schemes"),
         (&["pub", "t", "x", "--broker", "http://hunter2@h?colour=red"], "colour"),
         (&["sub", "a.>.b"], "a.>.b"),
         (&["sub", "t", "--from", "yesterday"], "yesterday"),
