@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::sync::{broadcast, mpsc};
 
-use super::{BATCH, CAPACITY, Load, Run, open, publish_and_close, receive, run, subscribe, topic, versus};
+use super::{BATCH, CAPACITY, Due, Load, Run, open, publish_and_close, receive, run, subscribe, topic, versus};
 use crate::Result;
 use crate::comparison::Comparison;
 
@@ -40,11 +40,13 @@ pub(super) fn comparisons() -> Vec<Comparison> {
 /// The broker's, and a count that is not exact.
 pub async fn ours(load: Load) -> Result<Run> {
     let (broker, topic) = (open()?, topic()?);
+    let left = Due::new(due(load));
     let mut receivers = Vec::with_capacity(load.receivers);
     for _ in 0..load.receivers {
-        receivers.push(tokio::spawn(receive(subscribe(&*broker, &topic, load.capacity, None).await?)));
+        let subscription = subscribe(&*broker, &topic, load.capacity, None).await?;
+        receivers.push(tokio::spawn(receive(subscription, Arc::clone(&left))));
     }
-    run(receivers, publish_and_close(Arc::clone(&broker), topic, load)).await?.checked(due(load))
+    run(receivers, publish_and_close(broker, topic, load, left)).await?.checked(due(load))
 }
 
 /// One tokio mpsc channel per subscriber, of the message itself.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use broker_core::Message;
 use bytes::Bytes;
 
-use super::{BATCH, CAPACITY, Load, Run, open, publish_and_close, receive, run, subscribe, topic, versus};
+use super::{BATCH, CAPACITY, Due, Load, Run, open, publish_and_close, receive, run, subscribe, topic, versus};
 use crate::Result;
 use crate::comparison::Comparison;
 
@@ -34,11 +34,13 @@ pub(super) fn comparisons() -> Vec<Comparison> {
 /// The broker's, and a count that is not exact.
 pub async fn ours(load: Load) -> Result<Run> {
     let (broker, topic) = (open()?, topic()?);
+    let left = Due::new(load.messages);
     let mut members = Vec::with_capacity(load.receivers);
     for _ in 0..load.receivers {
-        members.push(tokio::spawn(receive(subscribe(&*broker, &topic, load.capacity, Some("workers")).await?)));
+        let subscription = subscribe(&*broker, &topic, load.capacity, Some("workers")).await?;
+        members.push(tokio::spawn(receive(subscription, Arc::clone(&left))));
     }
-    run(members, publish_and_close(Arc::clone(&broker), topic, load)).await?.checked(load.messages)
+    run(members, publish_and_close(broker, topic, load, left)).await?.checked(load.messages)
 }
 
 /// flume's bounded channel, its receiver cloned.

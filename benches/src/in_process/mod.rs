@@ -6,6 +6,7 @@
 
 use std::hint::black_box;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use broker_core::{
@@ -13,6 +14,7 @@ use broker_core::{
     Topic, TopicFilter,
 };
 use bytes::Bytes;
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 use crate::Result;
@@ -145,13 +147,40 @@ async fn subscribe(broker: &dyn Broker, topic: &Topic, capacity: usize, group: O
     Ok(broker.subscribe(&TopicFilter::from(topic), options).await?)
 }
 
-/// Publishes one message after another, then closes the broker, so that receivers come to an end.
-async fn publish_and_close(broker: Arc<dyn Broker>, topic: Topic, load: Load) -> Result<()> {
+/// Messages that receivers have yet to receive, all of them together.
+struct Due {
+    left: AtomicI64,
+    none: Notify,
+}
+
+impl Due {
+    fn new(messages: u64) -> Arc<Self> {
+        Arc::new(Self { left: AtomicI64::new(i64::try_from(messages).unwrap_or(i64::MAX)), none: Notify::new() })
+    }
+
+    fn received(&self, messages: usize) {
+        let messages = i64::try_from(messages).unwrap_or(i64::MAX);
+        if self.left.fetch_sub(messages, Ordering::AcqRel) <= messages {
+            self.none.notify_one();
+        }
+    }
+
+    async fn all_received(&self) {
+        while self.left.load(Ordering::Acquire) > 0 {
+            self.none.notified().await;
+        }
+    }
+}
+
+/// Publishes one message after another, and closes the broker when all are received, so that
+/// receivers come to an end: a drain is not what is measured.
+async fn publish_and_close(broker: Arc<dyn Broker>, topic: Topic, load: Load, due: Arc<Due>) -> Result<()> {
     let payload = load.payload();
     let publisher = broker.publisher(&topic, PublisherOptions::new())?;
     for _ in 0..load.messages {
         publisher.publish(Message::new(Bytes::clone(&payload))).await?;
     }
+    due.all_received().await;
     let report = broker.close(HANG).await;
     if !report.complete || report.lost() > 0 {
         return Err(format!("closing lost messages: {report:?}").into());
@@ -160,12 +189,14 @@ async fn publish_and_close(broker: Arc<dyn Broker>, topic: Topic, load: Load) ->
 }
 
 /// Receives and acks until the broker has closed; tells how many.
-async fn receive(mut subscription: Subscription) -> Result<u64> {
+async fn receive(mut subscription: Subscription, due: Arc<Due>) -> Result<u64> {
     let mut batch = Vec::with_capacity(BATCH);
     let mut received = 0;
     while subscription.receive(&mut batch, BATCH).await? > 0 {
-        received += batch.len() as u64;
+        let messages = batch.len();
         ack(&mut batch).await?;
+        received += messages as u64;
+        due.received(messages);
     }
     Ok(received)
 }
