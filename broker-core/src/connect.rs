@@ -11,6 +11,22 @@ use crate::{Broker, Error, Result, memory};
 
 /// Opens a broker of one kind from a URL; an adapter implements this and adds it to a
 /// [`Connectors`] table.
+///
+/// ```
+/// use std::sync::Arc;
+/// use broker_core::{Broker, BrokerUrl, Connector, Connectors, MemoryBroker, Result};
+///
+/// struct Test;
+///
+/// impl Connector for Test {
+///     fn open(&self, url: BrokerUrl) -> Result<Arc<dyn Broker>> {
+///         url.finish()?;
+///         Ok(Arc::new(MemoryBroker::new()))
+///     }
+/// }
+///
+/// assert!(Connectors::new().add(["test"], Test).open("test:").is_ok());
+/// ```
 pub trait Connector: Send + Sync {
     /// Makes the broker; parses and does no I/O.
     ///

@@ -284,6 +284,38 @@ impl fmt::Debug for Received {
 /// and the cost of sharing is paid once a batch.
 ///
 /// `index` is always one that was given to [`Delivery::new`]; each is settled or abandoned once.
+///
+/// ```
+/// use std::sync::Arc;
+/// use broker_core::{Deliveries, Delivery, Message, Settle, Settlement, Topic};
+///
+/// struct One(Topic, Message);
+///
+/// impl Deliveries for One {
+///     fn message(&self, _: u32) -> &Message {
+///         &self.1
+///     }
+///     fn topic(&self, _: u32) -> &Topic {
+///         &self.0
+///     }
+///     fn attempt(&self, _: u32) -> u32 {
+///         1
+///     }
+///     fn settle(&self, index: u32, settlement: Settlement) -> Settle {
+///         println!("delivery {index}: {settlement:?}");
+///         Settle::done()
+///     }
+///     fn abandon(&self, index: u32) {
+///         println!("delivery {index} comes back");
+///     }
+/// }
+///
+/// let batch = Arc::new(One(Topic::new("orders")?, Message::new("42")));
+/// let delivery = Delivery::new(batch, 0);
+/// assert_eq!(delivery.message().payload().as_ref(), b"42");
+/// drop(delivery); // comes back
+/// # Ok::<(), broker_core::Error>(())
+/// ```
 pub trait Deliveries: Send + Sync + 'static {
     /// The message of delivery `index`.
     fn message(&self, index: u32) -> &Message;

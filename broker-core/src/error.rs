@@ -6,6 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// A `Result` whose error is [`Error`].
+///
+/// ```
+/// fn parse(name: &str) -> broker_core::Result<broker_core::Topic> {
+///     name.parse()
+/// }
+/// assert!(parse("orders.created").is_ok());
+/// ```
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What went wrong, by kind; match on it, never on the text.

@@ -9,16 +9,44 @@ use std::task::{Context, Poll};
 use crate::{Error, Receipt, Result};
 
 /// A boxed future, for what must wait.
+///
+/// ```
+/// let future: broker_core::BoxFuture<'_, u32> = Box::pin(async { 7 });
+/// # drop(future);
+/// ```
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// What [`Publisher::publish`](crate::Publisher::publish) returns.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> broker_core::Result<()> {
+/// use broker_core::{BrokerExt, MemoryBroker, Message, Publish, Topic};
+///
+/// let publish: Publish = MemoryBroker::new().publish(&Topic::new("orders")?, Message::new("42"));
+/// assert!(publish.is_ready());
+/// # Ok(()) }
+/// ```
 pub type Publish = Operation<Receipt>;
 
 /// What [`Publisher::publish_batch`](crate::Publisher::publish_batch) returns: one result per
 /// message, in order.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> broker_core::Result<()> {
+/// use broker_core::{BrokerExt, MemoryBroker, Message, PublishBatch, Topic};
+///
+/// let batch = vec![Message::new("1"), Message::new("2")];
+/// let publish: PublishBatch = MemoryBroker::new().publish_batch(&Topic::new("orders")?, batch);
+/// assert!(publish.await?.iter().all(Result::is_ok));
+/// # Ok(()) }
+/// ```
 pub type PublishBatch = Operation<Vec<Result<Receipt>>>;
 
 /// What a settlement of a [`Delivery`](crate::Delivery) returns.
+///
+/// ```
+/// assert!(broker_core::Settle::done().is_ready());
+/// ```
 pub type Settle = Operation<()>;
 
 /// An operation under way: ready, confirmed later, or boxed.
@@ -51,6 +79,26 @@ enum State<T: 'static> {
 
 /// Where an adapter keeps the operations it has yet to confirm: one table for many, so that a
 /// pending operation is a pointer and a number. [`Confirms`](crate::Confirms) is one ready made.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() {
+/// use std::sync::Arc;
+/// use std::task::{Context, Poll};
+/// use broker_core::{Confirm, Operation, Result};
+///
+/// /// Confirms every ticket with its number.
+/// struct Echo;
+///
+/// impl Confirm<u64> for Echo {
+///     fn poll_confirm(&self, ticket: u64, _: &mut Context<'_>) -> Poll<Result<u64>> {
+///         Poll::Ready(Ok(ticket))
+///     }
+///     fn abandon(&self, _: u64) {}
+/// }
+///
+/// assert_eq!(Operation::confirmed(Arc::new(Echo), 7).await.unwrap(), 7);
+/// # }
+/// ```
 pub trait Confirm<T>: Send + Sync + 'static {
     /// The outcome of `ticket`, once; wakes the task when it is known.
     fn poll_confirm(&self, ticket: u64, cx: &mut Context<'_>) -> Poll<Result<T>>;

@@ -61,6 +61,28 @@ pub struct Publisher {
 }
 
 /// What an adapter puts behind a [`Publisher`]: the topic is resolved, the size is checked.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> broker_core::Result<()> {
+/// use std::sync::Arc;
+/// use broker_core::{Message, Operation, Producer, Publish, PublishBatch, Publisher, Receipt, Topic};
+///
+/// /// Takes everything and keeps nothing.
+/// struct Discard;
+///
+/// impl Producer for Discard {
+///     fn publish(&self, message: Message) -> Publish {
+///         Operation::ready(Ok(Receipt::new(message.id().clone())))
+///     }
+///     fn publish_batch(&self, messages: Vec<Message>) -> PublishBatch {
+///         Operation::ready(Ok(messages.iter().map(|message| Ok(Receipt::new(message.id().clone()))).collect()))
+///     }
+/// }
+///
+/// let publisher = Publisher::new(Topic::new("orders")?, 1 << 20, Arc::new(Discard))?;
+/// publisher.publish(Message::new("42")).await?;
+/// # Ok(()) }
+/// ```
 pub trait Producer: Send + Sync + 'static {
     /// Publishes one message; begins at once, in the order of the calls.
     fn publish(&self, message: Message) -> Publish;

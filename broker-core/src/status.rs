@@ -5,6 +5,10 @@ use serde::Serialize;
 use crate::{Group, TopicFilter};
 
 /// What a broker, a group or a subscription is doing.
+///
+/// ```
+/// assert_eq!(serde_json::to_string(&broker_core::State::Active).unwrap(), r#""active""#);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -60,6 +64,10 @@ impl Status {
 }
 
 /// What was counted for a group or a subscription without group since it was created.
+///
+/// ```
+/// assert_eq!(broker_core::Counts::default().acked, 0);
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Counts {
@@ -78,6 +86,12 @@ pub struct Counts {
 }
 
 /// A group's status. What the broker cannot know is `None`.
+///
+/// ```
+/// use broker_core::{GroupStatus, State};
+/// assert_eq!(GroupStatus::new("billing@orders.>".parse()?, State::Active).lag, None);
+/// # Ok::<(), broker_core::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct GroupStatus {
@@ -119,6 +133,12 @@ impl GroupStatus {
 }
 
 /// The status of a subscription without group.
+///
+/// ```
+/// use broker_core::{State, SubscriptionStatus};
+/// assert_eq!(SubscriptionStatus::new("orders.>".parse()?, State::Active).in_flight, None);
+/// # Ok::<(), broker_core::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct SubscriptionStatus {

@@ -85,6 +85,30 @@ pub struct Subscription {
 }
 
 /// What an adapter puts behind a [`Subscription`]. Dropping it ends the subscription.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> broker_core::Result<()> {
+/// use std::task::{Context, Poll};
+/// use broker_core::{Consumer, Delivery, Gap, Result, Subscription};
+///
+/// /// Has ended before it began.
+/// struct Ended;
+///
+/// impl Consumer for Ended {
+///     fn poll_receive(&mut self, _: &mut Context<'_>, _: &mut Vec<Delivery>, _: usize) -> Poll<Result<usize>> {
+///         Poll::Ready(Ok(0))
+///     }
+///     fn gap(&mut self) -> Option<Gap> {
+///         None
+///     }
+///     fn poll_close(&mut self, _: &mut Context<'_>) -> Poll<Result<()>> {
+///         Poll::Ready(Ok(()))
+///     }
+/// }
+///
+/// assert!(Subscription::new(Ended).next().await?.is_none());
+/// # Ok(()) }
+/// ```
 pub trait Consumer: Send + 'static {
     /// Appends up to `limit` deliveries to `batch` and tells how many, at least one; zero says that
     /// the subscription has ended. Must not append and then return `Pending`.
