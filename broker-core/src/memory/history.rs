@@ -61,12 +61,14 @@ impl Retention {
 pub(super) struct History {
     entries: VecDeque<(Timestamp, Arc<Entry>)>,
     bytes: u64,
+    max_age: Duration,
 }
 
 impl History {
     pub(super) fn push(&mut self, entry: Arc<Entry>, retention: &Retention) {
         let now = Timestamp::now();
         self.bytes += entry.size;
+        self.max_age = retention.max_age;
         self.entries.push_back((now, entry));
         while self.entries.len() > retention.max_messages
             || self.bytes > retention.max_bytes
@@ -79,12 +81,15 @@ impl History {
         }
     }
 
-    /// What was published at `time` or later.
+    /// What was published at `time` or later and is not too old.
     pub(super) fn since(&self, time: Timestamp) -> impl Iterator<Item = &(Timestamp, Arc<Entry>)> {
-        self.entries.iter().filter(move |(published, _)| *published >= time)
+        let now = Timestamp::now();
+        self.entries.iter().filter(move |(published, _)| *published >= time && now.since(*published) <= self.max_age)
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+    /// Whether everything in it is too old by now: age is looked at when a message comes.
+    pub(super) fn is_past(&self) -> bool {
+        let now = Timestamp::now();
+        self.entries.back().is_none_or(|(newest, _)| now.since(*newest) > self.max_age)
     }
 }

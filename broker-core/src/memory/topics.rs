@@ -101,7 +101,7 @@ impl TopicState {
         inner.own.is_none()
             && inner.waiting.is_empty()
             && inner.done.is_empty()
-            && inner.history.as_ref().is_none_or(|history| history.is_empty())
+            && inner.history.as_ref().is_none_or(|history| history.is_past())
             && inner.dedup.as_ref().is_none_or(|window| window.is_empty_at(now))
     }
 
