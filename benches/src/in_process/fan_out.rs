@@ -46,7 +46,7 @@ pub async fn ours(load: Load) -> Result<Run> {
         let subscription = subscribe(&*broker, &topic, load.capacity, None).await?;
         receivers.push(tokio::spawn(receive(subscription, Arc::clone(&left))));
     }
-    run(receivers, publish_and_close(broker, topic, load, left)).await?.checked(due(load))
+    run(receivers, publish_and_close(Arc::clone(&broker), topic, load, left)).await?.checked(due(load))
 }
 
 /// One tokio mpsc channel per subscriber, of the message itself.

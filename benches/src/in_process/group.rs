@@ -40,7 +40,7 @@ pub async fn ours(load: Load) -> Result<Run> {
         let subscription = subscribe(&*broker, &topic, load.capacity, Some("workers")).await?;
         members.push(tokio::spawn(receive(subscription, Arc::clone(&left))));
     }
-    run(members, publish_and_close(broker, topic, load, left)).await?.checked(load.messages)
+    run(members, publish_and_close(Arc::clone(&broker), topic, load, left)).await?.checked(load.messages)
 }
 
 /// flume's bounded channel, its receiver cloned.
