@@ -105,6 +105,10 @@ impl Group {
         batches: &mut SmallVec<[Arc<Batch>; 4]>,
         after: &mut After,
     ) -> Result<Received> {
+        if state.deleted && self.is_closed() {
+            // The last handle went between the look above and here: that is an end, not a deletion.
+            return Ok(Received::Ended);
+        }
         if state.deleted {
             return Err(Error::not_found(format!(
                 "{} was deleted",
