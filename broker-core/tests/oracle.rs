@@ -107,6 +107,8 @@ struct Oracle {
 struct Held {
     key: Option<u8>,
     attempts: u32,
+    /// Whether it was handed out before; one given back has no attempt and is not new either.
+    seen: bool,
     place: Place,
 }
 
@@ -210,7 +212,7 @@ impl World {
             assert_eq!(result.unwrap().matched, Some(matched.len() as u64), "copies made");
         }
         for oracle in matched {
-            let held = Held { key, attempts: 0, place: Place::Waiting };
+            let held = Held { key, attempts: 0, seen: false, place: Place::Waiting };
             self.oracles[oracle].messages.extend(numbers.clone().map(|number| (number, held)));
         }
     }
@@ -407,9 +409,11 @@ impl Oracle {
         if self.ordered && held.key.is_some() {
             let before = self.messages.iter().find(|(_, other)| other.key == held.key).map(|(number, _)| *number);
             assert_eq!(before, Some(number), "an earlier message of the key is not settled");
-        } else if held.attempts == 0 && self.fresh.is_none_or(|fresh| fresh < number) {
+        } else if !held.seen {
+            assert!(self.fresh.is_none_or(|fresh| fresh < number), "{number} came after {:?}", self.fresh);
             self.fresh = Some(number);
         }
+        held.seen = true;
         held.attempts += 1;
         assert_eq!(delivery.attempt(), held.attempts, "attempt");
         held.place = Place::InFlight;

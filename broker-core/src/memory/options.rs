@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::history::Retention;
-use crate::{BrokerUrl, Error, Result, parse_duration};
+use crate::{BrokerUrl, Error, Result};
 
 /// How a [`MemoryBroker`](crate::MemoryBroker) is set up.
 ///
@@ -93,8 +93,8 @@ impl MemoryOptions {
             options.retention =
                 Some(retention.with_max_bytes(bytes.unwrap_or(16 << 20)).with_max_age(age.unwrap_or(Duration::MAX)));
         }
-        if let Some(window) = url.parameter::<String>("dedup_window")? {
-            options.dedup_window = parse_duration(&window)?;
+        if let Some(window) = url.duration("dedup_window")? {
+            options.dedup_window = window;
         }
         if let Some(letters) = url.parameter("max_dead_letters")? {
             options.max_dead_letters = letters;

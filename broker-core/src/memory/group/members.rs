@@ -79,9 +79,6 @@ impl Group {
         deliveries: &mut Vec<Delivery>,
         limit: usize,
     ) -> Result<Received> {
-        if self.is_closed() {
-            return Ok(Received::Ended);
-        }
         let mut batches = SmallVec::<[Arc<Batch>; 4]>::new();
         let mut after = After::default();
         let mut state = self.state.lock();
@@ -105,8 +102,8 @@ impl Group {
         batches: &mut SmallVec<[Arc<Batch>; 4]>,
         after: &mut After,
     ) -> Result<Received> {
-        if state.deleted && self.is_closed() {
-            // The last handle went between the look above and here: that is an end, not a deletion.
+        // Before the deletion: a broker that has gone has cleared its groups too, and that is an end.
+        if self.is_closed() {
             return Ok(Received::Ended);
         }
         if state.deleted {
