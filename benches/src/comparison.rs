@@ -5,6 +5,7 @@ use std::fmt;
 use broker_core::BoxFuture;
 
 use crate::Result;
+use crate::sample::Sample;
 
 /// What a side's number is, and which way is better.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +47,7 @@ impl Unit {
 }
 
 /// One side of a comparison, prepared: each call measures one round.
-pub type Side = Box<dyn FnMut() -> BoxFuture<'static, Result<f64>> + Send>;
+pub type Side = Box<dyn FnMut() -> BoxFuture<'static, Result<Sample>> + Send>;
 
 /// Both sides, ready to be measured round by round.
 pub struct Pair {
@@ -55,16 +56,27 @@ pub struct Pair {
 }
 
 impl Pair {
-    /// Two sides, each a function that measures one round and tells a number in the comparison's unit.
-    pub fn new<O, OF, T, TF>(mut ours: O, mut theirs: T) -> Self
+    /// Two sides, each a function that measures one round and tells a number in the comparison's unit, or
+    /// a [`Sample`] that tells the processor time, too.
+    pub fn new<O, OF, OS, T, TF, TS>(mut ours: O, mut theirs: T) -> Self
     where
         O: FnMut() -> OF + Send + 'static,
-        OF: Future<Output = Result<f64>> + Send + 'static,
+        OF: Future<Output = Result<OS>> + Send + 'static,
+        OS: Into<Sample>,
         T: FnMut() -> TF + Send + 'static,
-        TF: Future<Output = Result<f64>> + Send + 'static,
+        TF: Future<Output = Result<TS>> + Send + 'static,
+        TS: Into<Sample>,
     {
-        Self { ours: Box::new(move || Box::pin(ours())), theirs: Box::new(move || Box::pin(theirs())) }
+        let ours = move || sampled(ours());
+        let theirs = move || sampled(theirs());
+        Self { ours: Box::new(ours), theirs: Box::new(theirs) }
     }
+}
+
+fn sampled<S: Into<Sample>>(
+    round: impl Future<Output = Result<S>> + Send + 'static,
+) -> BoxFuture<'static, Result<Sample>> {
+    Box::pin(async move { round.await.map(Into::into) })
 }
 
 impl fmt::Debug for Pair {

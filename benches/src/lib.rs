@@ -8,6 +8,7 @@ pub mod in_process;
 pub mod measure;
 pub mod peers;
 pub mod report;
+pub mod sample;
 pub mod statistics;
 
 use comparison::Comparison;

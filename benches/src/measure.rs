@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use crate::Result;
 use crate::comparison::Comparison;
 use crate::report::Report;
+use crate::sample::Sample;
 use crate::statistics::{estimate, median};
 
 /// Rounds at least: one more than the fewest that have a confidence interval.
@@ -34,7 +35,7 @@ pub async fn measure(comparison: Comparison, limit: Duration, mut progress: impl
         let (our, their) = ((pair.ours)().await?, (pair.theirs)().await?);
         ours.push(our);
         theirs.push(their);
-        ratios.push(unit.ratio(our, their));
+        ratios.push(unit.ratio(our.value, their.value));
 
         let ratio = estimate(&ratios);
         progress(ratios.len(), ratio.median);
@@ -43,7 +44,15 @@ pub async fn measure(comparison: Comparison, limit: Duration, mut progress: impl
             break ratio;
         }
     };
-    Ok(Report::new(name, unit, bar, (median(&ours), median(&theirs)), ratio, ratios.len()))
+    let sides = (side(&ours), side(&theirs));
+    Ok(Report::new(name, unit, bar, sides, ratio, ratios.len()))
+}
+
+/// The medians of a side's rounds; of its processor time only if every round told it.
+fn side(samples: &[Sample]) -> Sample {
+    let values: Vec<f64> = samples.iter().map(|sample| sample.value).collect();
+    let cpu: Option<Vec<f64>> = samples.iter().map(|sample| sample.cpu_micros).collect();
+    Sample { value: median(&values), cpu_micros: cpu.map(|cpu| median(&cpu)) }
 }
 
 #[cfg(test)]
@@ -95,9 +104,19 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn processor_time_is_told_where_a_side_measures_it() {
+        let ours = async || Ok(Sample { value: 20.0, cpu_micros: Some(3.0) });
+        let comparison = Comparison::new("test/cpu", Unit::MessagesPerSecond, 1.0, async move || {
+            Ok(Pair::new(ours, async || Ok(10.0)))
+        });
+        let report = measure(comparison, Duration::from_secs(60), |_, _| ()).await.unwrap();
+        assert_eq!((report.ours_cpu_us, report.theirs_cpu_us), (Some(3.0), None));
+    }
+
+    #[tokio::test]
     async fn an_error_of_a_side_is_the_result() {
         let failing = Comparison::new("test/failing", Unit::Bytes, 1.0, async || {
-            Ok(Pair::new(async || Err("a message was lost".into()), async || Ok(1.0)))
+            Ok(Pair::new(async || Err::<f64, _>("a message was lost".into()), async || Ok(1.0)))
         });
         let error = measure(failing, Duration::from_secs(60), |_, _| ()).await.unwrap_err();
         assert_eq!(error.to_string(), "a message was lost");

@@ -5,6 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::comparison::Unit;
+use crate::sample::Sample;
 use crate::statistics::Estimate;
 
 /// The outcome of a comparison. As JSON it has the fields that the README names; `Display` is the
@@ -30,6 +31,13 @@ pub struct Report {
     pub bar: f64,
     /// Whether the ratio, within its spread, reaches the bar.
     pub holds: bool,
+    /// Processor time of this process in our rounds, in microseconds a message: the median, where it is
+    /// measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ours_cpu_us: Option<f64>,
+    /// The same in their rounds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub theirs_cpu_us: Option<f64>,
     /// Rounds measured, the warm-up not counted.
     #[serde(skip)]
     pub rounds: usize,
@@ -40,14 +48,26 @@ impl Report {
         name: String,
         unit: Unit,
         bar: f64,
-        (ours, theirs): (f64, f64),
+        (ours, theirs): (Sample, Sample),
         ratio: Estimate,
         rounds: usize,
     ) -> Self {
         // Too few rounds for an interval say nothing but the ratio itself.
         let margin = if ratio.spread.is_finite() { ratio.spread } else { 0.0 };
         let holds = ratio.median + margin >= bar;
-        Self { name, unit, ours, theirs, ratio: ratio.median, spread: ratio.spread, bar, holds, rounds }
+        Self {
+            name,
+            unit,
+            ours: ours.value,
+            theirs: theirs.value,
+            ratio: ratio.median,
+            spread: ratio.spread,
+            bar,
+            holds,
+            ours_cpu_us: ours.cpu_micros,
+            theirs_cpu_us: theirs.cpu_micros,
+            rounds,
+        }
     }
 
     /// Whether 1 lies within the spread of the ratio.
@@ -62,12 +82,15 @@ fn unit_text<S: serde::Serializer>(unit: &Unit, serializer: S) -> Result<S::Ok, 
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, unit, ours, theirs, ratio, spread, bar, holds, rounds } = self;
+        let Self { name, unit, ours, theirs, ratio, spread, bar, holds, ours_cpu_us, theirs_cpu_us, rounds } = self;
         let (ours, theirs, unit) = (Short(*ours), Short(*theirs), unit.as_str());
         write!(f, "{name:<38} ours {ours} theirs {theirs} {unit:<12} ratio {ratio:7.3} ± {spread:5.3}")?;
         write!(f, " of {rounds:>3} rounds  bar {bar:6.3} {}", if *holds { "holds" } else { "DOES NOT HOLD" })?;
         if self.is_indistinguishable() {
             f.write_str(", indistinguishable")?;
+        }
+        if let (Some(ours), Some(theirs)) = (ours_cpu_us, theirs_cpu_us) {
+            write!(f, "  client CPU {ours:.2} to {theirs:.2} µs a message")?;
         }
         Ok(())
     }
@@ -93,7 +116,7 @@ mod tests {
     use super::*;
 
     fn report(median: f64, spread: f64, bar: f64) -> Report {
-        let sides = (127.1e6, 7.0e6);
+        let sides = (Sample::from(127.1e6), Sample::from(7.0e6));
         Report::new("group/name".into(), Unit::DeliveriesPerSecond, bar, sides, Estimate { median, spread }, 9)
     }
 
@@ -112,6 +135,16 @@ mod tests {
             json,
             r#"{"name":"group/name","unit":"deliveries/s","ours":127100000.0,"theirs":7000000.0,"ratio":18.0,"spread":0.5,"bar":10.0,"holds":true}"#
         );
+    }
+
+    #[test]
+    fn processor_time_is_shown_where_both_sides_have_it() {
+        let side = |value| Sample { value, cpu_micros: Some(value) };
+        let ratio = Estimate { median: 2.0, spread: 0.5 };
+        let report = Report::new("g/n".into(), Unit::MessagesPerSecond, 1.0, (side(2.0), side(1.0)), ratio, 9);
+        assert!(report.to_string().ends_with("client CPU 2.00 to 1.00 µs a message"), "{report}");
+        let json = serde_json::to_string(&report).unwrap();
+        assert!(json.ends_with(r#""ours_cpu_us":2.0,"theirs_cpu_us":1.0}"#), "{json}");
     }
 
     #[test]
