@@ -9,6 +9,7 @@ pub mod measure;
 pub mod peers;
 pub mod report;
 pub mod sample;
+pub mod server;
 pub mod statistics;
 
 use comparison::Comparison;
