@@ -11,6 +11,8 @@ mod spec;
 pub mod client;
 pub mod push;
 mod server;
+mod tls;
+pub mod webhook;
 
 pub use attributes::AttributeFilter;
 pub use server::{Limits, Server, ServerOptions};

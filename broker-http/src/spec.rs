@@ -84,6 +84,9 @@ pub struct SubscriptionSpec {
     /// Headers sent with every push; their values are secrets.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub headers: BTreeMap<String, Secret>,
+    /// Whether an `http` endpoint speaks HTTP/2 by prior knowledge; an `https` one says so itself.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub http2: bool,
     /// The keys pushes are signed with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signing: Option<Signing>,
@@ -127,6 +130,7 @@ impl SubscriptionSpec {
             dead_letter: None,
             verdicts: BTreeMap::new(),
             headers: BTreeMap::new(),
+            http2: false,
             signing: None,
             expires: None,
         }
@@ -190,6 +194,10 @@ impl SubscriptionSpec {
         for (name, value) in &self.headers {
             check_header(name, value)?;
         }
+        refuse(
+            self.http2 && self.endpoint.as_ref().is_none_or(|endpoint| endpoint.url().scheme() != "http"),
+            "http2: it is for an endpoint that begins with http://; with https:// both sides agree on it themselves",
+        )?;
         self.signing.as_ref().map_or(Ok(()), Signing::check)
     }
 
@@ -550,6 +558,7 @@ mod tests {
             (r#""filters":[{"exact":{}}]"#, "exact"),
             (r#""filters":[{"cesql":"x"}]"#, "filters"),
             (r#""endpoint":"http://x/","expires":"1s""#, "expires"),
+            (r#""endpoint":"https://x/","http2":true"#, "http2"),
             (r#""verdicts":{"99":"ack"}"#, "verdicts"),
         ] {
             let error = refused(&format!(r#"{{"filter":"a",{fields}}}"#));

@@ -67,11 +67,11 @@ pub struct HttpBroker {
 /// How long what is still held at the end of [`close`](Broker::close) may take to be given back.
 const GIVING_BACK: Duration = Duration::from_millis(500);
 
-/// The connector of the scheme `http`, for [`Connectors`](broker_core::Connectors).
+/// The connector of the schemes `http` and `https`, for [`Connectors`](broker_core::Connectors).
 ///
 /// ```
 /// let mut connectors = broker_core::Connectors::new();
-/// connectors.add(["http"], broker_http::client::connector());
+/// connectors.add(["http", "https"], broker_http::client::connector());
 /// assert_eq!(connectors.open("http://127.0.0.1:2757")?.name(), "http://127.0.0.1:2757");
 /// # Ok::<(), broker_core::Error>(())
 /// ```

@@ -1,18 +1,23 @@
 //! Where the daemon is and how patient to be with it.
 
 use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use broker_core::{BrokerUrl, Error, Result};
 use http::HeaderValue;
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
 use url::Url;
 
 /// How an [`HttpBroker`](super::HttpBroker) talks to its daemon.
 ///
 /// In a URL the same are query parameters: `http://127.0.0.1:2757?timeout=10s`. A token is the user
-/// name of the URL, or the parameter `token`; it is never printed.
+/// name of the URL, or the parameter `token`; it is never printed. `https` trusts the root certificates
+/// of this machine, or those of a PEM file that the parameter `ca` names.
 ///
 /// ```
 /// use std::time::Duration;
@@ -31,6 +36,8 @@ pub struct HttpOptions {
     /// What stands before every path, for a daemon behind a gateway; empty or `/…`.
     prefix: String,
     authorization: Option<HeaderValue>,
+    /// With `https`.
+    tls: Option<Tls>,
     /// How long connecting may take (default 5 s).
     pub connect_timeout: Duration,
     /// How long a request may take, connecting included (default 10 s).
@@ -46,8 +53,19 @@ pub struct HttpOptions {
     pub connections: usize,
 }
 
+/// How TLS is spoken.
+#[derive(Clone)]
+pub(super) struct Tls {
+    /// The name the daemon's certificate must have.
+    pub(super) name: ServerName<'static>,
+    /// Root certificates to trust instead of this machine's.
+    pub(super) ca: Option<PathBuf>,
+    /// What the service brought itself.
+    pub(super) config: Option<Arc<ClientConfig>>,
+}
+
 impl HttpOptions {
-    /// Reads a URL, `http://host:port`.
+    /// Reads a URL, `http://host:port` or `https://host:port`.
     ///
     /// # Errors
     ///
@@ -58,16 +76,18 @@ impl HttpOptions {
 
     pub(super) fn from_broker_url(mut url: BrokerUrl) -> Result<Self> {
         let invalid = |why: &str| Error::invalid(format!("broker URL: {why}; it looks like http://127.0.0.1:2757"));
-        if url.scheme() != "http" {
-            return Err(invalid(&format!("its scheme is {:?}, and this is for http", url.scheme())));
-        }
+        let scheme = match url.scheme() {
+            "http" => "http",
+            "https" => "https",
+            other => return Err(invalid(&format!("its scheme is {other:?}, and this is for http and https"))),
+        };
         if url.authority().is_empty() || url.authority().contains(',') {
             return Err(invalid("it names one host"));
         }
         let parsed =
-            Url::parse(&format!("http://{}/", url.authority())).map_err(|_| invalid("its host does not parse"))?;
+            Url::parse(&format!("{scheme}://{}/", url.authority())).map_err(|_| invalid("its host does not parse"))?;
         let host = parsed.host_str().ok_or_else(|| invalid("it names no host"))?;
-        let port = parsed.port().unwrap_or(80);
+        let port = parsed.port_or_known_default().unwrap_or_default();
         if port == 0 {
             return Err(invalid("port 0 cannot be dialled"));
         }
@@ -80,12 +100,26 @@ impl HttpOptions {
             ))),
             value => Ok(value.unwrap_or(default)),
         };
+        let ca = url.parameter::<PathBuf>("ca")?;
+        let tls = match (scheme, ca) {
+            ("http", None) => None,
+            ("http", Some(_)) => {
+                return Err(Error::invalid("broker URL parameter ca: it is for https, and the scheme is http"));
+            }
+            (_, ca) => {
+                let name = host.trim_start_matches('[').trim_end_matches(']').trim_end_matches('.');
+                let name =
+                    ServerName::try_from(name.to_owned()).map_err(|_| invalid("no certificate can be for its host"))?;
+                Some(Tls { name, ca, config: None })
+            }
+        };
         let second = Duration::from_secs(1);
         let milli = Duration::from_millis(1);
         let options = Self {
             authority: format!("{host}:{port}"),
             prefix: url.path().trim_end_matches('/').to_owned(),
             authorization,
+            tls,
             connect_timeout: at_least("connect_timeout", url.duration("connect_timeout")?, 5 * second, milli)?,
             timeout: at_least("timeout", url.duration("timeout")?, 10 * second, milli)?,
             lease: at_least("lease", url.duration("lease")?, 10 * second, second)?,
@@ -103,6 +137,21 @@ impl HttpOptions {
         Ok(options)
     }
 
+    /// Speaks TLS like this with an `https` daemon: other roots, a client certificate.
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`](broker_core::ErrorKind::Invalid) where the URL says `http`.
+    pub fn with_tls(mut self, config: impl Into<Arc<ClientConfig>>) -> Result<Self> {
+        let tls = self.tls.as_mut().ok_or_else(|| Error::invalid("TLS is for https, and the broker URL says http"))?;
+        tls.config = Some(config.into());
+        Ok(self)
+    }
+
+    pub(super) fn tls(&self) -> Option<&Tls> {
+        self.tls.as_ref()
+    }
+
     pub(super) fn authority(&self) -> &str {
         &self.authority
     }
@@ -117,7 +166,8 @@ impl HttpOptions {
 
     /// The URL without credentials.
     pub(super) fn name(&self) -> String {
-        format!("http://{}{}", self.authority, self.prefix)
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}{}", self.authority, self.prefix)
     }
 }
 
@@ -163,6 +213,11 @@ mod tests {
         let basic = HttpOptions::from_url("http://me:hunter2@localhost:1").unwrap();
         assert_eq!(basic.authorization().unwrap(), "Basic bWU6aHVudGVyMg==");
         assert!(HttpOptions::from_url("http://localhost?token=x").unwrap().authorization().is_some());
+        for (url, name) in
+            [("https://localhost", "https://localhost:443"), ("https://[::1]:2757/?ca=a.pem", "https://[::1]:2757")]
+        {
+            assert_eq!(HttpOptions::from_url(url).unwrap().name(), name);
+        }
     }
 
     #[test]
@@ -171,7 +226,9 @@ mod tests {
             ("http:", "host"),
             ("http://a,b", "host"),
             ("http://h:0", "port"),
-            ("https://h", "scheme"),
+            ("ftp://h", "scheme"),
+            ("https://h:0", "port"),
+            ("http://h?ca=roots.pem", "ca"),
             ("http://h?colour=red", "colour"),
             ("http://h?timeout=0s", "timeout"),
             ("http://h?lease=10ms", "lease"),

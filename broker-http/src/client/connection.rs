@@ -13,10 +13,13 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::{Body, Incoming};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
+use rustls::pki_types::ServerName;
 use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
 
 use super::link::{Link, LinkState};
+use crate::tls::MaybeTls;
 
 /// How long an answer may still take once we have said goodbye.
 const PARTING: Duration = Duration::from_secs(2);
@@ -61,9 +64,17 @@ pub(super) enum Broken {
 type Driver = Pin<Box<http1::Connection<TokioIo<Link>, Full<Bytes>>>>;
 
 impl Connection {
-    pub(super) async fn open(authority: &str) -> std::io::Result<Self> {
+    /// Connects; speaks TLS if there is a connector for it and the name to expect.
+    pub(super) async fn open(
+        authority: &str,
+        tls: Option<(TlsConnector, ServerName<'static>)>,
+    ) -> std::io::Result<Self> {
         let stream = TcpStream::connect(authority).await?;
         stream.set_nodelay(true)?;
+        let stream = match tls {
+            Some((connector, name)) => MaybeTls::Tls(Box::new(connector.connect(name, stream).await?)),
+            None => MaybeTls::Plain(stream),
+        };
         let (link, state) = Link::new(stream);
         let (sender, driver) = http1::Builder::new()
             .max_headers(MAX_HEADERS)

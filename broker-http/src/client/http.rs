@@ -2,6 +2,7 @@
 //! answer with a bound.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,9 @@ use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, USER_AGENT};
 use http::{HeaderMap, HeaderValue, Method, Request};
 use http_body_util::Full;
 use parking_lot::Mutex;
-use tokio::sync::Semaphore;
+use rustls::pki_types::ServerName;
+use tokio::sync::{OnceCell, Semaphore};
+use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
 
 use super::config::HttpOptions;
@@ -25,6 +28,8 @@ const IDLE: Duration = Duration::from_secs(30);
 /// The daemon at the other end.
 pub(super) struct Http {
     options: HttpOptions,
+    /// Made with the first connection: root certificates are files.
+    tls: OnceCell<TlsConnector>,
     idle: Mutex<Vec<Connection>>,
     permits: Semaphore,
     /// Counts connections lost: who sees it grow must expect the daemon to have forgotten.
@@ -87,7 +92,7 @@ impl From<Fault> for Error {
 impl Http {
     pub(super) fn new(options: HttpOptions) -> Self {
         let permits = Semaphore::new(options.connections.min(Semaphore::MAX_PERMITS));
-        Self { options, idle: Mutex::default(), permits, losses: AtomicU64::new(0) }
+        Self { options, tls: OnceCell::new(), idle: Mutex::default(), permits, losses: AtomicU64::new(0) }
     }
 
     pub(super) fn options(&self) -> &HttpOptions {
@@ -193,8 +198,8 @@ impl Http {
     }
 
     async fn dial(&self) -> Result<Connection> {
-        let authority = self.options.authority();
-        match tokio::time::timeout(self.options.connect_timeout, Connection::open(authority)).await {
+        let open = Connection::open(self.options.authority(), self.tls().await?);
+        match tokio::time::timeout(self.options.connect_timeout, open).await {
             Ok(Ok(connection)) => Ok(connection),
             Ok(Err(error)) => {
                 Err(Error::unavailable(format!("cannot connect to {}: {error}", self.options.name()))
@@ -206,6 +211,25 @@ impl Http {
                 broker_core::format_duration(self.options.connect_timeout)
             ))),
         }
+    }
+
+    /// How to speak TLS and with whom, if the URL says `https`.
+    async fn tls(&self) -> Result<Option<(TlsConnector, ServerName<'static>)>> {
+        let Some(tls) = self.options.tls() else { return Ok(None) };
+        let load = async || {
+            if let Some(config) = &tls.config {
+                return Ok(TlsConnector::from(Arc::clone(config)));
+            }
+            let ca = tls.ca.clone();
+            let read = tokio::task::spawn_blocking(move || crate::tls::trusting(ca.as_deref())).await;
+            match read {
+                Ok(Ok(config)) => Ok(TlsConnector::from(Arc::new(config))),
+                Ok(Err(why)) => Err(Error::invalid(why)),
+                Err(_) => Err(Error::closed("the runtime is shutting down")),
+            }
+        };
+        let connector = self.tls.get_or_try_init(load).await?;
+        Ok(Some((connector.clone(), tls.name.clone())))
     }
 
     fn take_idle(&self) -> Option<Connection> {

@@ -8,12 +8,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 
-/// A TCP connection with its [`LinkState`].
+use crate::tls::MaybeTls;
+
+/// A connection with its [`LinkState`].
 #[derive(Debug)]
 pub(super) struct Link {
-    stream: TcpStream,
+    stream: MaybeTls,
     state: Arc<LinkState>,
     finished: bool,
 }
@@ -39,7 +40,7 @@ impl LinkState {
 }
 
 impl Link {
-    pub(super) fn new(stream: TcpStream) -> (Self, Arc<LinkState>) {
+    pub(super) fn new(stream: MaybeTls) -> (Self, Arc<LinkState>) {
         let state = Arc::<LinkState>::default();
         (Self { stream, state: Arc::clone(&state), finished: false }, state)
     }

@@ -1,6 +1,6 @@
 //! The client: the same contract for a Rust service that talks to a `broker-http` daemon.
 //!
-//! Add [`connector`] to [`Connectors`](broker_core::Connectors) under `http`, or make an
+//! Add [`connector`] to [`Connectors`](broker_core::Connectors) under `http` and `https`, or make an
 //! [`HttpBroker`] from [`HttpOptions`].
 
 mod able;

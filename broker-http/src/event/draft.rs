@@ -27,6 +27,7 @@ pub(super) struct Draft<'a> {
     topic: Option<Topic>,
     subscription: Option<String>,
     attempt: Option<u32>,
+    test: bool,
     /// Attributes that become headers, `source` and `type` among them.
     attributes: Vec<(Cow<'a, str>, Cow<'a, str>)>,
     headers: Option<Headers>,
@@ -129,16 +130,13 @@ impl<'a> Draft<'a> {
         self.topic = self.topic.take().or_else(|| options.topic.clone());
         self.subscription = self.subscription.take().or_else(|| options.subscription.clone());
         self.attempt = self.attempt.or(options.attempt);
-        if !options.headers.is_empty() {
-            // A structured event pushed to us and published again says its headers twice.
-            match &mut self.headers {
-                None => self.headers = Some(options.headers.clone()),
-                Some(headers) => {
-                    let own = headers.clone();
-                    for (name, value) in options.headers.iter().filter(|(name, _)| own.get(name.as_str()).is_none()) {
-                        headers.push(name.clone(), value.clone());
-                    }
-                }
+        self.test |= options.test;
+        // A structured event pushed to us and published again says its headers twice.
+        let own = self.headers.clone().unwrap_or_default();
+        let is_attribute = |header: &str| self.attributes.iter().any(|(name, _)| header_name(name) == header);
+        for (name, value) in options.headers.iter() {
+            if own.get(name.as_str()).is_none() && !is_attribute(name.as_str()) {
+                self.headers.get_or_insert_default().push(name.clone(), value.clone());
             }
         }
         Ok(())
@@ -179,6 +177,7 @@ impl<'a> Draft<'a> {
             topic: self.topic,
             subscription: self.subscription,
             attempt: self.attempt,
+            test: self.test,
         })
     }
 }

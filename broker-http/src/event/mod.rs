@@ -79,4 +79,6 @@ pub struct Decoded {
     pub subscription: Option<String>,
     /// The attempt, from 1.
     pub attempt: Option<u32>,
+    /// Whether an operator pushed it, to see whether it arrives.
+    pub test: bool,
 }

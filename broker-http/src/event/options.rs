@@ -12,8 +12,8 @@ use super::percent;
 /// The options of a publish, from the query (`?key=…`) or from headers (`broker-key: …`). Unknown
 /// ones are refused, and so is one given twice.
 ///
-/// What a push says about itself (`broker-topic`, `broker-subscription`, `broker-attempt`) is taken
-/// note of and means nothing to a publish, so that a push can be published again as it is.
+/// What a push says about itself (`broker-topic`, `broker-subscription`, `broker-attempt`, `broker-test`) is
+/// taken note of and means nothing to a publish, so that a push can be published again as it is.
 ///
 /// ```
 /// use broker_http::event::Options;
@@ -56,6 +56,8 @@ pub struct Options {
     pub subscription: Option<String>,
     /// Of a push: the attempt.
     pub attempt: Option<u32>,
+    /// Of a push: whether an operator made it, to see whether it arrives.
+    pub test: bool,
 }
 
 /// The options, as a header has them after `broker-`; a query has `_` for `-`.
@@ -114,6 +116,7 @@ impl Options {
         match name {
             "topic" => self.topic = Some(text(&value)?.parse()?),
             "subscription" => self.subscription = Some(text(&value)?.to_owned()),
+            "test" => self.test = read_flag(text(&value)?)?,
             "attempt" => self.attempt = Some(read_attempt(text(&value)?)?),
             _ => match KNOWN.iter().position(|known| *known == name) {
                 Some(option) => return self.set(option, seen, value),

@@ -36,7 +36,7 @@ proptest! {
         json::encode(envelope, &mut out);
         prop_assert!(!out.contains(&b'\r'));
         let decoded = json::decode(&out, &Options::default(), published.then_some(&topic)).unwrap();
-        let expected = Decoded { message, topic: Some(topic), subscription: Some("s".into()), attempt: Some(3) };
+        let expected = Decoded { message, topic: Some(topic), subscription: Some("s".into()), attempt: Some(3), test: false };
         prop_assert_eq!(decoded, expected);
     }
 

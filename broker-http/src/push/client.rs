@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use rustls::{ClientConfig, RootCertStore};
+use rustls::ClientConfig;
 use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 
 use super::Guard;
@@ -170,18 +170,7 @@ fn protocols() -> Vec<Vec<u8>> {
 }
 
 fn from_this_machine() -> Result<ClientConfig, String> {
-    let found = rustls_native_certs::load_native_certs();
-    let mut roots = RootCertStore::empty();
-    let (good, _) = roots.add_parsable_certificates(found.certs);
-    if good == 0 {
-        let why = found.errors.first().map_or(String::new(), |error| format!(" ({error})"));
-        return Err(format!("no root certificates were found on the daemon's machine{why}"));
-    }
-    let mut config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .map_err(|error| error.to_string())?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
+    let mut config = crate::tls::trusting(None)?;
     config.alpn_protocols = protocols();
     Ok(config)
 }

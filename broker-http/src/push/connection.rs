@@ -9,7 +9,6 @@ use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use http::header::RETRY_AFTER;
 use http::{HeaderMap, Method, Request, Response, Version};
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::{Body as _, Incoming};
@@ -30,9 +29,10 @@ const MAX_HEAD_BYTES: usize = 64 << 10;
 
 type Body = Full<Bytes>;
 
-/// What is sent: headers and body. The rest depends on the connection.
+/// What is sent. The rest depends on the connection.
 #[derive(Clone, Debug)]
 pub(crate) struct Content {
+    pub(crate) method: Method,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Bytes,
 }
@@ -43,7 +43,7 @@ pub(crate) struct Route {
     client: PushClient,
     target: Target,
     shared: Mutex<Option<http2::SendRequest<Body>>>,
-    /// Held while the protocol of a TLS endpoint is not known, so that a burst opens one HTTP/2
+    /// Held while the protocol of an endpoint is not known, so that a burst opens one HTTP/2
     /// connection and not one a request.
     asking: tokio::sync::Mutex<Option<Protocol>>,
 }
@@ -69,7 +69,7 @@ impl Route {
     ///
     /// Why there is none.
     pub(crate) async fn open(&self, permit: &mut Option<OwnedSemaphorePermit>) -> Result<Connection, String> {
-        if self.target.tls.is_none() {
+        if !self.target.may_share() {
             return self.dial(permit).await;
         }
         if let Some(shared) = self.shared() {
@@ -207,7 +207,7 @@ impl Own {
         self.heard.forget();
         let mut headers = content.headers;
         headers.insert(http::header::HOST, target.authority.clone());
-        let request = request(target.origin.clone(), Version::HTTP_11, headers, content.body);
+        let request = request(content.method, target.origin.clone(), Version::HTTP_11, headers, content.body);
         let Self { send, driver, open, .. } = self;
         let answer = async move {
             send.ready().await?;
@@ -250,7 +250,8 @@ impl Own {
 impl Shared {
     async fn exchange(&mut self, content: Content, target: &Target) -> Result<Answer, Broken> {
         let used = std::mem::replace(&mut self.used, true);
-        let request = request(target.absolute.clone(), Version::HTTP_2, content.headers, content.body);
+        let Content { method, headers, body } = content;
+        let request = request(method, target.absolute.clone(), Version::HTTP_2, headers, body);
         let broken = |error: hyper::Error, heard: bool| {
             if used && !heard && !refused_by_peer(&error) {
                 Broken::Stale
@@ -263,9 +264,9 @@ impl Shared {
     }
 }
 
-fn request(uri: http::Uri, version: Version, headers: HeaderMap, body: Bytes) -> Request<Body> {
+fn request(method: Method, uri: http::Uri, version: Version, headers: HeaderMap, body: Bytes) -> Request<Body> {
     let mut request = Request::new(Full::new(body));
-    *request.method_mut() = Method::POST;
+    *request.method_mut() = method;
     *request.uri_mut() = uri;
     *request.version_mut() = version;
     *request.headers_mut() = headers;
@@ -275,11 +276,7 @@ fn request(uri: http::Uri, version: Version, headers: HeaderMap, body: Bytes) ->
 /// The answer, and whether all of it was read.
 async fn read(response: Response<Incoming>) -> hyper::Result<(Answer, bool)> {
     let (head, mut body) = response.into_parts();
-    let mut answer = Answer {
-        status: head.status.as_u16(),
-        retry_after: head.headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()).map(str::to_owned),
-        body: Vec::new(),
-    };
+    let mut answer = Answer { status: head.status.as_u16(), headers: head.headers, body: Vec::new() };
     while !body.is_end_stream() {
         let Some(frame) = body.frame().await else { break };
         let Ok(data) = frame?.into_data() else { continue };

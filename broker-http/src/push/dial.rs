@@ -13,11 +13,11 @@ use futures_util::stream::FuturesUnordered;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
-use tokio_rustls::client::TlsStream;
 use url::Host;
 
 use super::client::PushClient;
 use super::target::Target;
+use crate::tls::MaybeTls;
 
 /// Addresses of a name that are tried.
 const MAX_ADDRESSES: usize = 16;
@@ -30,7 +30,7 @@ const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 pub(crate) struct Dialled {
     pub(crate) stream: Stream,
     pub(crate) heard: Heard,
-    /// Whether HTTP/2 was agreed on.
+    /// Whether HTTP/2 is spoken: agreed on, or known before.
     pub(crate) h2: bool,
 }
 
@@ -52,12 +52,16 @@ pub(crate) async fn dial(client: &PushClient, target: &Target) -> Result<Dialled
     let _ = stream.set_nodelay(true);
     let heard = Heard::default();
     let Some(name) = &target.tls else {
-        return Ok(Dialled { stream: Stream { inner: Inner::Plain(stream), heard: heard.clone() }, heard, h2: false });
+        return Ok(Dialled {
+            stream: Stream { inner: MaybeTls::Plain(stream), heard: heard.clone() },
+            heard,
+            h2: target.h2,
+        });
     };
     let connector = TlsConnector::from(client.tls().await?);
     let stream = connector.connect(name.clone(), stream).await.map_err(|error| format!("TLS: {}", describe(&error)))?;
     let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-    let stream = Stream { inner: Inner::Tls(Box::new(stream)), heard: heard.clone() };
+    let stream = Stream { inner: MaybeTls::Tls(Box::new(stream)), heard: heard.clone() };
     Ok(Dialled { stream, heard, h2 })
 }
 
@@ -167,36 +171,16 @@ impl Heard {
     }
 }
 
-/// A connection, with or without TLS, that notices whether anything came back on it.
+/// A connection that notices whether anything came back on it.
 pub(crate) struct Stream {
-    inner: Inner,
+    inner: MaybeTls,
     heard: Heard,
-}
-
-enum Inner {
-    Plain(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
-}
-
-macro_rules! forward {
-    ($self:ident, $stream:ident => $call:expr) => {
-        match &mut $self.inner {
-            Inner::Plain(stream) => {
-                let $stream = Pin::new(stream);
-                $call
-            }
-            Inner::Tls(stream) => {
-                let $stream = Pin::new(stream.as_mut());
-                $call
-            }
-        }
-    };
 }
 
 impl AsyncRead for Stream {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
-        let poll = forward!(self, stream => stream.poll_read(cx, buf));
+        let poll = Pin::new(&mut self.inner).poll_read(cx, buf);
         if buf.filled().len() > before {
             self.heard.0.store(true, Ordering::Relaxed);
         }
@@ -206,7 +190,7 @@ impl AsyncRead for Stream {
 
 impl AsyncWrite for Stream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        forward!(self, stream => stream.poll_write(cx, buf))
+        Pin::new(&mut self.inner).poll_write(cx, buf)
     }
 
     fn poll_write_vectored(
@@ -214,21 +198,18 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        forward!(self, stream => stream.poll_write_vectored(cx, bufs))
+        Pin::new(&mut self.inner).poll_write_vectored(cx, bufs)
     }
 
     fn is_write_vectored(&self) -> bool {
-        match &self.inner {
-            Inner::Plain(stream) => stream.is_write_vectored(),
-            Inner::Tls(stream) => stream.is_write_vectored(),
-        }
+        self.inner.is_write_vectored()
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        forward!(self, stream => stream.poll_flush(cx))
+        Pin::new(&mut self.inner).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        forward!(self, stream => stream.poll_shutdown(cx))
+        Pin::new(&mut self.inner).poll_shutdown(cx)
     }
 }

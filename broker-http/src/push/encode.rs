@@ -3,7 +3,7 @@
 use broker_core::{Error, MessageId, Result, Timestamp};
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, USER_AGENT};
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use sha2::{Digest as _, Sha256};
 
@@ -52,6 +52,13 @@ impl Encoder {
         Ok(Self { base, mode: spec.mode, signer: spec.signing.as_ref().map(Signer::new).transpose()? })
     }
 
+    /// A request that carries no message, with what every request of the subscription says.
+    pub(crate) fn bare(&self, method: Method) -> Content {
+        let mut headers = self.base.clone();
+        headers.remove(CONTENT_TYPE);
+        Content { method, headers, body: Bytes::new() }
+    }
+
     /// The request for these messages: one, unless the mode is batch.
     pub(crate) fn encode<'a>(&self, mut envelopes: impl ExactSizeIterator<Item = Envelope<'a>>) -> Content {
         let mut headers = HeaderMap::with_capacity(self.base.len() + HEADERS);
@@ -59,7 +66,7 @@ impl Encoder {
         if self.mode == Mode::Batch {
             return self.batch(headers, envelopes);
         }
-        let Some(envelope) = envelopes.next() else { return Content { headers, body: Bytes::new() } };
+        let Some(envelope) = envelopes.next() else { return post(headers, Bytes::new()) };
         let body = match self.mode {
             Mode::Raw => binary::encode(envelope, binary::Mode::Raw, &mut headers),
             Mode::Structured => {
@@ -73,7 +80,7 @@ impl Encoder {
         if let Some(signer) = &self.signer {
             sign(signer, &as_header(envelope.message.id()), &body, &mut headers);
         }
-        Content { headers, body }
+        post(headers, body)
     }
 
     /// As [`encode`](Self::encode), marked as a test.
@@ -104,8 +111,12 @@ impl Encoder {
             let id = ids.finalize().iter().take(16).fold("batch_".to_owned(), |id, byte| format!("{id}{byte:02x}"));
             sign(signer, &id, &body, &mut headers);
         }
-        Content { headers, body: body.into() }
+        post(headers, body)
     }
+}
+
+fn post(headers: HeaderMap, body: impl Into<Bytes>) -> Content {
+    Content { method: Method::POST, headers, body: body.into() }
 }
 
 fn sign(signer: &Signer, id: &str, body: &[u8], headers: &mut HeaderMap) {

@@ -14,6 +14,7 @@ mod attempts;
 mod breaker;
 mod client;
 mod connection;
+pub(crate) mod consent;
 mod core;
 mod dial;
 mod encode;

@@ -15,6 +15,8 @@ pub(crate) struct Target {
     pub(crate) port: u16,
     /// The name the server's certificate must have, with TLS.
     pub(crate) tls: Option<ServerName<'static>>,
+    /// Whether HTTP/2 is spoken without TLS and without asking, by prior knowledge.
+    pub(crate) h2: bool,
     /// `Host` of HTTP/1.
     pub(crate) authority: HeaderValue,
     /// The request target of HTTP/1: path and query.
@@ -59,7 +61,18 @@ impl Target {
             .build()
             .map_err(|_| invalid("its host cannot be sent"))?;
         let authority = HeaderValue::try_from(authority).map_err(|_| invalid("its host cannot be sent"))?;
-        Ok(Self { host, port, tls, authority, origin: Uri::from(path), absolute })
+        Ok(Self { host, port, tls, h2: false, authority, origin: Uri::from(path), absolute })
+    }
+
+    /// Sets whether HTTP/2 is spoken by prior knowledge.
+    pub(crate) fn with_h2(mut self, h2: bool) -> Self {
+        self.h2 = h2;
+        self
+    }
+
+    /// Whether requests may go over one connection that all share: HTTP/2, agreed on or known.
+    pub(crate) fn may_share(&self) -> bool {
+        self.tls.is_some() || self.h2
     }
 }
 

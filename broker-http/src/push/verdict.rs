@@ -9,6 +9,8 @@ use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
 use broker_core::{Failure, RetryPolicy, Settlement};
+use http::HeaderMap;
+use http::header::RETRY_AFTER;
 use serde::Deserialize;
 
 use crate::StatusVerdict;
@@ -35,10 +37,16 @@ pub(crate) enum Outcome {
 pub(crate) struct Answer {
     /// The HTTP status.
     pub(crate) status: u16,
-    /// `Retry-After`, as it was sent.
-    pub(crate) retry_after: Option<String>,
+    /// Its headers.
+    pub(crate) headers: HeaderMap,
     /// The body, cut where we stop reading.
     pub(crate) body: Vec<u8>,
+}
+
+impl Answer {
+    fn retry_after(&self, now: fn() -> SystemTime) -> Option<Duration> {
+        self.headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()).and_then(|text| retry_after(text, now))
+    }
 }
 
 /// What becomes of a message.
@@ -138,7 +146,7 @@ fn failing(status: u16) -> Health {
 }
 
 fn retry(answer: &Answer, slow: bool, now: fn() -> SystemTime) -> Decision {
-    Decision::Retry { slow, floor: answer.retry_after.as_deref().and_then(|text| retry_after(text, now)) }
+    Decision::Retry { slow, floor: answer.retry_after(now) }
 }
 
 /// `Retry-After` (RFC 9110, section 10.2.3): seconds or a date; what is neither is ignored, what is
@@ -281,7 +289,8 @@ mod tests {
     const NOW: fn() -> SystemTime = || SystemTime::UNIX_EPOCH;
 
     fn answer(status: u16, retry_after: Option<&str>, body: &str) -> Outcome {
-        Outcome::Answer(Answer { status, retry_after: retry_after.map(str::to_owned), body: body.as_bytes().to_vec() })
+        let retry_after = retry_after.map(|text| (RETRY_AFTER, text.parse().unwrap()));
+        Outcome::Answer(Answer { status, headers: retry_after.into_iter().collect(), body: body.as_bytes().to_vec() })
     }
 
     fn verdict(status: u16, body: &str) -> (Decision, Health) {

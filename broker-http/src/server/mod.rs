@@ -6,7 +6,7 @@ mod inflate;
 mod limits;
 mod listen;
 mod origin;
-mod problem;
+pub(crate) mod problem;
 mod query;
 
 // Publishing.
@@ -40,7 +40,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::serve::ListenerExt;
-use broker_core::{Broker, DrainReport, GroupName, Result};
+use broker_core::{Broker, DrainReport, ErrorKind, GroupName, Result};
 use http::StatusCode;
 use tokio::net::TcpListener;
 use tokio::time::Instant;
@@ -49,7 +49,7 @@ use tokio_util::sync::CancellationToken;
 pub use limits::Limits;
 pub use options::ServerOptions;
 
-use crate::push::{Push, PushClient, PushObserver, PushOptions};
+use crate::push::{Push, PushClient, PushObserver, PushOptions, consent};
 use crate::{Endpoint, SubscriptionSpec};
 use idempotency::Answers;
 use leases::Leases;
@@ -220,6 +220,20 @@ impl Shared {
         self.push_client.guard().check(host, address).map_err(|error| {
             Problem::new(StatusCode::FORBIDDEN, error.kind(), format!("endpoint: {}", error.message()))
         })
+    }
+
+    /// Asks the endpoint whether it wants pushes, where the options say so; what it allows at most is
+    /// the subscription's rate.
+    pub(crate) async fn ask_endpoint(&self, mut spec: SubscriptionSpec) -> Answer<SubscriptionSpec> {
+        let Some(origin) = self.options.origin() else { return Ok(spec) };
+        let allowed = consent::ask(&self.push_client, &spec, origin).await.map_err(|error| match error.kind() {
+            ErrorKind::Unauthorized => Problem::new(StatusCode::FORBIDDEN, error.kind(), error.message()),
+            _ => Problem::from(error),
+        })?;
+        if let Some(allowed) = allowed {
+            spec.rate_limit = Some(spec.rate_limit.map_or(allowed, |rate| rate.min(allowed)));
+        }
+        Ok(spec)
     }
 
     /// Starts pushing; the group stands already.

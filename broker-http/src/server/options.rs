@@ -2,6 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use broker_core::{Error, Result};
+use http::HeaderValue;
+
 use crate::Limits;
 use crate::push::{Guard, PushClient};
 
@@ -20,6 +23,7 @@ pub struct ServerOptions {
     limits: Limits,
     state: Option<PathBuf>,
     guard: Guard,
+    webhook_origin: Option<HeaderValue>,
 }
 
 impl ServerOptions {
@@ -62,6 +66,42 @@ impl ServerOptions {
     pub fn with_guard(mut self, guard: Guard) -> Self {
         self.guard = guard;
         self
+    }
+
+    /// Asks every endpoint whether it wants pushes from `origin` (this server's name, as in
+    /// `broker.example.com`) before a subscription is made or replaced: the `OPTIONS` handshake of
+    /// CloudEvents' web hooks. An endpoint that does not consent is refused; a rate it allows is a
+    /// `rate_limit`. Off unless it is set.
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`](broker_core::ErrorKind::Invalid) for what is no host's name.
+    ///
+    /// ```
+    /// use broker_http::ServerOptions;
+    ///
+    /// let options = ServerOptions::new().with_webhook_origin("broker.example.com")?;
+    /// assert_eq!(options.webhook_origin(), Some("broker.example.com"));
+    /// assert!(ServerOptions::new().with_webhook_origin("a b").is_err());
+    /// # Ok::<(), broker_core::Error>(())
+    /// ```
+    pub fn with_webhook_origin(mut self, origin: &str) -> Result<Self> {
+        let is_name = !origin.is_empty()
+            && origin.len() <= 255
+            && origin.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._:".contains(&byte));
+        let value = HeaderValue::from_str(origin).ok().filter(|_| is_name);
+        let invalid = || Error::invalid("webhook origin: it is this server's name, as in broker.example.com");
+        self.webhook_origin = Some(value.ok_or_else(invalid)?);
+        Ok(self)
+    }
+
+    /// The name by which endpoints are asked whether they want pushes, if they are.
+    pub fn webhook_origin(&self) -> Option<&str> {
+        self.webhook_origin.as_ref().and_then(|origin| origin.to_str().ok())
+    }
+
+    pub(crate) fn origin(&self) -> Option<&HeaderValue> {
+        self.webhook_origin.as_ref()
     }
 
     /// Whether development mode is on.

@@ -85,7 +85,10 @@ impl Problem {
         self.status == StatusCode::NOT_IMPLEMENTED
     }
 
-    #[cfg(test)]
+    pub(crate) fn detail(&self) -> &str {
+        &self.detail
+    }
+
     pub(crate) fn status(&self) -> StatusCode {
         self.status
     }

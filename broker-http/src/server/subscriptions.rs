@@ -46,6 +46,7 @@ pub(crate) async fn put(State(shared): State<Arc<Shared>>, uri: Uri, headers: He
     }
     let only_new = headers.get(header::IF_NONE_MATCH).is_some_and(|tag| tag == "*");
     finish(async move {
+        let spec = shared.ask_endpoint(spec).await?;
         let (put, subscribed) = shared.registry.put(&shared, name, spec, only_new).await?;
         shared.try_save().await?;
         let status = if put == Put::Made { StatusCode::CREATED } else { StatusCode::OK };

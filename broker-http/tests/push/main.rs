@@ -5,6 +5,7 @@
 mod batch;
 mod connections;
 mod endpoint;
+mod h2c;
 mod support;
 mod tls;
 mod verdicts;

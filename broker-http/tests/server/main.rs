@@ -3,6 +3,9 @@
 
 mod support;
 
+mod carried;
+mod http2;
+mod idempotency;
 mod lifecycle;
 mod limits;
 mod publish;

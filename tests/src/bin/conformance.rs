@@ -69,7 +69,7 @@ async fn main() -> ExitCode {
 /// The kinds of broker this program knows.
 fn connectors() -> Connectors {
     let mut connectors = Connectors::new();
-    connectors.add(["http"], broker_http::client::connector());
+    connectors.add(["http", "https"], broker_http::client::connector());
     connectors.add(["kafka"], broker_kafka::connector());
     connectors.add(["amqp", "amqps"], broker_amqp::connector());
     connectors

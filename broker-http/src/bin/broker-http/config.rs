@@ -20,6 +20,7 @@ pub(crate) struct Config {
     state: Option<PathBuf>,
     allow: Vec<String>,
     allowed_origins: Vec<String>,
+    webhook_origin: Option<String>,
     limits: Limits,
 }
 
@@ -33,6 +34,7 @@ struct File {
     dev: Option<bool>,
     allow: Vec<String>,
     allowed_origins: Vec<String>,
+    webhook_origin: Option<String>,
     drain: Option<String>,
     limits: FileLimits,
 }
@@ -122,6 +124,7 @@ impl Config {
             state: args.state.or(file.state),
             allow: if args.allow.is_empty() { file.allow } else { args.allow },
             allowed_origins: file.allowed_origins,
+            webhook_origin: args.webhook_origin.or(file.webhook_origin),
             limits,
         })
     }
@@ -136,6 +139,9 @@ impl Config {
             .with_guard(guard)
             .with_limits(self.limits.clone())
             .with_allowed_origins(self.allowed_origins.iter().cloned());
+        if let Some(origin) = &self.webhook_origin {
+            options = options.with_webhook_origin(origin).map_err(|error| error.message().to_owned())?;
+        }
         if let Some(state) = &self.state {
             options = options.with_state(state);
         }

@@ -44,6 +44,11 @@ pub(crate) struct Args {
     #[arg(long, env = "BROKER_HTTP_ALLOW", value_name = "CIDR|HOST", value_delimiter = ',')]
     pub(crate) allow: Vec<String>,
 
+    /// Ask every endpoint whether it wants pushes from this name of the daemon, by the OPTIONS
+    /// handshake of CloudEvents' web hooks
+    #[arg(long, env = "BROKER_HTTP_WEBHOOK_ORIGIN", value_name = "NAME")]
+    pub(crate) webhook_origin: Option<String>,
+
     /// How long a shutdown waits for what is in flight [default: 20s]
     #[arg(long, env = "BROKER_HTTP_DRAIN", value_name = "DURATION", value_parser = duration)]
     pub(crate) drain: Option<Duration>,

@@ -4,6 +4,7 @@ mod daemon;
 mod faults;
 mod peer;
 mod pulls;
+mod tls;
 
 use std::time::Duration;
 

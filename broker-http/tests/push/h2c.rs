@@ -1,0 +1,59 @@
+//! HTTP/2 without TLS, by prior knowledge.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use broker_core::Message;
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::{Bytes, Incoming};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::net::TcpListener;
+
+use crate::support::{Endpoint, QUICK, Rig, status};
+
+#[tokio::test]
+async fn all_requests_share_one_connection() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/hook", listener.local_addr().unwrap());
+    let (connections, requests) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    tokio::spawn({
+        let (connections, requests) = (Arc::clone(&connections), Arc::clone(&requests));
+        async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                connections.fetch_add(1, Ordering::Relaxed);
+                let requests = Arc::clone(&requests);
+                let service = service_fn(move |request: hyper::Request<Incoming>| {
+                    requests.fetch_add(1, Ordering::Relaxed);
+                    async move {
+                        assert_eq!(request.version(), hyper::Version::HTTP_2);
+                        assert_eq!(request.headers()["broker-topic"], "orders.created");
+                        request.into_body().collect().await.unwrap();
+                        Ok::<_, Infallible>(hyper::Response::new(Full::<Bytes>::default()))
+                    }
+                });
+                // It speaks no HTTP/1.
+                tokio::spawn(
+                    hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                        .serve_connection(TokioIo::new(stream), service),
+                );
+            }
+        }
+    });
+    let rig = Rig::new(&url, r#""http2":true,"retry":{"max_attempts":1}"#).await;
+    rig.publish((0..100).map(|number: u32| Message::new(number.to_string()))).await;
+    rig.drained().await;
+    assert!(rig.broker.dead_letters(&rig.group, 10).await.unwrap().is_empty());
+    assert_eq!((requests.load(Ordering::Relaxed), connections.load(Ordering::Relaxed)), (100, 1));
+}
+
+#[tokio::test]
+async fn an_endpoint_that_speaks_only_http_1_is_a_failure_that_says_why() {
+    let endpoint = Endpoint::new(|_| status(200)).await;
+    let rig = Rig::new(&endpoint.url(), &format!(r#""http2":true,"timeout":"2s",{QUICK}"#)).await;
+    rig.publish_text("42").await;
+    let reason = rig.dead(1).await.remove(0).failure.reason().to_owned();
+    assert!(!reason.is_empty(), "{reason}");
+}

@@ -1,0 +1,124 @@
+//! The handshake by which an endpoint says that it wants pushes: both sides of it.
+
+use axum::Router;
+use axum::extract::State;
+use axum::routing::post;
+use broker_http::ServerOptions;
+use broker_http::webhook::{Pushed, Verifier, VerifyLayer};
+use bytes::Bytes;
+use http::{HeaderMap, Request, StatusCode};
+use serde_json::{Value, json};
+
+use crate::support::{Running, SECRET, header, send, serve};
+
+async fn asking() -> Running {
+    Running::start(ServerOptions::new().with_webhook_origin("broker.example").unwrap()).await
+}
+
+fn spec(endpoint: impl std::fmt::Display) -> Value {
+    json!({"filter": "orders.>", "endpoint": format!("http://{endpoint}/hook")})
+}
+
+/// A service whose answer to `OPTIONS` has these headers.
+async fn answering(headers: &'static [(&'static str, &'static str)]) -> std::net::SocketAddr {
+    let options = async move || {
+        let mut map = HeaderMap::new();
+        headers.iter().for_each(|(name, value)| drop(map.insert(*name, value.parse().unwrap())));
+        map
+    };
+    serve(Router::new().route("/hook", post(async || ()).options(options))).await
+}
+
+#[tokio::test]
+async fn who_consents_is_subscribed_and_who_does_not_is_refused() {
+    let running = asking().await;
+    for (headers, allowed) in [
+        (&[("webhook-allowed-origin", "broker.example")][..], true),
+        (&[("webhook-allowed-origin", "*"), ("webhook-allowed-rate", "*")], true),
+        (&[("allow", "POST")], false),
+        (&[("webhook-allowed-origin", "other.example")], false),
+        (&[("webhook-allowed-origin", "*"), ("webhook-allowed-rate", "many")], false),
+    ] {
+        let service = answering(headers).await;
+        let (status, answer) = running.put("s", spec(service)).await;
+        if allowed {
+            assert_eq!(status, 201, "{headers:?}: {answer}");
+            running.send(http::Method::DELETE, "/subscriptions/s", json!("")).await;
+            continue;
+        }
+        assert_eq!((status, &answer["kind"]), (403, &json!("unauthorized")), "{headers:?}: {answer}");
+        assert!(answer["detail"].as_str().unwrap().contains("WebHook-Allowed-Origin"), "{answer}");
+        assert_eq!(running.send(http::Method::GET, "/subscriptions/s", json!("")).await.0, 404);
+    }
+}
+
+#[tokio::test]
+async fn who_does_not_answer_is_told_apart() {
+    let running = asking().await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let hanging = listener.local_addr().unwrap();
+    let mut slow = spec(hanging);
+    slow["timeout"] = json!("50ms");
+    let (status, answer) = running.put("s", slow).await;
+    assert_eq!((status, answer["detail"].as_str().unwrap().contains("no answer in time")), (502, true), "{answer}");
+    drop(listener);
+    let (status, answer) = running.put("s", spec(hanging)).await;
+    assert_eq!((status, answer["detail"].as_str().unwrap().contains("refused")), (502, true), "{answer}");
+}
+
+#[tokio::test]
+async fn the_rate_an_endpoint_allows_is_the_subscriptions() {
+    let running = asking().await;
+    let service = answering(&[("webhook-allowed-origin", "*"), ("webhook-allowed-rate", "120")]).await;
+    let (status, view) = running.put("s", spec(service)).await;
+    assert_eq!((status, &view["rate_limit"]), (201, &json!(2.0)));
+    let mut slower = spec(service);
+    slower["rate_limit"] = json!(0.5);
+    assert_eq!(running.put("s", slower).await.1["rate_limit"], 0.5);
+    let mut faster = spec(service);
+    faster["rate_limit"] = json!(100);
+    assert_eq!(running.put("s", faster.clone()).await.1["rate_limit"], 2.0);
+    assert_eq!(running.put("s", faster).await, (200, running.put("s", spec(service)).await.1));
+}
+
+#[tokio::test]
+async fn our_own_receivers_consent_to_whom_they_know() {
+    let running = asking().await;
+    for (origins, status) in
+        [(&["broker.example"][..], 201), (&["other.example", "*"], 201), (&["other.example"], 403), (&[], 403)]
+    {
+        let verifier = Verifier::new(SECRET).unwrap().with_allowed_origins(origins.iter().copied());
+        let consent = async |State(verifier): State<Verifier>, headers: HeaderMap| verifier.consent(&headers);
+        let extractor =
+            Router::new().route("/hook", post(async |_: Pushed| ()).options(consent)).with_state(verifier.clone());
+        let layer = Router::new().route("/hook", post(async || ())).layer(VerifyLayer::new(verifier));
+        for app in [extractor, layer] {
+            let service = serve(app).await;
+            let mut spec = spec(service);
+            spec["rate_limit"] = json!(10);
+            assert_eq!(running.put("s", spec).await.0, status, "{origins:?}");
+            running.send(http::Method::DELETE, "/subscriptions/s", json!("")).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn consent_says_what_the_standard_asks_for() {
+    let verifier = Verifier::new(SECRET).unwrap().with_allowed_origins(["broker.example"]);
+    let service = serve(Router::new().route("/hook", post(async || ())).layer(VerifyLayer::new(verifier))).await;
+    let ask = |origin: &str, rate: Option<&str>| {
+        let mut request = Request::options("/hook").header("WebHook-Request-Origin", origin);
+        if let Some(rate) = rate {
+            request = request.header("WebHook-Request-Rate", rate);
+        }
+        send(service, request.body(Bytes::new()).unwrap())
+    };
+    let answer = ask("Broker.Example", Some("120")).await;
+    assert_eq!(answer.status(), StatusCode::OK);
+    let said = |name| header(answer.headers(), name);
+    assert_eq!(said("webhook-allowed-origin"), Some("Broker.Example"));
+    assert_eq!((said("webhook-allowed-rate"), said("allow")), (Some("*"), Some("POST")));
+    let answer = ask("other.example", None).await;
+    assert_eq!(answer.status(), StatusCode::FORBIDDEN);
+    assert!(header(answer.headers(), "webhook-allowed-origin").is_none());
+}
