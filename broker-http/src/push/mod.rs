@@ -24,6 +24,7 @@ mod handle;
 mod lane;
 mod rate;
 mod sign;
+mod special;
 mod target;
 mod timer;
 mod verdict;
