@@ -108,6 +108,36 @@ impl TopicFilter {
         }
         wanted.next().is_none()
     }
+
+    /// Whether every topic that `other` matches is matched by this filter too: what a right over a
+    /// pattern includes.
+    ///
+    /// ```
+    /// use broker_core::TopicFilter;
+    ///
+    /// let own = TopicFilter::new("orders.>")?;
+    /// assert!(own.covers(&TopicFilter::new("orders.*.eu")?));
+    /// assert!(!own.covers(&TopicFilter::new("*.created")?));
+    /// # Ok::<(), broker_core::Error>(())
+    /// ```
+    pub fn covers(&self, other: &TopicFilter) -> bool {
+        let (mut own, mut others) = (self.segments(), other.segments());
+        let mut first = true;
+        loop {
+            let theirs = others.next();
+            // A pattern's first wildcard leaves the broker's own topics out.
+            let internal =
+                first && theirs.is_some_and(|segment| segment.starts_with("broker-") || segment.starts_with("__"));
+            match (own.next(), theirs) {
+                (None, None) => return true,
+                (Some(">"), Some(_)) => return !internal,
+                (Some("*"), Some(segment)) if segment != ">" && !internal => {}
+                (Some(literal), Some(segment)) if literal == segment && literal != "*" => {}
+                _ => return false,
+            }
+            first = false;
+        }
+    }
 }
 
 impl From<&Topic> for TopicFilter {
@@ -149,6 +179,40 @@ crate::text::serde_as_text!(TopicFilter);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_filter_covers_what_lies_within_it() {
+        let parse = |text: &str| TopicFilter::new(text).unwrap();
+        for (own, other, covers) in [
+            ("a.b", "a.b", true),
+            ("a.b", "a.c", false),
+            ("a.b", "a.*", false),
+            ("a.*", "a.b", true),
+            ("a.*", "a.*", true),
+            ("a.*", "a.>", false),
+            ("a.*", "a.b.c", false),
+            ("a.>", "a.>", true),
+            ("a.>", "a.*.>", true),
+            ("a.>", "a.b.c", true),
+            ("a.>", "a", false),
+            ("a.>", "*.b", false),
+            ("a.>", ">", false),
+            ("*.>", ">", false),
+            (">", "*.>", true),
+            (">", ">", true),
+            (">", "a", true),
+            ("*", "a", true),
+            ("*.b", "a.b", true),
+            ("*.b", "a.*", false),
+            (">", "broker-x.a", false),
+            (">", "__x", false),
+            ("*", "broker-x", false),
+            ("broker-x.>", "broker-x.a", true),
+            ("a.>", "a.broker-x", true),
+        ] {
+            assert_eq!(parse(own).covers(&parse(other)), covers, "{own} covers {other}");
+        }
+    }
 
     #[test]
     fn matches_by_whole_segments() {

@@ -158,6 +158,19 @@ impl Message {
         }
     }
 
+    /// Changes the payload, if there is one: a tombstone stays what it is.
+    ///
+    /// ```
+    /// use broker_core::Message;
+    /// let message = Message::new("old").map_payload(|old| [&old[..], b" and new"].concat().into());
+    /// assert_eq!(message.payload().as_ref(), b"old and new");
+    /// ```
+    #[must_use]
+    pub fn map_payload(mut self, change: impl FnOnce(Bytes) -> Bytes) -> Self {
+        self.payload = self.payload.map(change);
+        self
+    }
+
     /// Gives it this id instead of the one it was made with.
     #[must_use]
     pub fn with_id(mut self, id: MessageId) -> Self {

@@ -15,5 +15,7 @@ mod tls;
 pub mod webhook;
 
 pub use attributes::AttributeFilter;
-pub use server::{Limits, Server, ServerOptions};
+pub use server::{
+    Access, Action, Allow, CertificateName, Identity, Limits, Server, ServerOptions, Tls, TlsFiles, Token, TokenHash,
+};
 pub use spec::{Batch, Endpoint, Mode, Secret, Signing, StatusVerdict, SubscriptionSpec};

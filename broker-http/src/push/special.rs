@@ -98,9 +98,9 @@ pub(crate) fn embedded(address: IpAddr) -> impl Iterator<Item = IpAddr> {
     if let IpAddr::V6(address) = address {
         let bits = address.to_bits();
         let at = |shift: u32| Some(Ipv4Addr::from_bits((bits >> shift) as u32));
-        found = if MAPPED.contains(&address) || TRANSLATED.contains(&address) || NAT64.contains(&address) {
-            [at(0), None]
-        } else if COMPATIBLE.contains(&address) && !UNSPECIFIED.contains(&address) && !LOOPBACK.contains(&address) {
+        let compatible = COMPATIBLE.contains(&address) && address != Ipv6Addr::UNSPECIFIED && !address.is_loopback();
+        let last = compatible || [MAPPED, TRANSLATED, NAT64].iter().any(|net| net.contains(&address));
+        found = if last {
             [at(0), None]
         } else if NAT64_LOCAL.contains(&address) {
             // RFC 6052, 2.2: within a /48 the address is parted by a zero octet; within a /96 it stands last.

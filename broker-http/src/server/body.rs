@@ -13,21 +13,29 @@ use http_body::Body as _;
 use http_body_util::BodyExt;
 use tokio::time::{Instant, timeout_at};
 
+use super::Shared;
 use super::inflate::{Encoding, inflate};
 use super::limits::Limits;
+use super::memory::Reservation;
 use super::problem::{Answer, Problem};
 
 /// Bytes up to which a body is copied out of the connection's read buffer, so that a small message
 /// in a backlog does not keep a large buffer alive.
 const COPIED_BYTES: usize = 16 << 10;
 
-/// Reads a body of at most `limit` bytes, after inflation.
+/// Reads a body of at most `limit` bytes, after inflation; the reservation is for what it holds.
 ///
 /// # Errors
 ///
 /// 413 beyond, 415 for an encoding we do not know, 408 if it does not arrive in time, 400 if it
-/// breaks off.
-pub(crate) async fn collect(headers: &HeaderMap, body: Body, limit: usize, limits: &Limits) -> Answer<Bytes> {
+/// breaks off, 503 where there is no memory left for it.
+pub(crate) async fn collect(
+    headers: &HeaderMap,
+    body: Body,
+    limit: usize,
+    shared: &Shared,
+) -> Answer<(Bytes, Reservation)> {
+    let limits = shared.limits();
     let encoding = match Encoding::of(headers) {
         Ok(encoding) => encoding,
         Err(problem) => return Err(refuse(headers, body, limits, problem).await),
@@ -36,15 +44,35 @@ pub(crate) async fn collect(headers: &HeaderMap, body: Body, limit: usize, limit
         let problem = too_large(limit, body.size_hint().lower());
         return Err(refuse(headers, body, limits, problem).await);
     }
-    let bytes = read(headers, body, limit, limits).await?;
-    match encoding {
-        None if bytes.len() <= COPIED_BYTES => Ok(Bytes::copy_from_slice(&bytes)),
-        None => Ok(bytes),
-        Some(encoding) => inflate(encoding, bytes, limit).await,
-    }
+    let mut reservation = match shared.ledger.reserve(body.size_hint().lower()) {
+        Ok(reservation) => reservation,
+        Err(problem) => return Err(refuse(headers, body, limits, problem).await),
+    };
+    let bytes = read(headers, body, limit, limits, &mut reservation).await?;
+    let bytes = match encoding {
+        None if bytes.len() <= COPIED_BYTES => Bytes::copy_from_slice(&bytes),
+        None => bytes,
+        Some(encoding) => {
+            // What it inflates to is known only once it is there.
+            let most = (bytes.len() as u64).saturating_mul(MAX_RATIO).min(limit as u64);
+            reservation.reach(most)?;
+            inflate(encoding, bytes, limit).await?
+        }
+    };
+    Ok((bytes, reservation))
 }
 
-async fn read(headers: &HeaderMap, mut body: Body, limit: usize, limits: &Limits) -> Answer<Bytes> {
+/// No encoding that is taken here makes more of a byte (RFC 1951: 1,032; a run in zstd: more, which
+/// the limit bounds).
+const MAX_RATIO: u64 = 1_100;
+
+async fn read(
+    headers: &HeaderMap,
+    mut body: Body,
+    limit: usize,
+    limits: &Limits,
+    reservation: &mut Reservation,
+) -> Answer<Bytes> {
     let expected = usize::try_from(body.size_hint().lower()).unwrap_or(limit).min(limit);
     let mut deadline = Deadline::after(limits.body_timeout);
     let mut first = Bytes::new();
@@ -52,6 +80,9 @@ async fn read(headers: &HeaderMap, mut body: Body, limit: usize, limits: &Limits
     while let Some(data) = next_data(&mut body, &mut deadline).await? {
         if first.len() + collected.len() + data.len() > limit {
             let problem = too_large(limit, 0);
+            return Err(refuse(headers, body, limits, problem).await);
+        }
+        if let Err(problem) = reservation.reach((first.len() + collected.len() + data.len()) as u64) {
             return Err(refuse(headers, body, limits, problem).await);
         }
         // Most bodies are one piece, which is then not copied together.
@@ -149,9 +180,9 @@ pub(crate) async fn refuse(headers: &HeaderMap, body: Body, limits: &Limits, pro
 pub(crate) async fn json<T: serde::de::DeserializeOwned>(
     headers: &HeaderMap,
     body: Body,
-    limits: &Limits,
+    shared: &Shared,
 ) -> Answer<Option<T>> {
-    let bytes = collect(headers, body, limits.json_body_bytes, limits).await?;
+    let (bytes, _reservation) = collect(headers, body, shared.limits().json_body_bytes, shared).await?;
     if bytes.is_empty() {
         return Ok(None);
     }

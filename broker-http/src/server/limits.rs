@@ -24,6 +24,8 @@ pub struct Limits {
     pub headers: usize,
     /// Bytes of a request's line and headers together.
     pub header_bytes: usize,
+    /// Bytes of a request's path and query.
+    pub uri_bytes: usize,
     /// How long a connection may take to send the next request's headers, half as long again at most;
     /// so also how long an idle one is kept.
     pub header_timeout: Duration,
@@ -42,8 +44,14 @@ pub struct Limits {
     pub refused_body_bytes: u64,
     /// Subscriptions.
     pub subscriptions: usize,
-    /// Topics whose publishing handle is kept; publishing to more is fine, and slower.
+    /// Topics in use: those whose messages are held somewhere, and those lately published to.
     pub topics: usize,
+    /// Bytes that messages published through this server and the bodies of its requests may hold,
+    /// counted with what each message takes besides; at it publishers are refused, and whoever
+    /// takes messages out goes on.
+    pub memory_bytes: u64,
+    /// Bytes that the messages of one topic may hold of that.
+    pub topic_memory_bytes: u64,
     /// Leases held at a time.
     pub leases: usize,
     /// Streams (server-sent events) at a time.
@@ -59,6 +67,7 @@ impl Default for Limits {
             streams_per_connection: 256,
             headers: 100,
             header_bytes: 64 << 10,
+            uri_bytes: 8 << 10,
             header_timeout: Duration::from_secs(60),
             body_timeout: Duration::from_secs(60),
             message_body_bytes: 2 << 20,
@@ -67,7 +76,9 @@ impl Default for Limits {
             json_body_bytes: 1 << 20,
             refused_body_bytes: 64 << 20,
             subscriptions: 20_000,
-            topics: 10_000,
+            topics: 100_000,
+            memory_bytes: 1 << 30,
+            topic_memory_bytes: 512 << 20,
             leases: 100_000,
             streams: 1_000,
             idempotency_bytes: 16 << 20,

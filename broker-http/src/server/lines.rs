@@ -11,7 +11,9 @@ use bytes::{Buf, Bytes, BytesMut};
 use futures_util::stream;
 use http::{HeaderMap, HeaderValue, header};
 
+use super::access::Caller;
 use super::inflate::Encoding;
+use super::memory::Reservation;
 use super::problem::{Answer, Problem};
 use super::publish::{Outgoing, ends_stream, publish_all, write_problem, write_result};
 use super::publishers::Published;
@@ -47,6 +49,7 @@ pub(crate) async fn stream(
     shared: &Arc<Shared>,
     published: Arc<Published>,
     options: Options,
+    caller: Option<Caller>,
     headers: &HeaderMap,
     body: Body,
     has_key: bool,
@@ -67,7 +70,9 @@ pub(crate) async fn stream(
         shared: Arc::clone(shared),
         published,
         options,
+        caller,
         body,
+        reservation: shared.ledger.reserve(0)?,
         buffer: BytesMut::new(),
         pending: VecDeque::new(),
         skipping: false,
@@ -83,7 +88,9 @@ struct Lines {
     shared: Arc<Shared>,
     published: Arc<Published>,
     options: Options,
+    caller: Option<Caller>,
     body: Body,
+    reservation: Reservation,
     /// What was read and is no whole line yet.
     buffer: BytesMut,
     /// Whole lines, or what is wrong in their place.
@@ -105,36 +112,68 @@ impl Lines {
         let mut out = Vec::new();
         let lines = self.pending.len().min(AT_ONCE);
         let mut messages = Outgoing::default();
-        for line in self.pending.drain(..lines) {
+        let drained: Vec<_> = self.pending.drain(..lines).collect();
+        for line in drained {
             match line {
                 Ok(line) => messages.push(ndjson::decode(&line, &self.options)),
                 Err(problem) => {
                     // It stands alone or last: what came before is published first, in order.
-                    publish_lines(
-                        &self.shared,
-                        &self.published,
-                        &self.options,
-                        std::mem::take(&mut messages),
-                        &mut out,
-                    )
-                    .await
-                    .then(|| self.ended = true);
+                    self.ended |= self.publish(std::mem::take(&mut messages), &mut out).await;
                     write_problem(&mut out, &problem);
                     out.push(b'\n');
                 }
             }
         }
-        if publish_lines(&self.shared, &self.published, &self.options, messages, &mut out).await {
+        if self.publish(messages, &mut out).await {
             self.pending.clear();
             self.ended = true;
         }
         Some(out.into())
     }
 
+    /// Publishes lines and appends their results; true if no further one could be published.
+    async fn publish(&mut self, messages: Outgoing, out: &mut Vec<u8>) -> bool {
+        let count = messages.len();
+        if count == 0 {
+            return false;
+        }
+        let (shared, published) = (&*self.shared, &*self.published);
+        if let Err(problem) = published.account().check(published.topic().as_str()) {
+            for _ in 0..count {
+                write_problem(out, &problem);
+                out.push(b'\n');
+            }
+            return false;
+        }
+        let results = match publish_all(shared, published, &self.options, self.caller.as_ref(), messages).await {
+            Ok(results) => results,
+            Err(error) => vec![Err(error); count],
+        };
+        let mut ends = false;
+        for result in results {
+            ends |= result.as_ref().is_err_and(ends_stream);
+            write_result(out, published.topic(), result);
+            out.push(b'\n');
+        }
+        if let Some(caller) = &self.caller {
+            caller.pace().await;
+        }
+        ends
+    }
+
     async fn read(&mut self) {
         let mut deadline = body::Deadline::after(self.shared.limits().body_timeout);
         match body::next_data(&mut self.body, &mut deadline).await {
-            Ok(Some(data)) => self.split(&data),
+            Ok(Some(data)) => {
+                // Of a line and what came with it; given back with the stream.
+                match self.reservation.reach((self.buffer.len() + data.len()) as u64) {
+                    Ok(()) => self.split(&data),
+                    Err(problem) => {
+                        self.ended = true;
+                        self.pending.push_back(Err(problem));
+                    }
+                }
+            }
             Ok(None) => {
                 self.ended = true;
                 let last = self.buffer.split().freeze();
@@ -176,31 +215,6 @@ impl Lines {
             self.pending.push_back(Err(too_long(max)));
         }
     }
-}
-
-/// Publishes lines and appends their results; true if no further one could be published.
-async fn publish_lines(
-    shared: &Shared,
-    published: &Published,
-    options: &Options,
-    messages: Outgoing,
-    out: &mut Vec<u8>,
-) -> bool {
-    if messages.len() == 0 {
-        return false;
-    }
-    let count = messages.len();
-    let results = match publish_all(shared, published, options, messages).await {
-        Ok(results) => results,
-        Err(error) => vec![Err(error); count],
-    };
-    let mut ends = false;
-    for result in results {
-        ends |= result.as_ref().is_err_and(ends_stream);
-        write_result(out, published.topic(), result);
-        out.push(b'\n');
-    }
-    ends
 }
 
 fn too_long(max: usize) -> Problem {

@@ -22,11 +22,16 @@ use hyper_util::server::conn::auto::Builder;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep, timeout};
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower_service::Service as _;
 
+use super::access::{Peer, Presented};
 use super::limits::Limits;
+use super::metrics::Refusal;
+use super::tls::Tls;
+use super::wire::{Remote, Watched, Wire};
 use super::{Shared, publish, routes};
 
 /// What is written to a connection over the limit, without reading from it: a sender that sees it
@@ -63,15 +68,15 @@ impl Connections {
     }
 
     /// Accepts until the server closes.
-    pub(crate) async fn accept<L>(&self, shared: &Arc<Shared>, mut listener: L, router: Router)
+    pub(crate) async fn accept<L>(&self, shared: &Arc<Shared>, mut listener: L, router: Router, tls: Option<Tls>)
     where
-        L: Listener<Io: AsyncRead + AsyncWrite + Unpin + Send + 'static>,
+        L: Listener<Io: AsyncRead + AsyncWrite + Unpin + Send + 'static, Addr: Remote>,
     {
         let builder = Arc::new(builder(shared.limits()));
         loop {
-            let stream = tokio::select! {
+            let (stream, remote) = tokio::select! {
                 () = self.closing.cancelled() => return,
-                (stream, _) = listener.accept() => stream,
+                accepted = listener.accept() => accepted,
             };
             shared.metrics.connection();
             match Arc::clone(&self.free).try_acquire_owned() {
@@ -83,14 +88,20 @@ impl Connections {
                         idle: shared.limits().header_timeout.max(Duration::from_millis(2)),
                         closing: self.closing.clone(),
                         cut: self.cut.clone(),
+                        peer: Peer { address: remote.ip(), certificate: None },
                         _permit: permit,
                     };
-                    self.tasks.spawn(connection.serve(stream));
+                    match &tls {
+                        None => self.tasks.spawn(connection.serve(stream)),
+                        Some(tls) => self.tasks.spawn(connection.serve_tls(stream, tls.acceptor())),
+                    };
                 }
                 Err(_) => {
                     shared.metrics.connection_refused();
-                    // In a flood most are just closed.
-                    if let Ok(place) = Arc::clone(&self.refusing).try_acquire_owned() {
+                    // In a flood most are just closed; so are all whom a plain answer would only confuse.
+                    if tls.is_none()
+                        && let Ok(place) = Arc::clone(&self.refusing).try_acquire_owned()
+                    {
                         self.tasks.spawn(refuse(stream, place));
                     }
                 }
@@ -172,21 +183,45 @@ struct Connection {
     idle: Duration,
     closing: CancellationToken,
     cut: CancellationToken,
+    peer: Peer,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Connection {
+    /// Shakes hands first, within the time that headers have.
+    async fn serve_tls<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(mut self, stream: S, acceptor: TlsAcceptor) {
+        let shaken = tokio::select! {
+            shaken = timeout(self.idle, acceptor.accept(stream)) => shaken,
+            () = self.closing.cancelled() => return,
+        };
+        match shaken {
+            Ok(Ok(stream)) => {
+                let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+                self.peer.certificate = certificate.map(|certificate| Arc::new(Presented::new(certificate)));
+                self.serve(stream).await;
+            }
+            failed => {
+                self.shared.metrics.refused(Refusal::Tls);
+                tracing::debug!(peer = ?self.peer.address, error = ?failed.map(|shaken| shaken.err()), "no TLS");
+            }
+        }
+    }
+
     async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(self, stream: S) {
         let activity = Arc::new(Activity::default());
-        let (shared, router, active) = (self.shared, self.router, Arc::clone(&activity));
-        let service = service_fn(move |request: Request<Incoming>| {
+        let (shared, router, active, peer) = (Arc::clone(&self.shared), self.router, Arc::clone(&activity), self.peer);
+        let service = service_fn(move |mut request: Request<Incoming>| {
             let busy = Busy::begin(&active);
+            if !shared.gate.is_open() {
+                request.extensions_mut().insert(peer.clone());
+            }
             let (shared, router) = (Arc::clone(&shared), router.clone());
             async move {
                 let response = answer(shared, router, request.map(Body::new)).await;
                 Ok::<_, Infallible>(response.map(|body| Guarded { body, _busy: busy }))
             }
         });
+        let stream = Watched::new(stream, Arc::clone(&activity.wire));
         let serving = self.builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
         let mut serving = pin!(serving);
         let mut closing = false;
@@ -198,6 +233,9 @@ impl Connection {
                 biased;
                 ended = serving.as_mut() => {
                     if let Err(error) = ended {
+                        if let Some(refusal) = refusal(&*error) {
+                            self.shared.metrics.refused(refusal);
+                        }
                         tracing::debug!(error, "a connection ended");
                     }
                     return;
@@ -214,7 +252,12 @@ impl Connection {
                             return;
                         }
                         closing = true;
-                        serving.as_mut().graceful_shutdown();
+                        // What has begun a head and stands still is told so; what is idle just ends.
+                        if activity.wire.end_late() {
+                            self.shared.metrics.refused(Refusal::HeadTimeout);
+                        } else {
+                            serving.as_mut().graceful_shutdown();
+                        }
                     }
                     seen = begun;
                     look.as_mut().reset(Instant::now() + self.idle / 2);
@@ -235,10 +278,32 @@ async fn answer(shared: Arc<Shared>, mut router: Router, request: Request<Body>)
         let Ok(response) = router.call(request).await;
         return response;
     }
-    match routes::check(&shared, request).await {
-        Ok(request) => publish::publish(State(shared), request).await,
+    let response = match routes::check(&shared, request).await {
+        Ok(request) => publish::publish(State(Arc::clone(&shared)), request).await,
         Err(problem) => problem.into_response(),
+    };
+    shared.metrics.answered(&response);
+    response
+}
+
+/// What the parser refused, or the guard against floods of HTTP/2.
+fn refusal(error: &(dyn std::error::Error + 'static)) -> Option<Refusal> {
+    let mut source = Some(error);
+    while let Some(error) = source {
+        if let Some(error) = error.downcast_ref::<hyper::Error>() {
+            if error.is_parse_too_large() {
+                return Some(Refusal::HeadTooLarge);
+            }
+            if error.is_parse() {
+                return Some(Refusal::Malformed);
+            }
+        }
+        if let Some(error) = error.downcast_ref::<h2::Error>() {
+            return (error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM)).then_some(Refusal::Flood);
+        }
+        source = error.source();
     }
+    None
 }
 
 /// Whether anything happens on a connection.
@@ -246,6 +311,7 @@ async fn answer(shared: Arc<Shared>, mut router: Router, request: Request<Body>)
 struct Activity {
     active: AtomicUsize,
     begun: AtomicUsize,
+    wire: Arc<Wire>,
 }
 
 /// A request at work, until its answer is written.
@@ -255,12 +321,14 @@ impl Busy {
     fn begin(activity: &Arc<Activity>) -> Self {
         activity.active.fetch_add(1, Ordering::AcqRel);
         activity.begun.fetch_add(1, Ordering::AcqRel);
+        activity.wire.forget();
         Self(Arc::clone(activity))
     }
 }
 
 impl Drop for Busy {
     fn drop(&mut self) {
+        self.0.wire.forget();
         self.0.active.fetch_sub(1, Ordering::AcqRel);
     }
 }

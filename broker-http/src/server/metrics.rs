@@ -16,6 +16,74 @@ const BUCKETS: [u64; 17] = [
     5_000_000, 10_000_000,
 ];
 
+/// Why something was refused: a label, so that the list is closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    Unauthenticated,
+    Forbidden,
+    Attempts,
+    Rate,
+    TooLarge,
+    BodyTimeout,
+    HeadTimeout,
+    UriTooLong,
+    HeadTooLarge,
+    Malformed,
+    Flood,
+    Tls,
+    Connections,
+    Streams,
+    Subscriptions,
+    Topics,
+    Leases,
+    Memory,
+    TopicMemory,
+    Draining,
+    TooMany,
+    Unavailable,
+}
+
+impl Refusal {
+    const ALL: [(Self, &'static str); 22] = [
+        (Self::Unauthenticated, "unauthenticated"),
+        (Self::Forbidden, "forbidden"),
+        (Self::Attempts, "attempts"),
+        (Self::Rate, "rate"),
+        (Self::TooLarge, "too_large"),
+        (Self::BodyTimeout, "body_timeout"),
+        (Self::HeadTimeout, "head_timeout"),
+        (Self::UriTooLong, "uri_too_long"),
+        (Self::HeadTooLarge, "head_too_large"),
+        (Self::Malformed, "malformed"),
+        (Self::Flood, "flood"),
+        (Self::Tls, "tls"),
+        (Self::Connections, "connections"),
+        (Self::Streams, "streams"),
+        (Self::Subscriptions, "subscriptions"),
+        (Self::Topics, "topics"),
+        (Self::Leases, "leases"),
+        (Self::Memory, "memory"),
+        (Self::TopicMemory, "topic_memory"),
+        (Self::Draining, "draining"),
+        (Self::TooMany, "too_many"),
+        (Self::Unavailable, "unavailable"),
+    ];
+
+    /// What a status says, where nothing more is known.
+    pub(crate) fn of(status: StatusCode) -> Option<Self> {
+        Some(match status.as_u16() {
+            401 => Self::Unauthenticated,
+            403 => Self::Forbidden,
+            408 => Self::BodyTimeout,
+            413 => Self::TooLarge,
+            414 => Self::UriTooLong,
+            429 => Self::TooMany,
+            503 => Self::Unavailable,
+            _ => return None,
+        })
+    }
+}
+
 /// The server's counters; adding to one is an atomic addition.
 #[derive(Debug, Default)]
 pub(crate) struct Metrics {
@@ -31,6 +99,7 @@ pub(crate) struct Metrics {
     push: Histogram,
     push_ok: AtomicU64,
     push_failed: AtomicU64,
+    refused: [AtomicU64; Refusal::ALL.len()],
 }
 
 /// What is read elsewhere when the metrics are asked for.
@@ -40,6 +109,9 @@ pub(crate) struct Gauges {
     pub(crate) subscriptions: usize,
     pub(crate) leases: usize,
     pub(crate) streams: usize,
+    pub(crate) topics: usize,
+    pub(crate) memory: usize,
+    pub(crate) memory_limit: usize,
 }
 
 impl Metrics {
@@ -83,6 +155,24 @@ impl Metrics {
     /// A connection was one too many.
     pub(crate) fn connection_refused(&self) {
         self.connections_refused.fetch_add(1, Ordering::Relaxed);
+        self.refused(Refusal::Connections);
+    }
+
+    /// Something was refused.
+    pub(crate) fn refused(&self, refusal: Refusal) {
+        if let Some(count) = self.refused.get(refusal as usize) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// An answer leaves; if it refuses, it is counted.
+    pub(crate) fn answered<B>(&self, response: &http::Response<B>) {
+        // Most answers say nothing of the kind, which costs a comparison.
+        if response.status().as_u16() >= 400
+            && let Some(refusal) = response.extensions().get::<Refusal>()
+        {
+            self.refused(*refusal);
+        }
     }
 
     /// Everything as text.
@@ -114,7 +204,19 @@ impl Metrics {
             "counter",
             &self.connections_refused,
         );
+        page.labelled(
+            "broker_refused_total",
+            "Requests, connections and attempts refused, by reason.",
+            "counter",
+            Refusal::ALL
+                .iter()
+                .zip(&self.refused)
+                .map(|((_, reason), count)| (format!("reason=\"{reason}\""), count.load(Ordering::Relaxed))),
+        );
         for (name, help, value) in [
+            ("broker_memory_bytes", "Bytes held by messages and request bodies.", gauges.memory),
+            ("broker_memory_limit_bytes", "Bytes they may hold.", gauges.memory_limit),
+            ("broker_topics", "Topics that are published to or hold messages.", gauges.topics),
             ("broker_connections", "Connections open.", gauges.connections),
             ("broker_subscriptions", "Subscriptions.", gauges.subscriptions),
             ("broker_leases", "Leases held by pullers.", gauges.leases),
@@ -227,6 +329,18 @@ impl Page {
 mod tests {
     use super::*;
     use broker_core::State;
+
+    #[test]
+    fn every_refusal_counts_under_its_own_name() {
+        for (index, (refusal, reason)) in Refusal::ALL.into_iter().enumerate() {
+            assert_eq!(refusal as usize, index, "{reason}");
+            let metrics = Metrics::default();
+            metrics.refused(refusal);
+            let text = metrics.render(Gauges::default(), None);
+            let line = format!("broker_refused_total{{reason=\"{reason}\"}} 1");
+            assert!(text.lines().any(|have| have == line), "{line}");
+        }
+    }
 
     #[test]
     fn buckets_add_up_and_lines_are_well_formed() {

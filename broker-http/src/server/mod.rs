@@ -1,13 +1,17 @@
 //! The server: the HTTP interface and the push engine over any broker.
 
 // What a request meets first.
+mod access;
 mod body;
 mod inflate;
 mod limits;
 mod listen;
+mod memory;
 mod origin;
 pub(crate) mod problem;
 mod query;
+mod tls;
+mod wire;
 
 // Publishing.
 mod idempotency;
@@ -46,14 +50,18 @@ use tokio::net::TcpListener;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+pub use access::{Access, Action, Allow, CertificateName, Identity, Token, TokenHash};
 pub use limits::Limits;
 pub use options::ServerOptions;
+pub use tls::{Tls, TlsFiles};
 
 use crate::push::{Push, PushClient, PushObserver, PushOptions, consent};
 use crate::{Endpoint, SubscriptionSpec};
+use access::Gate;
 use idempotency::Answers;
 use leases::Leases;
 use listen::Connections;
+use memory::Ledger;
 use metrics::Metrics;
 use problem::{Answer, Problem};
 use publishers::Publishers;
@@ -92,6 +100,8 @@ pub struct Server {
 pub(crate) struct Shared {
     pub(crate) broker: Arc<dyn Broker>,
     options: ServerOptions,
+    pub(crate) gate: Gate,
+    pub(crate) ledger: Ledger,
     pub(crate) publishers: Publishers,
     pub(crate) idempotency: Answers,
     pub(crate) registry: Registry,
@@ -112,8 +122,11 @@ impl Server {
     pub fn new(broker: Arc<dyn Broker>, options: ServerOptions) -> Self {
         let metrics = Arc::<Metrics>::default();
         let limits = options.limits().clone();
+        let ledger = Ledger::new(limits.memory_bytes, limits.topic_memory_bytes);
         let shared = Arc::new_cyclic(|shared| Shared {
-            publishers: Publishers::new(Arc::clone(&broker), limits.topics),
+            gate: Gate::new(options.access()),
+            publishers: Publishers::new(Arc::clone(&broker), limits.topics, ledger.clone()),
+            ledger,
             idempotency: Answers::new(limits.idempotency_bytes),
             registry: Registry::default(),
             leases: Leases::new(limits.leases),
@@ -168,7 +181,22 @@ impl Server {
         self.restore().await.map_err(io::Error::other)?;
         // An answer is small: waiting for more of it helps nobody.
         let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
-        self.shared.connections.accept(&self.shared, listener, self.router()).await;
+        self.shared.connections.accept(&self.shared, listener, self.router(), None).await;
+        Ok(())
+    }
+
+    /// As [`serve`](Self::serve), over TLS: HTTP/2 and HTTP/1.1 are offered, and a certificate that
+    /// changes on disk is taken up within seconds, without losing a connection.
+    ///
+    /// # Errors
+    ///
+    /// As [`serve`](Self::serve).
+    pub async fn serve_tls(&self, listener: TcpListener, tls: Tls) -> io::Result<()> {
+        self.restore().await.map_err(io::Error::other)?;
+        let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
+        let watching = tls.watch();
+        self.shared.connections.accept(&self.shared, listener, self.router(), Some(tls)).await;
+        watching.abort();
         Ok(())
     }
 
@@ -180,8 +208,13 @@ impl Server {
     #[cfg(unix)]
     pub async fn serve_unix(&self, listener: tokio::net::UnixListener) -> io::Result<()> {
         self.restore().await.map_err(io::Error::other)?;
-        self.shared.connections.accept(&self.shared, listener, self.router()).await;
+        self.shared.connections.accept(&self.shared, listener, self.router(), None).await;
         Ok(())
+    }
+
+    /// Replaces the identities and their rules: the next request is held to the new ones.
+    pub fn set_access(&self, access: Access) {
+        self.shared.gate.set(access);
     }
 
     /// Shuts down: publishing and subscribing are refused from now on; until `deadline` what is in

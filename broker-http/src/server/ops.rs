@@ -49,6 +49,9 @@ pub(crate) async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
         subscriptions: shared.registry.len(),
         leases: shared.leases.held(),
         streams: shared.streams.load(std::sync::atomic::Ordering::Acquire),
+        topics: shared.publishers.len(),
+        memory: usize::try_from(shared.ledger.held()).unwrap_or(usize::MAX),
+        memory_limit: usize::try_from(shared.ledger.max()).unwrap_or(usize::MAX),
     };
     // A broker that cannot be asked takes nothing away from what is counted here.
     let status = shared.broker.status().await.ok();

@@ -1,10 +1,12 @@
 //! How a server is set up.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use broker_core::{Error, Result};
 use http::HeaderValue;
 
+use super::access::Access;
 use crate::Limits;
 use crate::push::{Guard, PushClient};
 
@@ -24,6 +26,7 @@ pub struct ServerOptions {
     state: Option<PathBuf>,
     guard: Guard,
     webhook_origin: Option<HeaderValue>,
+    access: Arc<Access>,
 }
 
 impl ServerOptions {
@@ -104,6 +107,13 @@ impl ServerOptions {
         self.webhook_origin.as_ref()
     }
 
+    /// Sets who may do what. [`Server::set_access`](crate::Server::set_access) changes it later.
+    #[must_use]
+    pub fn with_access(mut self, access: Access) -> Self {
+        self.access = Arc::new(access);
+        self
+    }
+
     /// Whether development mode is on.
     pub fn is_development(&self) -> bool {
         self.development
@@ -122,6 +132,10 @@ impl ServerOptions {
     /// The file subscriptions are kept in.
     pub fn state(&self) -> Option<&Path> {
         self.state.as_deref()
+    }
+
+    pub(crate) fn access(&self) -> Arc<Access> {
+        Arc::clone(&self.access)
     }
 
     pub(crate) fn push_client(&self) -> PushClient {

@@ -5,8 +5,10 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
 use broker_core::{Error, ErrorKind};
-use http::{HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde::Serialize;
+
+use super::metrics::Refusal;
 
 /// What a handler returns.
 pub(crate) type Answer<T = Response> = Result<T, Problem>;
@@ -24,6 +26,10 @@ pub(crate) struct Problem {
     retry_after: Option<Duration>,
     #[serde(skip)]
     close: bool,
+    #[serde(skip)]
+    headers: Option<Box<HeaderMap>>,
+    #[serde(skip)]
+    refusal: Option<Refusal>,
 }
 
 fn as_number<S: serde::Serializer>(status: &StatusCode, serializer: S) -> Result<S::Ok, S::Error> {
@@ -40,7 +46,20 @@ impl Problem {
             kind: kind.as_str(),
             retry_after: None,
             close: false,
+            headers: None,
+            refusal: None,
         }
+    }
+
+    /// Counts the answer as this; without it the status says.
+    pub(crate) fn counted(mut self, refusal: Refusal) -> Self {
+        self.refusal = Some(refusal);
+        self
+    }
+
+    /// Headers the answer has besides.
+    pub(crate) fn headers_mut(&mut self) -> &mut HeaderMap {
+        self.headers.get_or_insert_default()
     }
 
     pub(crate) fn invalid(detail: impl Into<String>) -> Self {
@@ -66,6 +85,7 @@ impl Problem {
     pub(crate) fn draining() -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, ErrorKind::Closed, "the server is shutting down; try another")
             .retry_after(Duration::from_secs(1))
+            .counted(Refusal::Draining)
     }
 
     /// Says when to try again.
@@ -128,6 +148,13 @@ impl IntoResponse for Problem {
         let body = serde_json::to_vec(&self).unwrap_or_default();
         let mut response = Response::new(Body::from(body));
         *response.status_mut() = self.status;
+        if let Some(refusal) = self.refusal.or_else(|| Refusal::of(self.status)) {
+            // Counted where the answer leaves.
+            response.extensions_mut().insert(refusal);
+        }
+        if let Some(headers) = self.headers {
+            *response.headers_mut() = *headers;
+        }
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         if let Some(after) = self.retry_after {

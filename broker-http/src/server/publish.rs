@@ -13,6 +13,7 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, StatusCode, header};
 use serde::Serialize;
 
+use super::access::Caller;
 use super::idempotency::{Fingerprint, Key, Slot};
 use super::problem::{Answer, Problem};
 use super::publishers::Published;
@@ -33,7 +34,10 @@ pub(crate) async fn publish(State(shared): State<Arc<Shared>>, request: Request<
         Ok(prepared) => answer(&shared, prepared, &parts.headers, body).await,
         Err(problem) => Err(body::refuse(&parts.headers, body, shared.limits(), problem).await),
     };
-    let response = answer.unwrap_or_else(IntoResponse::into_response);
+    let mut response = answer.unwrap_or_else(IntoResponse::into_response);
+    if let Some(caller) = Caller::of(&parts.extensions) {
+        caller.tell(response.headers_mut());
+    }
     shared.metrics.published(response.status(), begun.elapsed());
     response
 }
@@ -44,6 +48,7 @@ struct Prepared {
     options: Options,
     format: Format,
     key: Option<Key>,
+    caller: Option<Caller>,
 }
 
 fn prepare(shared: &Shared, parts: &http::request::Parts) -> Answer<Prepared> {
@@ -52,17 +57,18 @@ fn prepare(shared: &Shared, parts: &http::request::Parts) -> Answer<Prepared> {
     }
     let topic = name_in_path(&parts.uri)?;
     let published = shared.publishers.of(&topic)?;
+    published.account().check(&topic)?;
     let options = Options::parse(parts.uri.query(), &parts.headers)?;
     let format = Format::of(&parts.headers)?;
     let key = Key::of(parts)?;
-    Ok(Prepared { published, options, format, key })
+    Ok(Prepared { published, options, format, key, caller: Caller::of(&parts.extensions) })
 }
 
 async fn answer(shared: &Arc<Shared>, prepared: Prepared, headers: &HeaderMap, body: Body) -> Answer {
     let limits = shared.limits();
-    let Prepared { published, options, format, key } = prepared;
+    let Prepared { published, options, format, key, caller } = prepared;
     if format == Format::Lines && lines::wants_stream(headers) {
-        return lines::stream(shared, published, options, headers, body, key.is_some()).await;
+        return lines::stream(shared, published, options, caller, headers, body, key.is_some()).await;
     }
     let limit = match format {
         Format::Batch | Format::Lines => limits.batch_body_bytes,
@@ -70,16 +76,19 @@ async fn answer(shared: &Arc<Shared>, prepared: Prepared, headers: &HeaderMap, b
         Format::Structured => limits.message_body_bytes * 2,
         Format::Single => limits.message_body_bytes,
     };
-    let body = body::collect(headers, body, limit, limits).await?;
-    let Some(key) = key else { return publish_body(shared, &published, &options, format, headers, body).await };
+    let (body, reservation) = body::collect(headers, body, limit, shared).await?;
+    let caller = caller.as_ref();
+    let Some(key) = key else { return publish_body(shared, &published, &options, caller, format, headers, body).await };
     let fingerprint = Fingerprint::of(headers, &body);
     match shared.idempotency.begin(key, fingerprint)? {
         Slot::Answered(response) => Ok(response),
         // In a task of its own: a sender that goes away and comes back finds the answer.
         Slot::Ours(running) => {
-            let (shared, headers) = (Arc::clone(shared), headers.clone());
+            let (shared, headers, caller) = (Arc::clone(shared), headers.clone(), caller.cloned());
             let run = async move {
-                running.finish(publish_body(&shared, &published, &options, format, &headers, body).await).await
+                let _reservation = reservation;
+                let caller = caller.as_ref();
+                running.finish(publish_body(&shared, &published, &options, caller, format, &headers, body).await).await
             };
             tokio::spawn(run).await.unwrap_or_else(|_| Err(Problem::draining()))
         }
@@ -90,6 +99,7 @@ async fn publish_body(
     shared: &Shared,
     published: &Published,
     options: &Options,
+    caller: Option<&Caller>,
     format: Format,
     headers: &HeaderMap,
     body: Bytes,
@@ -108,10 +118,10 @@ async fn publish_body(
             let mut outgoing = Outgoing::default();
             decoded.into_iter().for_each(|decoded| outgoing.push(decoded.map(|decoded| decoded.message)));
             let mut answer = Results::new(outgoing.len());
-            answer.extend(topic, publish_all(shared, published, options, outgoing).await?);
+            answer.extend(topic, publish_all(shared, published, options, caller, outgoing).await?);
             Ok(answer.finish())
         }
-        Format::Lines => collected(shared, published, options, &body).await,
+        Format::Lines => collected(shared, published, options, caller, &body).await,
     }
 }
 
@@ -126,7 +136,13 @@ fn check_count(shared: &Shared, count: usize) -> Answer<()> {
 }
 
 /// Publishes a message a line, and answers for all of them together.
-async fn collected(shared: &Shared, published: &Published, options: &Options, body: &[u8]) -> Answer {
+async fn collected(
+    shared: &Shared,
+    published: &Published,
+    options: &Options,
+    caller: Option<&Caller>,
+    body: &[u8],
+) -> Answer {
     options.check_many()?;
     let count = lines::of(body).count();
     if count == 0 {
@@ -140,7 +156,7 @@ async fn collected(shared: &Shared, published: &Published, options: &Options, bo
         let mut outgoing = Outgoing::default();
         lines.by_ref().take(lines::AT_ONCE).for_each(|line| outgoing.push(ndjson::decode(line, options)));
         let count = outgoing.len();
-        let results = match publish_all(shared, published, options, outgoing).await {
+        let results = match publish_all(shared, published, options, caller, outgoing).await {
             Err(error) if answer.is_empty() => return Err(error.into()),
             Err(error) => vec![Err(error); count],
             Ok(results) => results,
@@ -152,7 +168,7 @@ async fn collected(shared: &Shared, published: &Published, options: &Options, bo
 
 async fn one(shared: &Shared, published: &Published, options: &Options, decoded: Decoded) -> Answer {
     let publisher = published.publisher(&*shared.broker, options.require_route)?;
-    let receipt = publisher.publish(decoded.message).await?;
+    let receipt = publisher.publish(published.account().charge(decoded.message)).await?;
     published.published(1);
     shared.metrics.accepted(1);
     let mut json = Vec::with_capacity(128);
@@ -185,10 +201,15 @@ pub(crate) async fn publish_all(
     shared: &Shared,
     published: &Published,
     options: &Options,
+    caller: Option<&Caller>,
     outgoing: Outgoing,
 ) -> Result<Vec<Result<Receipt, Error>>, Error> {
     let publisher = published.publisher(&*shared.broker, options.require_route)?;
     let Outgoing { messages, unread } = outgoing;
+    if let Some(caller) = caller {
+        caller.overdraw(messages.len());
+    }
+    let messages: Vec<_> = messages.into_iter().map(|message| published.account().charge(message)).collect();
     let mut results = if messages.is_empty() { Vec::new() } else { publisher.publish_batch(messages).await? };
     let accepted = results.iter().filter(|result| result.is_ok()).count() as u64;
     published.published(accepted);

@@ -1,4 +1,5 @@
-//! Publishing handles by topic: each is resolved once, and a bounded number is kept.
+//! The topics in use, a bounded number of them: each with its publishing handle, resolved once, and
+//! the account of what its messages hold.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
@@ -7,11 +8,16 @@ use broker_core::{Broker, Publisher, PublisherOptions, Result, Timestamp, Topic}
 use parking_lot::RwLock;
 use rustc_hash::FxHashMap;
 
+use super::memory::{Account, Ledger};
+use super::metrics::Refusal;
+use super::problem::{Answer, Problem};
+
 /// The handles, and with them the topics known: those lately published to.
 #[derive(Debug)]
 pub(crate) struct Publishers {
     broker: Arc<dyn Broker>,
     max: usize,
+    ledger: Ledger,
     kept: RwLock<FxHashMap<Box<str>, Arc<Published>>>,
 }
 
@@ -23,6 +29,7 @@ pub(crate) struct Published {
     routed: std::sync::OnceLock<Publisher>,
     count: AtomicU64,
     last: AtomicI64,
+    account: Arc<Account>,
 }
 
 /// What is said about a topic.
@@ -31,6 +38,7 @@ pub(crate) struct TopicSummary {
     name: String,
     published: u64,
     last_published: Timestamp,
+    held_bytes: u64,
 }
 
 impl TopicSummary {
@@ -40,16 +48,16 @@ impl TopicSummary {
 }
 
 impl Publishers {
-    pub(crate) fn new(broker: Arc<dyn Broker>, max: usize) -> Self {
-        Self { broker, max: max.max(1), kept: RwLock::default() }
+    pub(crate) fn new(broker: Arc<dyn Broker>, max: usize, ledger: Ledger) -> Self {
+        Self { broker, max: max.max(1), ledger, kept: RwLock::default() }
     }
 
     /// The handle for `topic`.
     ///
     /// # Errors
     ///
-    /// That it is no topic, or none to publish to.
-    pub(crate) fn of(&self, topic: &str) -> Result<Arc<Published>> {
+    /// That it is no topic, or none to publish to; 429 if as many as may be hold messages.
+    pub(crate) fn of(&self, topic: &str) -> Answer<Arc<Published>> {
         if let Some(published) = self.kept.read().get(topic) {
             return Ok(Arc::clone(published));
         }
@@ -58,12 +66,25 @@ impl Publishers {
             routed: std::sync::OnceLock::new(),
             count: AtomicU64::new(0),
             last: AtomicI64::new(Timestamp::now().as_millis()),
+            account: self.ledger.account(),
         });
         let mut kept = self.kept.write();
-        if kept.len() >= self.max {
+        if kept.len() >= self.max && !kept.contains_key(topic) {
             forget_oldest(&mut kept);
+            if kept.len() >= self.max {
+                return Err(Problem::too_many(format!(
+                    "there are {} topics with messages, which is the most; have those taken out first",
+                    self.max
+                ))
+                .counted(Refusal::Topics));
+            }
         }
         Ok(Arc::clone(kept.entry(topic.into()).or_insert(published)))
+    }
+
+    /// Topics in use.
+    pub(crate) fn len(&self) -> usize {
+        self.kept.read().len()
     }
 
     /// Topics after `after` in order of name, `limit` at most, and whether there are more.
@@ -76,6 +97,7 @@ impl Publishers {
                 name: name.to_string(),
                 published: topic.count(),
                 last_published: Timestamp::from_millis(topic.last.load(Ordering::Relaxed)),
+                held_bytes: topic.account.held(),
             })
             .collect();
         drop(kept);
@@ -86,15 +108,21 @@ impl Publishers {
     }
 }
 
-/// Drops the quarter published to the longest ago, so that the search is paid seldom.
+/// Drops of the topics that hold nothing the quarter published to the longest ago, so that the
+/// search is paid seldom.
 fn forget_oldest(kept: &mut FxHashMap<Box<str>, Arc<Published>>) {
-    let mut times: Vec<_> = kept.values().map(|topic| topic.last.load(Ordering::Relaxed)).collect();
+    let idle = |topic: &Published| topic.account.held() == 0;
+    let mut times: Vec<_> =
+        kept.values().filter(|topic| idle(topic)).map(|topic| topic.last.load(Ordering::Relaxed)).collect();
+    if times.is_empty() {
+        return;
+    }
     let quarter = times.len() / 4;
     let (_, oldest, _) = times.select_nth_unstable(quarter);
     let oldest = *oldest;
     let mut left = quarter + 1;
     kept.retain(|_, topic| {
-        let goes = left > 0 && topic.last.load(Ordering::Relaxed) <= oldest;
+        let goes = left > 0 && idle(topic) && topic.last.load(Ordering::Relaxed) <= oldest;
         left -= usize::from(goes);
         !goes
     });
@@ -112,6 +140,11 @@ impl Published {
         let options = PublisherOptions::new().with_require_route(true);
         let routed = broker.publisher(self.plain.topic(), options)?;
         Ok(self.routed.get_or_init(|| routed))
+    }
+
+    /// What its messages hold.
+    pub(crate) fn account(&self) -> &Arc<Account> {
+        &self.account
     }
 
     pub(crate) fn topic(&self) -> &Topic {

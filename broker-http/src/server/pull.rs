@@ -17,6 +17,7 @@ use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::{Instant, timeout_at};
 
 use super::leases::{Holder, LeaseId, Leases, detach};
+use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::publish::json_response;
 use super::query::{Query, name_in_path};
@@ -138,7 +139,9 @@ pub(crate) async fn pull(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer 
         let places = shared.leases.reserve(&pull.holder, max, subscribed.spec.max_in_flight as usize);
         if places.count() == 0 {
             if shared.leases.is_full() {
-                return Err(Problem::too_many("there are as many leases as may be; settle some first"));
+                return Err(
+                    Problem::too_many("there are as many leases as may be; settle some first").counted(Refusal::Leases)
+                );
             }
             wait_for_room(&shared.leases, &subscribed, pull, deadline).await;
             if Instant::now() >= deadline {
@@ -326,7 +329,7 @@ pub(crate) async fn settle(State(shared): State<Arc<Shared>>, uri: Uri, headers:
     let pull = pulled(&subscribed)?;
     // Who settles is alive, whether it has room to pull or not.
     *pull.last.lock() = Instant::now();
-    let settlements: Settlements = body::json(&headers, body, shared.limits())
+    let settlements: Settlements = body::json(&headers, body, &shared)
         .await?
         .ok_or_else(|| Problem::invalid("a body is expected, as in {\"ack\": [\"lease\"]}"))?;
     let acks = !settlements.ack.is_empty();

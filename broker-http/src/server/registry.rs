@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Shared;
 use super::groups::Groups;
+use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::pull::Pull;
 use super::state::{self, Kept};
@@ -170,7 +171,8 @@ impl Registry {
                 if self.len() >= max {
                     return Err(Problem::too_many(format!(
                         "there are {max} subscriptions, which is the most; delete one first"
-                    )));
+                    ))
+                    .counted(Refusal::Subscriptions));
                 }
                 self.groups.join(&*shared.broker, &group, &spec).await?;
                 match self.insert(shared, name, group.clone(), spec, false) {

@@ -7,9 +7,12 @@ use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, delete, get, post};
-use http::{Method, header};
+use broker_core::ErrorKind;
+use http::request::Parts;
+use http::{Method, StatusCode, header};
 
-use super::problem::Answer;
+use super::access::Caller;
+use super::problem::{Answer, Problem};
 use super::{Shared, body, ops, origin, publish, pull, stream, subscriptions};
 
 /// Every route of the interface.
@@ -50,28 +53,64 @@ fn routes() -> Vec<(&'static str, MethodRouter<Arc<Shared>>)> {
 
 /// Before every route: may this request be made from where it comes?
 pub(crate) async fn check(shared: &Shared, request: Request) -> Answer<Request> {
-    let options = &shared.options;
-    match origin::check(options.is_development(), options.allowed_origins(), request.uri(), request.headers()) {
-        Ok(()) => Ok(request),
-        Err(problem) => {
-            let (parts, body) = request.into_parts();
-            Err(body::refuse(&parts.headers, body, shared.limits(), problem).await)
+    let (mut parts, body) = request.into_parts();
+    match admit(shared, &parts).await {
+        Ok(caller) => {
+            if let Some(caller) = caller {
+                parts.extensions.insert(caller);
+            }
+            Ok(Request::from_parts(parts, body))
         }
+        Err(problem) => Err(body::refuse(&parts.headers, body, shared.limits(), problem).await),
     }
+}
+
+async fn admit(shared: &Shared, parts: &Parts) -> Answer<Option<Caller>> {
+    let options = &shared.options;
+    let max = shared.limits().uri_bytes;
+    let length = parts.uri.path_and_query().map_or(0, |path| path.as_str().len());
+    if length > max {
+        let detail = format!("the path and query have {length} bytes, and {max} are the most");
+        return Err(Problem::new(StatusCode::URI_TOO_LONG, ErrorKind::TooLarge, detail));
+    }
+    origin::check(options.is_development(), options.allowed_origins(), &parts.uri, &parts.headers)?;
+    if is_preflight(parts) {
+        // A browser sends it without credentials; what it asks about is checked when it comes.
+        return Ok(None);
+    }
+    shared.gate.admit(shared, parts.extensions.get(), &parts.method, &parts.uri, &parts.headers).await
+}
+
+/// A browser asks ahead whether a page may send a request.
+fn is_preflight(parts: &Parts) -> bool {
+    parts.method == Method::OPTIONS
+        && parts.headers.contains_key(header::ORIGIN)
+        && parts.headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD)
 }
 
 async fn guard(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
     let origin = request.headers().get(header::ORIGIN).cloned();
     let request = match check(&shared, request).await {
         Ok(request) => request,
-        Err(problem) => return problem.into_response(),
+        Err(problem) => {
+            let response = problem.into_response();
+            shared.metrics.answered(&response);
+            return response;
+        }
     };
+    let caller = Caller::of(request.extensions());
     // From here on a web page is one that may: its browser is told so.
-    let asks = origin.is_some() && request.headers().contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
+    let (parts, body) = request.into_parts();
+    let asks = is_preflight(&parts);
+    let request = Request::from_parts(parts, body);
     let mut response = match request.method() {
         &Method::OPTIONS if asks => origin::preflight(request.headers()),
         _ => next.run(request).await,
     };
+    shared.metrics.answered(&response);
+    if let Some(caller) = caller {
+        caller.tell(response.headers_mut());
+    }
     if let Some(origin) = origin {
         origin::allow(origin, response.headers_mut());
     }

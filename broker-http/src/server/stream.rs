@@ -23,6 +23,7 @@ use http_body::Frame;
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::leases::detach;
+use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::query::{Query, name_in_path};
 use super::{Shared, groups, socket};
@@ -286,7 +287,8 @@ impl Place {
         let max = shared.limits().streams;
         let place = Self(Arc::clone(&shared.streams));
         if place.0.fetch_add(1, Ordering::AcqRel) >= max {
-            return Err(Problem::too_many(format!("there are {max} streams, which is the most; end one first")));
+            return Err(Problem::too_many(format!("there are {max} streams, which is the most; end one first"))
+                .counted(Refusal::Streams));
         }
         Ok(place)
     }

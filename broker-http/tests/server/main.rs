@@ -3,6 +3,8 @@
 
 mod support;
 
+mod access;
+mod attacks;
 mod carried;
 mod http2;
 mod idempotency;
@@ -13,3 +15,4 @@ mod pull;
 mod socket;
 mod stream;
 mod subscriptions;
+mod tls;

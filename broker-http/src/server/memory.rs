@@ -1,0 +1,210 @@
+//! What messages and request bodies hold in memory: counted from the first byte of a body to the
+//! last reference to its message, for the whole server and for each topic.
+//!
+//! A message is charged by wrapping its payload: wherever it goes (a backlog, a push under way, a
+//! topic's history, a dead letter), the charge goes with it and ends with its last copy. So it holds
+//! over any broker, and nobody has to remember to give it back.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use broker_core::{ErrorKind, Message};
+use bytes::Bytes;
+use http::StatusCode;
+
+use super::metrics::Refusal;
+use super::problem::{Answer, Problem};
+
+/// What a message takes besides its bytes, about: its fields, its place in a log, its charge.
+const OVERHEAD: u64 = 256;
+
+/// How long a refused publisher is told to wait.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// The books of a server.
+#[derive(Clone, Debug)]
+pub(crate) struct Ledger(Arc<Books>);
+
+#[derive(Debug)]
+struct Books {
+    held: AtomicU64,
+    max: u64,
+    topic_max: u64,
+}
+
+/// What the messages of one topic hold.
+#[derive(Debug)]
+pub(crate) struct Account {
+    books: Ledger,
+    held: AtomicU64,
+}
+
+impl Ledger {
+    pub(crate) fn new(max: u64, topic_max: u64) -> Self {
+        Self(Arc::new(Books { held: AtomicU64::new(0), max, topic_max }))
+    }
+
+    /// An account for one topic.
+    pub(crate) fn account(&self) -> Arc<Account> {
+        Arc::new(Account { books: self.clone(), held: AtomicU64::new(0) })
+    }
+
+    pub(crate) fn held(&self) -> u64 {
+        self.0.held.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn max(&self) -> u64 {
+        self.0.max
+    }
+
+    /// Room for what is about to be read.
+    ///
+    /// # Errors
+    ///
+    /// 503 if there is none.
+    pub(crate) fn reserve(&self, bytes: u64) -> Answer<Reservation> {
+        let mut reservation = Reservation { books: self.clone(), bytes: 0 };
+        reservation.grow(bytes).map(|()| reservation)
+    }
+}
+
+/// Room for a body; given back when dropped.
+#[derive(Debug)]
+pub(crate) struct Reservation {
+    books: Ledger,
+    bytes: u64,
+}
+
+impl Reservation {
+    /// Room for more.
+    pub(crate) fn grow(&mut self, bytes: u64) -> Answer<()> {
+        let books = &self.books.0;
+        if books.held.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) > books.max {
+            books.held.fetch_sub(bytes, Ordering::Relaxed);
+            let detail = format!(
+                "the messages held here are at their bound of {} bytes; try again once some are taken out",
+                books.max
+            );
+            return Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, ErrorKind::Unavailable, detail)
+                .retry_after(RETRY_AFTER)
+                .counted(Refusal::Memory));
+        }
+        self.bytes += bytes;
+        Ok(())
+    }
+
+    /// Room for so much altogether.
+    pub(crate) fn reach(&mut self, bytes: u64) -> Answer<()> {
+        self.grow(bytes.saturating_sub(self.bytes))
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.books.0.held.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+impl Account {
+    pub(crate) fn held(&self) -> u64 {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    /// Refuses publishers where the topic, or all of them together, hold too much.
+    pub(crate) fn check(&self, topic: &str) -> Answer<()> {
+        let max = self.books.0.topic_max;
+        if self.held() < max {
+            return self.books.reserve(1).map(drop);
+        }
+        let detail = format!(
+            "the messages of topic {topic} are at their bound of {max} bytes; try again once some are taken out"
+        );
+        Err(Problem::too_many(detail).retry_after(RETRY_AFTER).counted(Refusal::TopicMemory))
+    }
+
+    /// Charges a message until its payload is dropped for the last time.
+    pub(crate) fn charge(self: &Arc<Self>, message: Message) -> Message {
+        let besides = u32::try_from(message.size() - message.payload().len()).unwrap_or(u32::MAX);
+        // A tombstone has no payload to go with, and holds next to nothing.
+        message.map_payload(|payload| {
+            let charged = Charged { payload, account: Arc::clone(self), besides };
+            self.held.fetch_add(charged.bytes(), Ordering::Relaxed);
+            self.books.0.held.fetch_add(charged.bytes(), Ordering::Relaxed);
+            Bytes::from_owner(charged)
+        })
+    }
+}
+
+/// A payload and its charge.
+struct Charged {
+    payload: Bytes,
+    account: Arc<Account>,
+    /// Bytes of the key and the headers.
+    besides: u32,
+}
+
+impl Charged {
+    fn bytes(&self) -> u64 {
+        self.payload.len() as u64 + u64::from(self.besides) + OVERHEAD
+    }
+}
+
+impl AsRef<[u8]> for Charged {
+    fn as_ref(&self) -> &[u8] {
+        &self.payload
+    }
+}
+
+impl Drop for Charged {
+    fn drop(&mut self) {
+        self.account.held.fetch_sub(self.bytes(), Ordering::Relaxed);
+        self.account.books.0.held.fetch_sub(self.bytes(), Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_charge_ends_with_the_last_copy() {
+        let ledger = Ledger::new(1_000, 600);
+        let account = ledger.account();
+        let message = account.charge(Message::new("12345678").with_key("k"));
+        assert_eq!((account.held(), ledger.held()), (8 + 1 + OVERHEAD, 8 + 1 + OVERHEAD));
+        let payload = message.payload().slice(2..4);
+        drop(message);
+        assert_eq!(payload, "34");
+        assert_ne!(account.held(), 0);
+        drop(payload);
+        assert_eq!((account.held(), ledger.held()), (0, 0));
+        // An empty one is a message too.
+        let empty = account.charge(Message::new(""));
+        assert_eq!(account.held(), OVERHEAD);
+        drop(empty);
+        assert_eq!(account.held(), 0);
+    }
+
+    #[test]
+    fn at_a_bound_publishers_are_refused_and_it_is_never_passed() {
+        let ledger = Ledger::new(1_000, 300);
+        let mut one = ledger.reserve(900).unwrap();
+        assert_eq!(ledger.reserve(101).unwrap_err().status(), 503);
+        one.reach(1_000).unwrap();
+        assert_eq!(one.grow(1).unwrap_err().status(), 503);
+        assert_eq!(ledger.held(), 1_000);
+        drop(one);
+        assert_eq!(ledger.held(), 0);
+        let account = ledger.account();
+        account.check("a").unwrap();
+        {
+            let _all = ledger.reserve(1_000).unwrap();
+            assert_eq!(account.check("a").unwrap_err().status(), 503);
+        }
+        let held = account.charge(Message::new(vec![0; 100]));
+        assert_eq!(account.check("a").unwrap_err().status(), 429);
+        drop(held);
+        account.check("a").unwrap();
+    }
+}

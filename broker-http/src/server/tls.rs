@@ -1,0 +1,175 @@
+//! TLS on the listener: certificates from files, taken up again when they change, and client
+//! certificates where there is an authority for them.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use broker_core::{Error, Result};
+use parking_lot::RwLock;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{RootCertStore, ServerConfig};
+use tokio::task::JoinHandle;
+use tokio_rustls::TlsAcceptor;
+
+/// How often the files are looked at.
+const LOOK: Duration = Duration::from_secs(5);
+
+/// The PEM files TLS is spoken with.
+///
+/// ```
+/// use broker_http::TlsFiles;
+/// let files = TlsFiles::new("broker.pem", "broker.key").with_client_ca("clients.pem");
+/// # let _ = files;
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsFiles {
+    certificate: PathBuf,
+    key: PathBuf,
+    client_ca: Option<PathBuf>,
+}
+
+impl TlsFiles {
+    /// A certificate, those it was signed with after it, and its private key.
+    pub fn new(certificate: impl Into<PathBuf>, key: impl Into<PathBuf>) -> Self {
+        Self { certificate: certificate.into(), key: key.into(), client_ca: None }
+    }
+
+    /// Asks clients for a certificate of one of these authorities. One that is shown must be good;
+    /// whether one must be shown is up to the identities.
+    #[must_use]
+    pub fn with_client_ca(mut self, path: impl Into<PathBuf>) -> Self {
+        self.client_ca = Some(path.into());
+        self
+    }
+
+    /// Reads the files, blocking.
+    fn read(&self) -> Result<Contents> {
+        let read = |path: &Path| {
+            std::fs::read(path).map_err(|error| Error::invalid(format!("TLS: {}: {error}", path.display())))
+        };
+        Ok(Contents {
+            certificate: read(&self.certificate)?,
+            key: read(&self.key)?,
+            client_ca: self.client_ca.as_deref().map(read).transpose()?,
+        })
+    }
+
+    fn config(&self, contents: &Contents) -> Result<ServerConfig> {
+        let broken = |path: &Path, why: &dyn fmt::Display| Error::invalid(format!("TLS: {}: {why}", path.display()));
+        let chain = certificates(&contents.certificate).map_err(|why| broken(&self.certificate, &why))?;
+        let key = PrivateKeyDer::from_pem_slice(&contents.key)
+            .map_err(|_| broken(&self.key, &"it holds no private key in PEM"))?;
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let verifier = match (&self.client_ca, &contents.client_ca) {
+            (Some(path), Some(pem)) => {
+                let mut roots = RootCertStore::empty();
+                for certificate in certificates(pem).map_err(|why| broken(path, &why))? {
+                    roots.add(certificate).map_err(|error| broken(path, &error))?;
+                }
+                WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+                    .allow_unauthenticated()
+                    .build()
+                    .map_err(|error| broken(path, &error))?
+            }
+            _ => WebPkiClientVerifier::no_client_auth(),
+        };
+        let mut config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .map_err(|error| broken(&self.certificate, &error))?
+            .with_client_cert_verifier(verifier)
+            .with_single_cert(chain, key)
+            .map_err(|error| broken(&self.certificate, &error))?;
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        Ok(config)
+    }
+}
+
+/// The certificates of a PEM text: one at least.
+pub(crate) fn certificates(pem: &[u8]) -> std::result::Result<Vec<CertificateDer<'static>>, &'static str> {
+    let found: std::result::Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
+    match found {
+        Ok(found) if !found.is_empty() => Ok(found),
+        _ => Err("it holds no certificate in PEM"),
+    }
+}
+
+/// What the files held when they were last read.
+#[derive(PartialEq, Eq)]
+struct Contents {
+    certificate: Vec<u8>,
+    key: Vec<u8>,
+    client_ca: Option<Vec<u8>>,
+}
+
+/// TLS as a server speaks it; cloning shares it. See [`Server::serve_tls`](crate::Server::serve_tls).
+#[derive(Clone)]
+pub struct Tls(Arc<Shared>);
+
+struct Shared {
+    files: TlsFiles,
+    now: RwLock<(Contents, Arc<ServerConfig>)>,
+}
+
+impl fmt::Debug for Tls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Tls").field(&self.0.files).finish()
+    }
+}
+
+impl Tls {
+    /// Reads the files, blocking for as long as that takes.
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`](broker_core::ErrorKind::Invalid), naming the file and what is wrong with it.
+    pub fn load(files: TlsFiles) -> Result<Self> {
+        let contents = files.read()?;
+        let config = Arc::new(files.config(&contents)?);
+        Ok(Self(Arc::new(Shared { files, now: RwLock::new((contents, config)) })))
+    }
+
+    /// Takes up what the files hold now, and tells whether it is something new. Connections that
+    /// stand go on; if the files are no good, so does what was read before.
+    ///
+    /// # Errors
+    ///
+    /// As [`load`](Self::load).
+    pub fn reload(&self) -> Result<bool> {
+        let contents = self.0.files.read()?;
+        if self.0.now.read().0 == contents {
+            return Ok(false);
+        }
+        let config = Arc::new(self.0.files.config(&contents)?);
+        *self.0.now.write() = (contents, config);
+        Ok(true)
+    }
+
+    pub(crate) fn acceptor(&self) -> TlsAcceptor {
+        TlsAcceptor::from(Arc::clone(&self.0.now.read().1))
+    }
+
+    /// Looks at the files now and then, until it is aborted.
+    pub(crate) fn watch(&self) -> JoinHandle<()> {
+        let tls = self.clone();
+        tokio::spawn(async move {
+            let mut failure = None;
+            loop {
+                tokio::time::sleep(LOOK).await;
+                let looking = tls.clone();
+                match tokio::task::spawn_blocking(move || looking.reload()).await {
+                    Ok(Ok(true)) => tracing::info!("the TLS certificate changed and was taken up"),
+                    Ok(Err(error)) if failure.as_ref() != Some(&error.to_string()) => {
+                        tracing::error!(%error, "TLS goes on with the certificate it has");
+                        failure = Some(error.to_string());
+                        continue;
+                    }
+                    _ => {}
+                }
+            }
+        })
+    }
+}

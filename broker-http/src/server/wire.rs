@@ -1,0 +1,177 @@
+//! The bytes of a connection, watched: whether a request has begun and stands still, so that its
+//! sender can be told 408 instead of being cut off.
+
+use std::io;
+use std::net::IpAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// What is written where a head does not arrive in time.
+pub(crate) const HEAD_TOO_SLOW: &[u8] = b"HTTP/1.1 408 Request Timeout\r\n\
+    content-type: application/problem+json\r\nconnection: close\r\ncontent-length: 113\r\n\r\n\
+    {\"title\":\"Request Timeout\",\"status\":408,\"detail\":\"the request's headers did not arrive in time\",\"kind\":\"timeout\"}";
+
+/// The address at the other end of a connection.
+pub(crate) trait Remote {
+    /// `None` on this machine's own sockets.
+    fn ip(&self) -> Option<IpAddr>;
+}
+
+impl Remote for std::net::SocketAddr {
+    fn ip(&self) -> Option<IpAddr> {
+        Some(std::net::SocketAddr::ip(self))
+    }
+}
+
+#[cfg(unix)]
+impl Remote for tokio::net::unix::SocketAddr {
+    fn ip(&self) -> Option<IpAddr> {
+        None
+    }
+}
+
+/// What the connection and whoever watches it have in common.
+#[derive(Debug, Default)]
+pub(crate) struct Wire {
+    /// Bytes came since a request was last begun or answered.
+    heard: AtomicBool,
+    /// The next read answers 408 and is the end.
+    late: AtomicBool,
+    /// How many bytes of `PRI` the connection began with; HTTP/2's preface does, no method of ours.
+    preface: AtomicU8,
+}
+
+const PREFACE: &[u8] = b"PRI";
+/// Not HTTP/2.
+const OTHER: u8 = u8::MAX;
+
+impl Wire {
+    /// A request was read, or is answered: what comes from now on belongs to the next.
+    pub(crate) fn forget(&self) {
+        self.heard.store(false, Ordering::Relaxed);
+    }
+
+    /// Ends a connection on which part of a head stands still; false if nothing was begun, or not in
+    /// HTTP/1.
+    pub(crate) fn end_late(&self) -> bool {
+        let late =
+            self.heard.load(Ordering::Relaxed) && usize::from(self.preface.load(Ordering::Relaxed)) != PREFACE.len();
+        if late {
+            self.late.store(true, Ordering::Release);
+        }
+        late
+    }
+
+    fn hear(&self, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        self.heard.store(true, Ordering::Relaxed);
+        let seen = usize::from(self.preface.load(Ordering::Relaxed));
+        if let Some(expected) = PREFACE.get(seen..).filter(|rest| !rest.is_empty()) {
+            let same = bytes.iter().zip(expected).take_while(|(have, want)| have == want).count();
+            let is_more = same == bytes.len().min(expected.len());
+            // Three at most.
+            self.preface.store(if is_more { (seen + same) as u8 } else { OTHER }, Ordering::Relaxed);
+        }
+    }
+}
+
+/// A connection that is watched.
+pub(crate) struct Watched<S> {
+    stream: S,
+    wire: Arc<Wire>,
+    /// Bytes of [`HEAD_TOO_SLOW`] written.
+    told: usize,
+}
+
+impl<S> Watched<S> {
+    pub(crate) fn new(stream: S, wire: Arc<Wire>) -> Self {
+        Self { stream, wire, told: 0 }
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Watched<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if this.wire.late.load(Ordering::Acquire) {
+            // Nothing else is being written: no request is at work.
+            while let Some(rest) = HEAD_TOO_SLOW.get(this.told..).filter(|rest| !rest.is_empty()) {
+                this.told += ready!(Pin::new(&mut this.stream).poll_write(cx, rest))?.max(1);
+            }
+            ready!(Pin::new(&mut this.stream).poll_flush(cx))?;
+            return Poll::Ready(Ok(()));
+        }
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
+        this.wire.hear(buf.filled().get(before..).unwrap_or_default());
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_answer_to_a_slow_head_is_well_formed() {
+        let text = std::str::from_utf8(HEAD_TOO_SLOW).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap();
+        let length: usize =
+            head.split("content-length: ").nth(1).unwrap().split("\r\n").next().unwrap().parse().unwrap();
+        assert_eq!(length, body.len());
+        assert_eq!(serde_json::from_str::<serde_json::Value>(body).unwrap()["status"], 408);
+    }
+
+    #[test]
+    fn http_2_is_told_from_a_request_however_it_is_cut() {
+        for (pieces, late) in [
+            (&["PRI * HTTP/2.0"][..], false),
+            (&["P", "R", "I"], false),
+            (&["POST /"], true),
+            (&["P", "OST"], true),
+            (&["PR", "OPFIND"], true),
+            (&["GET"], true),
+            (&["P"], true),
+            (&[], false),
+        ] {
+            let wire = Wire::default();
+            pieces.iter().for_each(|piece| wire.hear(piece.as_bytes()));
+            assert_eq!(wire.end_late(), late, "{pieces:?}");
+        }
+        let wire = Wire::default();
+        wire.hear(b"GET / HTTP/1.1\r\n\r\n");
+        wire.forget();
+        assert!(!wire.end_late(), "an idle connection is not late");
+    }
+}

@@ -1,0 +1,167 @@
+//! Who may do what: identities, rules, failed attempts, rates.
+
+use std::time::Duration;
+
+use broker_http::{Access, Action, Identity, ServerOptions, TokenHash};
+
+use crate::support::{Reply, Running, soon};
+
+fn identity(name: &str) -> Identity {
+    Identity::new(name).unwrap().with_token(TokenHash::of(name))
+}
+
+fn access() -> Access {
+    let filter = |text: &str| text.parse().unwrap();
+    Access::new([
+        identity("shop").allowing([Action::Publish], [filter("orders.>"), filter("dead.orders")]),
+        identity("billing")
+            .allowing([Action::Subscribe, Action::Settle], [filter("orders.>")])
+            .allowing([Action::Publish], [filter("dead.orders")]),
+        identity("worker").allowing([Action::Settle], [filter("orders.>")]),
+        identity("ops").allowing([Action::Admin], [filter(">")]),
+        identity("nobody"),
+    ])
+    .unwrap()
+}
+
+async fn guarded() -> Running {
+    Running::with(ServerOptions::new().with_access(access())).await
+}
+
+async fn ask(running: &Running, who: &str, request: &str, body: &str) -> Reply {
+    let bearer = format!("Bearer {who}");
+    let headers: &[_] = if who.is_empty() { &[] } else { &[("authorization", bearer.as_str())] };
+    running.send(request, headers, body).await
+}
+
+#[tokio::test]
+async fn each_may_do_what_its_rules_allow_and_nothing_else() {
+    let running = guarded().await;
+    let orders = r#"{"filter":"orders.>"}"#;
+    for (who, request, body, status) in [
+        ("", "GET /healthz", "", 200),
+        ("", "GET /readyz", "", 200),
+        ("", "GET /openapi.json", "", 200),
+        ("", "POST /topics/orders.a", "x", 401),
+        ("", "GET /metrics", "", 401),
+        ("", "GET /nothing", "", 401),
+        ("shop", "GET /nothing", "", 403),
+        ("ops", "GET /nothing", "", 404),
+        ("shop", "POST /topics/orders.a", "x", 202),
+        ("shop", "POST /topics/orders", "x", 403),
+        ("shop", "POST /topics/other.a", "x", 403),
+        ("nobody", "POST /topics/orders.a", "x", 403),
+        ("billing", "POST /topics/orders.a", "x", 403),
+        ("shop", "PUT /subscriptions/q", orders, 403),
+        ("worker", "PUT /subscriptions/q", orders, 403),
+        ("billing", "PUT /subscriptions/q", r#"{"filter":">"}"#, 403),
+        ("billing", "PUT /subscriptions/q", r#"{"filter":"orders.>","dead_letter":"other"}"#, 403),
+        ("billing", "PUT /subscriptions/q", r#"{"filter":"orders.>","dead_letter":"dead.orders"}"#, 201),
+        ("ops", "PUT /subscriptions/all", r#"{"filter":">"}"#, 201),
+        ("billing", "GET /subscriptions/q", "", 200),
+        ("billing", "GET /subscriptions/all", "", 403),
+        ("billing", "GET /subscriptions/none", "", 404),
+        ("shop", "GET /subscriptions/q", "", 403),
+        ("billing", "POST /subscriptions/q/pause", "", 200),
+        ("billing", "POST /subscriptions/q/resume", "", 200),
+        ("billing", "GET /subscriptions/q/dead", "", 200),
+        ("billing", "GET /subscriptions/q/attempts", "", 200),
+        ("billing", "POST /subscriptions/q/redrive", "", 403),
+        ("billing", "DELETE /subscriptions/q/backlog", "", 403),
+        ("billing", "DELETE /subscriptions/q/dead", "", 403),
+        ("ops", "POST /subscriptions/q/redrive", "", 202),
+        ("ops", "DELETE /subscriptions/q/dead", "", 200),
+        ("ops", "POST /subscriptions/q/pull", "", 403),
+        ("worker", "POST /subscriptions/q/pull?wait=0s", "", 200),
+        ("worker", "POST /subscriptions/q/settle", "{}", 200),
+        ("worker", "POST /subscriptions/all/pull?wait=0s", "", 403),
+        ("worker", "GET /subscriptions/q", "", 403),
+        ("billing", "GET /metrics", "", 403),
+        ("ops", "GET /metrics", "", 200),
+        ("ops", "GET /topics", "", 200),
+        ("shop", "GET /topics/orders.%3E/stream", "", 403),
+        ("worker", "DELETE /subscriptions/q", "", 403),
+        ("ops", "DELETE /subscriptions/q/backlog", "", 200),
+        ("billing", "DELETE /subscriptions/q", "", 204),
+    ] {
+        let reply = ask(&running, who, request, body).await;
+        assert_eq!(reply.status, status, "{who:?} {request}: {}", reply.text());
+        match status {
+            401 => assert_eq!(reply.header("www-authenticate"), Some("Bearer realm=\"broker-http\"")),
+            403 => reply.is_problem(403, &format!("identity {who} may not")),
+            _ => {}
+        }
+    }
+    let listed = ask(&running, "billing", "GET /subscriptions", "").await.json();
+    assert_eq!(listed["subscriptions"].as_array().unwrap().len(), 0, "what it may not see is not listed");
+    let listed = ask(&running, "ops", "GET /subscriptions", "").await.json();
+    assert_eq!(listed["subscriptions"].as_array().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn rules_change_without_a_restart() {
+    let running = guarded().await;
+    assert_eq!(ask(&running, "shop", "POST /topics/orders.a", "x").await.status, 202);
+    let more = Identity::new("shop").unwrap().with_token(TokenHash::of("rotated"));
+    let all = ">".parse().unwrap();
+    running.server.set_access(Access::new([more.allowing([Action::Publish], [all])]).unwrap());
+    assert_eq!(ask(&running, "shop", "POST /topics/orders.a", "x").await.status, 401);
+    assert_eq!(ask(&running, "rotated", "POST /topics/other", "x").await.status, 202);
+    running.server.set_access(Access::default());
+    assert_eq!(ask(&running, "", "POST /topics/other", "x").await.status, 202);
+}
+
+#[tokio::test]
+async fn failed_attempts_are_slowed_counted_and_bounded_and_others_are_served() {
+    let running = guarded().await;
+    let attempts = futures_util::future::join_all((0..30).map(|_| ask(&running, "wrong", "GET /topics", "")));
+    // A good token is not kept waiting by the bad ones of its neighbour.
+    let served = async { ask(&running, "shop", "POST /topics/orders.a", "x").await.status };
+    let (attempts, served) = tokio::join!(attempts, served);
+    assert_eq!(served, 202);
+    let refused = attempts.iter().filter(|reply| reply.status == 429).count();
+    assert_eq!((refused, attempts.iter().filter(|reply| reply.status == 401).count()), (14, 16));
+    assert!(attempts.iter().all(|reply| reply.status != 429 || reply.header("retry-after").is_some()));
+    let metrics = ask(&running, "ops", "GET /metrics", "").await.text();
+    assert!(metrics.lines().any(|line| line == "broker_refused_total{reason=\"attempts\"} 14"), "{metrics}");
+    let wrong: u64 = metrics
+        .lines()
+        .find_map(|line| line.strip_prefix("broker_refused_total{reason=\"unauthenticated\"} "))
+        .unwrap()
+        .parse()
+        .unwrap();
+    assert!(wrong >= 30, "{wrong}");
+}
+
+#[tokio::test]
+async fn a_rate_is_told_and_kept() {
+    let limited = identity("shop").allowing([Action::Publish], [">".parse().unwrap()]).with_rate(0.01, 3);
+    let free = identity("free").allowing([Action::Publish], [">".parse().unwrap()]);
+    let running = Running::with(ServerOptions::new().with_access(Access::new([limited, free]).unwrap())).await;
+    let reply = ask(&running, "shop", "POST /topics/a", "x").await;
+    assert_eq!(reply.status, 202);
+    assert_eq!(reply.header("ratelimit-policy"), Some("\"identity\";q=3;w=300"));
+    assert!(reply.header("ratelimit").unwrap().starts_with("\"identity\";r=2;t="), "{reply:?}");
+    // A batch counts by its messages, and may overdraw once.
+    let lines = "{\"payload\":1}\n".repeat(5);
+    let bearer = [("authorization", "Bearer shop"), ("content-type", "application/x-ndjson")];
+    assert_eq!(running.send("POST /topics/a", &bearer, &lines).await.status, 202);
+    let reply = ask(&running, "shop", "POST /topics/a", "x").await;
+    reply.is_problem(429, "identity shop is over its 0.01 requests");
+    let wait: u64 = reply.header("retry-after").unwrap().parse().unwrap();
+    assert!((300..=500).contains(&wait), "{wait}");
+    assert!(reply.header("ratelimit").unwrap().starts_with("\"identity\";r=0;"), "{reply:?}");
+    assert_eq!(ask(&running, "free", "POST /topics/a", "x").await.status, 202);
+    assert_eq!(ask(&running, "free", "POST /topics/a", "x").await.header("ratelimit"), None);
+}
+
+#[tokio::test]
+async fn an_attempt_under_way_ends_with_its_connection() {
+    let running = guarded().await;
+    for _ in 0..20 {
+        let asking = ask(&running, "wrong", "GET /topics", "");
+        let _ = tokio::time::timeout(Duration::from_millis(20), asking).await;
+    }
+    // Those that left hold no place: this one is slowed, not turned away.
+    assert_eq!(soon(ask(&running, "wrong", "GET /topics", "")).await.status, 401);
+}

@@ -1,0 +1,326 @@
+//! What somebody may try against each limit: it is bounded, answered, counted, and the others are
+//! served meanwhile.
+
+use std::time::Duration;
+
+use broker_http::{Limits, ServerOptions};
+use bytes::Bytes;
+use http::Request;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use crate::support::{Reply, Running, soon};
+
+async fn limited(change: impl FnOnce(&mut Limits)) -> Running {
+    let mut limits = Limits::default();
+    change(&mut limits);
+    Running::with(ServerOptions::new().with_limits(limits)).await
+}
+
+/// How often something was refused for this reason.
+async fn refused(running: &Running, reason: &str) -> u64 {
+    let metrics = running.get("/metrics").await.text();
+    let line = format!("broker_refused_total{{reason=\"{reason}\"}} ");
+    metrics.lines().find_map(|have| have.strip_prefix(&line)).unwrap_or_else(|| panic!("{reason}")).parse().unwrap()
+}
+
+/// Waits until it was refused so often: what ends a connection is counted after its end is seen.
+async fn refused_at_last(running: &Running, reason: &str, least: u64) {
+    soon(async {
+        while refused(running, reason).await < least {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn slow_heads_are_told_408() {
+    let running = limited(|limits| limits.header_timeout = Duration::from_millis(300)).await;
+    let begun: Vec<_> = futures_util::future::join_all((0..20).map(|_| async {
+        let mut stream = running.connect().await;
+        stream.write_all(b"POST /topics/a HTTP/1.1\r\nhost: localhost\r\nx-slow: ").await.unwrap();
+        stream
+    }))
+    .await;
+    // Meanwhile others are served.
+    assert_eq!(running.get("/healthz").await.status, 200);
+    for mut stream in begun {
+        let mut answer = Vec::new();
+        soon(stream.read_to_end(&mut answer)).await.unwrap();
+        Reply::parse(&answer).is_problem(408, "headers did not arrive");
+    }
+    refused_at_last(&running, "head_timeout", 20).await;
+}
+
+#[tokio::test]
+async fn a_head_drop_by_drop_is_no_way_around_it() {
+    let running = limited(|limits| limits.header_timeout = Duration::from_millis(300)).await;
+    let mut stream = running.connect().await;
+    let (mut read, mut write) = stream.split();
+    let dripping = async {
+        write.write_all(b"GET /healthz HTTP/1.1\r\n").await?;
+        loop {
+            write.write_all(b"x: y\r\n").await?;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        #[allow(unreachable_code, reason = "it ends with an error alone")]
+        std::io::Result::Ok(())
+    };
+    let mut answer = Vec::new();
+    let ended = soon(async {
+        tokio::select! { end = read.read_to_end(&mut answer) => end.map(drop), end = dripping => end }
+    });
+    let _ = ended.await;
+    refused_at_last(&running, "head_timeout", 1).await;
+}
+
+#[tokio::test]
+async fn a_connection_that_is_only_idle_just_ends() {
+    let running = limited(|limits| limits.header_timeout = Duration::from_millis(200)).await;
+    let mut stream = running.connect().await;
+    stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    soon(stream.read_to_end(&mut answer)).await.unwrap();
+    let text = String::from_utf8_lossy(&answer);
+    assert!(text.starts_with("HTTP/1.1 200") && text.ends_with("ok\n"), "{text}");
+    assert_eq!(refused(&running, "head_timeout").await, 0);
+}
+
+#[tokio::test]
+async fn slow_bodies_are_told_408() {
+    let running = limited(|limits| limits.body_timeout = Duration::from_millis(300)).await;
+    let slow = futures_util::future::join_all((0..20).map(|_| async {
+        let mut stream = running.connect().await;
+        let head = b"POST /topics/a HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\nhalf";
+        stream.write_all(head).await.unwrap();
+        let mut answer = Vec::new();
+        soon(stream.read_to_end(&mut answer)).await.unwrap();
+        Reply::parse(&answer).is_problem(408, "in time");
+    }));
+    let served = async { assert_eq!(running.post("/topics/a", "x").await.status, 202) };
+    tokio::join!(slow, served);
+    assert_eq!(refused(&running, "body_timeout").await, 20);
+}
+
+#[tokio::test]
+async fn oversize_is_told_413_414_431() {
+    let running = limited(|limits| limits.uri_bytes = 1_000).await;
+    let reply = running.post(&format!("/topics/a?key={}", "k".repeat(1_000)), "x").await;
+    reply.is_problem(414, "1000 are the most");
+    running.post("/topics/a", &"x".repeat(3 << 20)).await.is_problem(413, "limit");
+    let large = "v".repeat(100 << 10);
+    assert_eq!(running.send("POST /topics/a", &[("x-large", &large)], "").await.status, 431);
+    for reason in ["uri_too_long", "too_large", "head_too_large"] {
+        refused_at_last(&running, reason, 1).await;
+    }
+    let mut stream = running.connect().await;
+    stream.write_all(b"nonsense\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    soon(stream.read_to_end(&mut answer)).await.unwrap();
+    assert!(answer.starts_with(b"HTTP/1.1 400"));
+    refused_at_last(&running, "malformed", 1).await;
+}
+
+#[tokio::test]
+async fn too_many_of_anything_is_told_and_counted() {
+    let running = limited(|limits| {
+        (limits.subscriptions, limits.topics, limits.streams, limits.leases) = (1, 1, 1, 1);
+    })
+    .await;
+    running.put("q", r#"{"filter":"a"}"#).await;
+    running.put("r", r#"{"filter":"a"}"#).await.is_problem(429, "subscriptions");
+    for _ in 0..2 {
+        assert_eq!(running.post("/topics/a", "x").await.status, 202);
+    }
+    // A topic whose messages are kept is in use; one that holds nothing makes room.
+    let reply = running.post("/topics/b", "x").await;
+    reply.is_problem(429, "1 topics");
+    assert!(reply.header("retry-after").is_some());
+    assert_eq!(running.pull("q", "max=1").await.len(), 1);
+    running.post("/subscriptions/q/pull?max=1", "").await.is_problem(429, "leases");
+    let mut stream = running.connect().await;
+    stream.write_all(b"GET /topics/a/stream HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+    crate::support::read_until(&mut stream, ": connected").await;
+    running.get("/topics/a/stream").await.is_problem(429, "streams");
+    for reason in ["subscriptions", "topics", "streams", "leases"] {
+        assert_eq!(refused(&running, reason).await, 1, "{reason}");
+    }
+    running.delete("/subscriptions/q").await;
+    drop(stream);
+    soon(async {
+        while running.post("/topics/b", "x").await.status != 202 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn memory_is_bounded_and_consumers_keep_draining() {
+    let running = limited(|limits| {
+        (limits.memory_bytes, limits.topic_memory_bytes) = (1 << 20, 400 << 10);
+    })
+    .await;
+    for topic in ["a", "b", "c"] {
+        running.put(topic, &format!(r#"{{"filter":"{topic}","max_in_flight":1000}}"#)).await;
+    }
+    let body = "x".repeat(50 << 10);
+    let mut taken = 0;
+    let told = loop {
+        let reply = running.post("/topics/a", &body).await;
+        if reply.status != 202 {
+            break reply;
+        }
+        taken += 1;
+    };
+    told.is_problem(429, "topic a");
+    assert!(told.header("retry-after").is_some() && (7..=9).contains(&taken), "{taken}");
+    // Another topic goes on, until all together hold too much.
+    let mut reply = running.post("/topics/b", &body).await;
+    assert_eq!(reply.status, 202);
+    while reply.status == 202 {
+        reply = running.post("/topics/b", &body).await;
+    }
+    loop {
+        let reply = running.post("/topics/c", &body).await;
+        if reply.status != 202 {
+            reply.is_problem(503, "at their bound of 1048576 bytes");
+            assert!(reply.header("retry-after").is_some());
+            break;
+        }
+    }
+    let metrics = running.get("/metrics").await.text();
+    let held = |metrics: &str| -> u64 {
+        metrics.lines().find_map(|line| line.strip_prefix("broker_memory_bytes ")).unwrap().parse().unwrap()
+    };
+    assert!((900 << 10..=1 << 20).contains(&held(&metrics)), "{metrics}");
+    // At the bound a body is refused before it is read, however it comes.
+    let chunked = [("transfer-encoding", "chunked")];
+    let chunks = format!("{:x}\r\n{body}\r\n0\r\n\r\n", body.len());
+    running.send("POST /topics/c", &chunked, &chunks).await.is_problem(503, "bound");
+    // Whoever takes messages out is served, and that makes room.
+    let leases = running.pull("a", "max=100").await;
+    assert_eq!(leases.len(), taken);
+    let names: Vec<_> = leases.iter().map(|lease| lease.lease.clone()).collect();
+    assert!(running.settle("a", serde_json::json!({ "ack": names })).await.is_empty());
+    soon(async {
+        while running.post("/topics/a", &body).await.status != 202 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    for topic in ["a", "b", "c"] {
+        running.delete(&format!("/subscriptions/{topic}")).await;
+    }
+    soon(async {
+        while held(&running.get("/metrics").await.text()) > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    assert!(refused(&running, "topic_memory").await >= 2 && refused(&running, "memory").await >= 2);
+}
+
+/// A raw connection of HTTP/2.
+async fn h2(running: &Running) -> h2::client::SendRequest<Bytes> {
+    let (send, connection) = h2::client::handshake(running.connect().await).await.unwrap();
+    tokio::spawn(connection);
+    send
+}
+
+fn get(path: &str) -> Request<()> {
+    Request::get(format!("http://localhost{path}")).body(()).unwrap()
+}
+
+#[tokio::test]
+async fn rapid_reset_is_cut_off() {
+    // CVE-2023-44487: streams opened and reset as fast as can be.
+    let running = Running::start().await;
+    let mut send = h2(&running).await;
+    let mut reset = 0;
+    let cut = soon(async {
+        loop {
+            let Ok(ready) = send.clone().ready().await else { break };
+            send = ready;
+            let Ok((_, mut body)) = send.send_request(get("/healthz"), false) else { break };
+            body.send_reset(h2::Reason::CANCEL);
+            reset += 1;
+            if reset % 50 == 0 {
+                tokio::task::yield_now().await;
+            }
+            assert!(reset < 100_000, "nobody stopped it");
+        }
+    });
+    cut.await;
+    refused_at_last(&running, "flood", 1).await;
+    assert_eq!(running.get("/healthz").await.status, 200);
+}
+
+#[tokio::test]
+async fn streams_of_one_connection_are_bounded() {
+    let running = limited(|limits| limits.streams_per_connection = 4).await;
+    let mut send = h2(&running).await;
+    // Long polls that hold their streams.
+    running.put("q", r#"{"filter":"a"}"#).await;
+    let mut waiting = Vec::new();
+    for _ in 0..4 {
+        send = send.ready().await.unwrap();
+        let request = Request::post("http://localhost/subscriptions/q/pull?wait=60s").body(()).unwrap();
+        waiting.push(send.send_request(request, true).unwrap());
+    }
+    // A fifth waits for its turn; another connection does not.
+    let fifth = tokio::time::timeout(Duration::from_millis(300), send.clone().ready()).await;
+    assert!(fifth.is_err() || fifth.is_ok_and(|ready| ready.is_ok()));
+    assert_eq!(running.get("/healthz").await.status, 200);
+}
+
+#[tokio::test]
+async fn a_flood_of_headers_over_http_2_is_refused() {
+    let running = limited(|limits| limits.header_bytes = 16 << 10).await;
+    let mut send = h2(&running).await.ready().await.unwrap();
+    let mut request = get("/healthz");
+    for index in 0..500 {
+        let name = http::HeaderName::try_from(format!("x-{index}")).unwrap();
+        request.headers_mut().insert(name, "v".repeat(100).parse().unwrap());
+    }
+    let (answer, _) = send.send_request(request, true).unwrap();
+    match soon(answer).await {
+        Ok(response) => assert_eq!(response.status(), 431),
+        Err(error) => assert!(error.is_reset() || error.is_go_away() || error.is_io(), "{error}"),
+    }
+    assert_eq!(running.get("/healthz").await.status, 200);
+}
+
+#[tokio::test]
+async fn a_flood_of_continuations_is_cut_off() {
+    // A head that never ends (CVE-2024-27316 and its kin).
+    let running = Running::start().await;
+    let mut stream = running.connect().await;
+    let frame = |kind: u8, flags: u8, stream: u32, payload: &[u8]| {
+        let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+    };
+    let mut begin = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    begin.extend(frame(4, 0, 0, &[]));
+    // HEADERS without END_HEADERS: :method GET and no more.
+    begin.extend(frame(1, 1, 1, &[0x82]));
+    stream.write_all(&begin).await.unwrap();
+    let (mut read, mut write) = stream.split();
+    // Literal fields without indexing.
+    let field = [&[0x00, 0x01, b'x', 0x7f, 0x80, 0x1f][..], &[b'v'; 4_223]].concat();
+    let flooding = async {
+        for _ in 0..20_000 {
+            write.write_all(&frame(9, 0, 1, &field)).await?;
+        }
+        std::io::Result::Ok(())
+    };
+    let mut heard = Vec::new();
+    let ended = soon(async {
+        tokio::select! {
+            _ = read.read_to_end(&mut heard) => true,
+            flooded = flooding => flooded.is_err(),
+        }
+    });
+    assert!(ended.await, "80 MB of headers were taken");
+    assert_eq!(running.get("/healthz").await.status, 200);
+}

@@ -1,0 +1,163 @@
+//! TLS on the listener: who is there, client certificates, certificates that change.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use broker_core::MemoryBroker;
+use broker_http::{Access, Action, Identity, Server, ServerOptions, Tls, TlsFiles};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsConnector;
+
+use crate::support::{Reply, soon};
+
+type Authority = CertifiedIssuer<'static, KeyPair>;
+
+fn authority() -> Authority {
+    let mut params = CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
+}
+
+/// A certificate for a name, and its key.
+fn issue(authority: &Authority, name: &str) -> (rcgen::Certificate, KeyPair) {
+    let key = KeyPair::generate().unwrap();
+    let certificate = CertificateParams::new([name.to_owned()]).unwrap().signed_by(&key, authority).unwrap();
+    (certificate, key)
+}
+
+fn write(folder: &Path, authority: &Authority, name: &str) {
+    let (certificate, key) = issue(authority, name);
+    std::fs::write(folder.join("cert.pem"), certificate.pem()).unwrap();
+    std::fs::write(folder.join("key.pem"), key.serialize_pem()).unwrap();
+}
+
+fn client(trusts: &Authority, shows: Option<(rcgen::Certificate, KeyPair)>) -> TlsConnector {
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(CertificateDer::from(trusts.der().to_vec())).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots);
+    let config = match shows {
+        None => builder.with_no_client_auth(),
+        Some((certificate, key)) => {
+            let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
+            builder.with_client_auth_cert(vec![certificate.der().clone()], key).unwrap()
+        }
+    };
+    TlsConnector::from(Arc::new(config))
+}
+
+/// One request, or why the connection was refused.
+async fn ask(address: std::net::SocketAddr, tls: &TlsConnector, request: &str) -> Result<Reply, std::io::Error> {
+    let stream = TcpStream::connect(address).await?;
+    let mut stream = tls.connect(ServerName::try_from("localhost").unwrap(), stream).await?;
+    let head = format!("{request} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
+    stream.write_all(head.as_bytes()).await?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await?;
+    Ok(Reply::parse(&answer))
+}
+
+#[tokio::test]
+async fn a_client_certificate_is_an_identity() {
+    let folder = tempfile::tempdir().unwrap();
+    let (servers, clients, strangers) = (authority(), authority(), authority());
+    write(folder.path(), &servers, "localhost");
+    std::fs::write(folder.path().join("clients.pem"), clients.pem()).unwrap();
+    let files = TlsFiles::new(folder.path().join("cert.pem"), folder.path().join("key.pem"));
+    let tls = Tls::load(files.with_client_ca(folder.path().join("clients.pem"))).unwrap();
+
+    let by_print = issue(&clients, "anything.internal");
+    let print = broker_http::TokenHash::of(by_print.0.der()).to_string();
+    let all = || [">".parse().unwrap()];
+    let access = Access::new([
+        Identity::new("billing")
+            .unwrap()
+            .with_certificate("billing.internal".parse().unwrap())
+            .allowing([Action::Publish], all()),
+        Identity::new("printed").unwrap().with_certificate(print.parse().unwrap()).allowing([Action::Subscribe], all()),
+    ])
+    .unwrap();
+    let server = Server::new(Arc::new(MemoryBroker::new()), ServerOptions::new().with_access(access));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move { server.serve_tls(listener, tls).await });
+
+    let named = client(&servers, Some(issue(&clients, "billing.internal")));
+    let unknown = client(&servers, Some(issue(&clients, "somebody.internal")));
+    let printed = client(&servers, Some(by_print));
+    let nobody = client(&servers, None);
+    for (connector, request, status) in [
+        (&named, "POST /topics/a", 202),
+        (&named, "PUT /subscriptions/a", 403),
+        (&printed, "POST /topics/a", 403),
+        (&printed, "GET /subscriptions", 200),
+        (&unknown, "POST /topics/a", 401),
+        (&nobody, "POST /topics/a", 401),
+        (&nobody, "GET /healthz", 200),
+    ] {
+        let reply = soon(ask(address, connector, request)).await.unwrap();
+        assert_eq!(reply.status, status, "{request}: {}", reply.text());
+    }
+    // One of another authority is refused before a request, and the next is served.
+    let stranger = client(&servers, Some(issue(&strangers, "billing.internal")));
+    assert!(soon(ask(address, &stranger, "POST /topics/a")).await.is_err());
+    // So is one who speaks no TLS.
+    let mut plain = TcpStream::connect(address).await.unwrap();
+    plain.write_all(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    let _ = soon(plain.read_to_end(&mut answer)).await;
+    assert!(!answer.starts_with(b"HTTP/"), "{answer:?}");
+    assert_eq!(soon(ask(address, &nobody, "GET /healthz")).await.unwrap().status, 200);
+}
+
+#[tokio::test]
+async fn a_certificate_that_changes_is_taken_up_and_a_broken_one_is_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let (before, after) = (authority(), authority());
+    write(folder.path(), &before, "localhost");
+    let tls = Tls::load(TlsFiles::new(folder.path().join("cert.pem"), folder.path().join("key.pem"))).unwrap();
+    let server = Server::new(Arc::new(MemoryBroker::new()), ServerOptions::new());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let serving = tls.clone();
+    tokio::spawn(async move { server.serve_tls(listener, serving).await });
+    let (old, new) = (client(&before, None), client(&after, None));
+    assert_eq!(soon(ask(address, &old, "GET /healthz")).await.unwrap().status, 200);
+    assert!(!tls.reload().unwrap(), "nothing changed");
+
+    std::fs::write(folder.path().join("key.pem"), "nonsense").unwrap();
+    let error = tls.reload().unwrap_err();
+    assert!(error.message().contains("key.pem") && !error.message().contains("nonsense"), "{error}");
+    assert_eq!(soon(ask(address, &old, "GET /healthz")).await.unwrap().status, 200);
+
+    write(folder.path(), &after, "localhost");
+    assert!(tls.reload().unwrap());
+    assert_eq!(soon(ask(address, &new, "GET /healthz")).await.unwrap().status, 200);
+    assert!(soon(ask(address, &old, "GET /healthz")).await.is_err());
+}
+
+#[test]
+fn what_is_no_pem_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let authority = authority();
+    write(folder.path(), &authority, "localhost");
+    std::fs::write(path("other.key"), KeyPair::generate().unwrap().serialize_pem()).unwrap();
+    std::fs::write(path("empty.pem"), "").unwrap();
+    for (files, named) in [
+        (TlsFiles::new(path("none.pem"), path("key.pem")), "none.pem"),
+        (TlsFiles::new(path("empty.pem"), path("key.pem")), "empty.pem"),
+        (TlsFiles::new(path("cert.pem"), path("empty.pem")), "no private key"),
+        (TlsFiles::new(path("cert.pem"), path("other.key")), "cert.pem"),
+        (TlsFiles::new(path("cert.pem"), path("key.pem")).with_client_ca(path("empty.pem")), "empty.pem"),
+    ] {
+        let error = Tls::load(files).unwrap_err();
+        assert!(error.message().contains(named), "{named}: {error}");
+    }
+}
