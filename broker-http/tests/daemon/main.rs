@@ -1,6 +1,9 @@
 //! The real binary, from its first line to its exit status, with real sockets on both sides.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
+mod lines;
+mod sdks;
+
 use std::net::SocketAddr;
 use std::process::Stdio;
 use std::sync::Arc;
