@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use broker_core::{Message, PublisherOptions, Topic};
+use bytes::Bytes;
 use serde_json::json;
 use tokio::net::TcpListener;
 
@@ -69,8 +70,9 @@ pub(crate) async fn backlog() -> Result<f64> {
     ours.put("push", json!({"filter": "orders.>", "endpoint": url, "timeout": "10m"})).await?;
     let publisher = ours.broker.publisher(&Topic::new("orders.created")?, PublisherOptions::new())?;
     for number in 0..BACKLOG {
-        // A payload of its own each, as messages from outside have.
-        publisher.publish(Message::new(format!("{number:0100}"))).await?;
+        // A payload of its own each, and no larger than it is, as messages from outside have.
+        let payload = Bytes::copy_from_slice(format!("{number:0100}").as_bytes());
+        publisher.publish(Message::new(payload)).await?;
     }
     let waiting = waiting(&ours).await?;
     if waiting != BACKLOG as u64 {

@@ -23,6 +23,9 @@ pub enum Mode {
     Raw,
 }
 
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
+
 /// Headers a message may take for [`fits`]; servers take a hundred or so in all.
 const MAX_FIELDS: usize = 48;
 /// Bytes of them; servers take 8 KiB and more.
@@ -216,21 +219,21 @@ fn read_attribute(value: &HeaderValue) -> Result<Cow<'_, str>, &'static str> {
 pub fn trace_context(message: &Message) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
     let parent = message.headers().get_str("traceparent").filter(|text| is_traceparent(text));
     let state = parent.and_then(|_| message.headers().get_str("tracestate")).filter(|text| is_tracestate(text));
-    [("traceparent", parent), ("tracestate", state)]
+    [(TRACEPARENT, parent), (TRACESTATE, state)]
         .into_iter()
-        .filter_map(|(name, value)| Some((HeaderName::from_static(name), HeaderValue::from_str(value?).ok()?)))
+        .filter_map(|(name, value)| Some((name, HeaderValue::from_str(value?).ok()?)))
 }
 
 /// Takes the request's trace context as message headers, unless the message brings its own. What is
 /// malformed is no context, as the standard asks.
 pub fn take_trace_context(headers: &HeaderMap, message: &mut Message) -> Result<()> {
-    let read = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-    let Some(parent) = read("traceparent").filter(|text| is_traceparent(text)) else { return Ok(()) };
+    let read = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
+    let Some(parent) = read(TRACEPARENT).filter(|text| is_traceparent(text)) else { return Ok(()) };
     if message.headers().get("traceparent").is_some() {
         return Ok(());
     }
     message.headers_mut().append("traceparent", parent.to_owned())?;
-    if let Some(state) = read("tracestate").filter(|text| is_tracestate(text))
+    if let Some(state) = read(TRACESTATE).filter(|text| is_tracestate(text))
         && message.headers().get("tracestate").is_none()
     {
         message.headers_mut().append("tracestate", state.to_owned())?;

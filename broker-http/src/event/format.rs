@@ -42,7 +42,7 @@ impl Format {
         let Ok(text) = value.to_str() else { return Ok(Self::Single) };
         let format = match Self::named(text) {
             Some(format) => format,
-            None if essence(text).starts_with("application/cloudevents") => {
+            None if is_event(text) => {
                 return Err(Error::invalid(format!(
                     "content-type {text:?}: of the CloudEvents formats, application/cloudevents+json and application/cloudevents-batch+json are understood"
                 )));
@@ -58,24 +58,28 @@ impl Format {
     }
 
     fn named(content_type: &str) -> Option<Self> {
-        match essence(content_type).as_str() {
-            super::EVENT_TYPE => Some(Self::Structured),
-            super::BATCH_TYPE => Some(Self::Batch),
-            super::LINES_TYPE => Some(Self::Lines),
-            _ => None,
-        }
+        let essence = essence(content_type);
+        let forms =
+            [(super::EVENT_TYPE, Self::Structured), (super::BATCH_TYPE, Self::Batch), (super::LINES_TYPE, Self::Lines)];
+        forms.into_iter().find(|(name, _)| essence.eq_ignore_ascii_case(name)).map(|(_, form)| form)
     }
 
     /// Whether a payload of this content type would be taken for one of the other forms, were it a
     /// request's body.
     pub(super) fn is_taken(content_type: &str) -> bool {
-        Self::named(content_type).is_some() || essence(content_type).starts_with("application/cloudevents")
+        Self::named(content_type).is_some() || is_event(content_type)
     }
 }
 
-/// The media type without its parameters, in lower case.
-pub(super) fn essence(content_type: &str) -> String {
-    content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
+/// Whether this is a CloudEvents format, known or not.
+fn is_event(content_type: &str) -> bool {
+    const EVENTS: &str = "application/cloudevents";
+    essence(content_type).get(..EVENTS.len()).is_some_and(|text| text.eq_ignore_ascii_case(EVENTS))
+}
+
+/// The media type without its parameters; case means nothing in it.
+pub(super) fn essence(content_type: &str) -> &str {
+    content_type.split(';').next().unwrap_or_default().trim()
 }
 
 /// The charset parameter, unquoted.

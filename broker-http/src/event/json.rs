@@ -129,13 +129,13 @@ fn encode_payload(content_type: Option<&str>, payload: &[u8], object: &mut Membe
 
 /// A media type that is JSON: `*/json` or `*/*+json` (JSON event format, section 3.1.1).
 fn is_json(content_type: &str) -> bool {
-    let essence = essence(content_type);
+    let essence = essence(content_type).to_ascii_lowercase();
     essence.ends_with("/json") || essence.ends_with("+json")
 }
 
 /// A media type whose payload people read, in UTF-8.
 fn is_text(content_type: &str) -> bool {
-    let essence = essence(content_type);
+    let essence = essence(content_type).to_ascii_lowercase();
     let readable = essence.starts_with("text/") || essence == "application/xml" || essence.ends_with("+xml");
     readable && charset(content_type).is_none_or(|charset| charset.eq_ignore_ascii_case("utf-8"))
 }

@@ -9,7 +9,7 @@ use axum::body::{Body, to_bytes};
 use axum::response::Response;
 use broker_core::ErrorKind;
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 
@@ -18,6 +18,8 @@ use super::publish::json_response;
 
 /// How long an answer is kept at most; room for newer ones may end it sooner.
 const KEPT: Duration = Duration::from_secs(24 * 3600);
+
+const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
 /// What an entry costs beside its key and its answer.
 const OVERHEAD: usize = 200;
@@ -29,7 +31,7 @@ pub(crate) struct Key(Arc<str>);
 impl Key {
     /// The key of a request, if it has one.
     pub(crate) fn of(parts: &http::request::Parts) -> Answer<Option<Self>> {
-        let mut values = parts.headers.get_all("idempotency-key").iter();
+        let mut values = parts.headers.get_all(IDEMPOTENCY_KEY).iter();
         let Some(value) = values.next() else { return Ok(None) };
         // The draft has a quoted string; many senders leave the quotes out.
         let text = value.to_str().unwrap_or_default();

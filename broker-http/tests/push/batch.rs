@@ -1,9 +1,12 @@
 //! Batch mode, the other modes, and signatures.
 
+use std::sync::Arc;
+
 use broker_core::Message;
 use serde_json::Value;
+use tokio::sync::Notify;
 
-use crate::support::{Endpoint, QUICK, Rig, answer, status};
+use crate::support::{Endpoint, QUICK, Reaction, Rig, answer, status};
 
 fn numbered(count: u32) -> impl Iterator<Item = Message> {
     (0..count).map(|number| Message::new(number.to_string()).with_id(format!("m{number}").parse().unwrap()))
@@ -24,6 +27,28 @@ async fn a_backlog_goes_in_full_batches_and_the_rest_after_a_wait() {
     rig.drained().await;
     let sizes: Vec<_> = endpoint.so_far().iter().map(|request| ids(&request.body).len()).collect();
     assert_eq!(sizes, [40, 40, 20]);
+}
+
+#[tokio::test]
+async fn max_in_flight_counts_requests() {
+    let gate = Arc::new(Notify::new());
+    let mut endpoint = Endpoint::always(Reaction::Hold(Arc::clone(&gate))).await;
+    let fields = r#""mode":"batch","max_in_flight":2,"batch":{"max":10,"wait":"10ms"}"#;
+    let rig = Rig::new(&endpoint.url(), fields).await;
+    rig.push.pause();
+    rig.publish(numbered(40)).await;
+    rig.push.resume();
+    // Ten messages each, of which two may be in flight: so it is not they that are counted.
+    for _ in 0..4 {
+        assert_eq!(ids(&endpoint.next().await.body).len(), 10);
+        assert!(rig.push.status().in_flight <= 20);
+        gate.notify_one();
+    }
+    rig.until(async || {
+        gate.notify_one();
+        rig.lag().await == 0
+    })
+    .await;
 }
 
 #[tokio::test]

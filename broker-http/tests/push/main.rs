@@ -4,6 +4,7 @@
 
 mod batch;
 mod connections;
+mod dead_letters;
 mod endpoint;
 mod h2c;
 mod support;
