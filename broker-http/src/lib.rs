@@ -15,7 +15,9 @@ mod tls;
 pub mod webhook;
 
 pub use attributes::AttributeFilter;
+pub use push::PushTls;
 pub use server::{
     Access, Action, Allow, CertificateName, Identity, Limits, Server, ServerOptions, Tls, TlsFiles, Token, TokenHash,
+    TopicRule, Topics,
 };
 pub use spec::{Batch, Endpoint, Mode, Secret, Signing, StatusVerdict, SubscriptionSpec};

@@ -17,6 +17,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use url::Url;
 
 use crate::AttributeFilter;
+use crate::push::PushTls;
 
 /// A subscription's settings, in the JSON of the HTTP interface. Unknown fields are refused; what
 /// is left out has the defaults that interface names.
@@ -90,6 +91,9 @@ pub struct SubscriptionSpec {
     /// The keys pushes are signed with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signing: Option<Signing>,
+    /// Which servers are trusted and what is shown to them, where that differs from the daemon's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<PushTls>,
     /// Deletes a pull subscription nobody pulled for so long.
     #[serde(default, skip_serializing_if = "Option::is_none", with = "optional_duration")]
     pub expires: Option<Duration>,
@@ -132,6 +136,7 @@ impl SubscriptionSpec {
             headers: BTreeMap::new(),
             http2: false,
             signing: None,
+            tls: None,
             expires: None,
         }
     }
@@ -198,7 +203,8 @@ impl SubscriptionSpec {
             self.http2 && self.endpoint.as_ref().is_none_or(|endpoint| endpoint.url().scheme() != "http"),
             "http2: it is for an endpoint that begins with http://; with https:// both sides agree on it themselves",
         )?;
-        self.signing.as_ref().map_or(Ok(()), Signing::check)
+        self.signing.as_ref().map_or(Ok(()), Signing::check)?;
+        self.tls.as_ref().map_or(Ok(()), PushTls::check)
     }
 
     /// Whether the attribute filters want a message on `topic`.
@@ -560,6 +566,8 @@ mod tests {
             (r#""endpoint":"http://x/","expires":"1s""#, "expires"),
             (r#""endpoint":"https://x/","http2":true"#, "http2"),
             (r#""verdicts":{"99":"ack"}"#, "verdicts"),
+            (r#""tls":{"ca":"hunter2"}"#, "tls.ca"),
+            (r#""tls":{"key":"***"}"#, "tls"),
         ] {
             let error = refused(&format!(r#"{{"filter":"a",{fields}}}"#));
             assert!(error.contains(named), "{fields}: {error}");

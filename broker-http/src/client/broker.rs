@@ -88,6 +88,35 @@ impl HttpBroker {
         Self { name: options.name(), shared: Arc::new(Shared::new(Http::new(options))), report: Mutex::default() }
     }
 
+    /// Asks the daemon for something beyond the contract: a method and a path of its interface, with
+    /// JSON or without. What is answered is the body.
+    ///
+    /// ```no_run
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> broker_core::Result<()> {
+    /// use broker_http::client::{HttpBroker, HttpOptions};
+    ///
+    /// let daemon = HttpBroker::new(HttpOptions::from_url("http://127.0.0.1:2757")?);
+    /// let paused = daemon.request("POST", "/subscriptions/billing/pause", None).await?;
+    /// # let _ = paused;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// What the daemon says, or that it cannot be asked.
+    pub async fn request(&self, method: &str, path: &str, json: Option<String>) -> Result<bytes::Bytes> {
+        let parsed = Method::from_bytes(method.as_bytes());
+        let method = parsed.map_err(|_| Error::invalid(format!("{method:?} is no method of HTTP")))?;
+        let path: http::uri::PathAndQuery =
+            path.parse().map_err(|_| Error::invalid("it is a path and a query, as in /subscriptions?limit=10"))?;
+        let mut call = Call::new(method, path.as_str(), self.timeout());
+        call.limit = groups::LIST_ANSWER;
+        if let Some(json) = json {
+            call = call.json(json);
+        }
+        Ok(self.shared.expect(call).await?.body)
+    }
+
     fn lanes(&self) -> Vec<Arc<Lane>> {
         self.shared.lanes.lock().iter().filter_map(Weak::upgrade).collect()
     }

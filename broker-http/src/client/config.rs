@@ -152,6 +152,16 @@ impl HttpOptions {
         self.tls.as_ref()
     }
 
+    /// Sends this bearer token with every request, instead of credentials of the URL.
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`](broker_core::ErrorKind::Invalid) if it is not visible ASCII; it is not repeated.
+    pub fn with_token(mut self, token: &str) -> Result<Self> {
+        self.authorization = authorization(None, None, Some(token))?;
+        Ok(self)
+    }
+
     pub(super) fn authority(&self) -> &str {
         &self.authority
     }

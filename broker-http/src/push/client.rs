@@ -9,7 +9,8 @@ use std::time::Duration;
 use rustls::ClientConfig;
 use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 
-use super::Guard;
+use super::{Guard, PushTls};
+use crate::SubscriptionSpec;
 
 /// Shared by all pushes: which addresses may be dialled, how TLS is spoken, and how many connections
 /// there are at most. Cloning shares it.
@@ -29,6 +30,7 @@ use super::Guard;
 #[derive(Clone)]
 pub struct PushClient {
     guard: Arc<Guard>,
+    trust: Arc<PushTls>,
     tls: Arc<OnceCell<Arc<ClientConfig>>>,
     connections: Arc<Semaphore>,
     max_connections: usize,
@@ -54,6 +56,7 @@ impl PushClient {
         let max_connections = open_files().map_or(MAX_CONNECTIONS, |files| (files / 2).clamp(1, MAX_CONNECTIONS));
         Self {
             guard: Arc::new(guard),
+            trust: Arc::default(),
             tls: Arc::default(),
             connections: Arc::new(Semaphore::new(max_connections)),
             max_connections,
@@ -68,10 +71,36 @@ impl PushClient {
     #[must_use]
     pub fn with_tls(mut self, mut config: ClientConfig) -> Self {
         if config.alpn_protocols.is_empty() {
-            config.alpn_protocols = protocols();
+            config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         }
         self.tls = Arc::new(OnceCell::new_with(Some(Arc::new(config))));
         self
+    }
+
+    /// Trusts and shows this instead; what the system has is read when it is first needed.
+    ///
+    /// # Errors
+    ///
+    /// As [`PushTls::check`].
+    pub fn with_trust(mut self, trust: PushTls) -> broker_core::Result<Self> {
+        trust.check()?;
+        self.trust = Arc::new(trust);
+        self.tls = Arc::default();
+        Ok(self)
+    }
+
+    /// As a subscription wants it: with its own trust, if it has one.
+    pub(crate) fn for_spec(&self, spec: &SubscriptionSpec) -> broker_core::Result<Self> {
+        let client = self.clone();
+        match &spec.tls {
+            None => Ok(client),
+            // What it leaves out is the daemon's.
+            Some(own) if own.certificate.is_some() => {
+                let ca = own.ca.clone().or_else(|| self.trust.ca.clone());
+                client.with_trust(PushTls { ca, ..own.clone() })
+            }
+            Some(own) => client.with_trust(PushTls { ca: own.ca.clone(), ..(*self.trust).clone() }),
+        }
     }
 
     /// Sets how many connections there are at most, of all pushes together (at least one). At the
@@ -124,10 +153,11 @@ impl PushClient {
     /// How TLS is spoken; read from the machine the first time.
     pub(crate) async fn tls(&self) -> Result<Arc<ClientConfig>, String> {
         let load = || async {
-            tokio::task::spawn_blocking(from_this_machine)
-                .await
-                .map_err(|_| "the root certificates could not be read".to_owned())?
-                .map(Arc::new)
+            let trust = Arc::clone(&self.trust);
+            match tokio::task::spawn_blocking(move || trust.client_config()).await {
+                Ok(config) => config.map(Arc::new).map_err(|error| error.message().to_owned()),
+                Err(_) => Err("the root certificates could not be read".to_owned()),
+            }
         };
         self.tls.get_or_try_init(load).await.map(Arc::clone)
     }
@@ -163,14 +193,4 @@ impl fmt::Debug for PushClient {
 fn open_files() -> Option<usize> {
     let limits = std::fs::read_to_string("/proc/self/limits").ok()?;
     limits.lines().find_map(|line| line.strip_prefix("Max open files"))?.split_whitespace().next()?.parse().ok()
-}
-
-fn protocols() -> Vec<Vec<u8>> {
-    vec![b"h2".to_vec(), b"http/1.1".to_vec()]
-}
-
-fn from_this_machine() -> Result<ClientConfig, String> {
-    let mut config = crate::tls::trusting(None)?;
-    config.alpn_protocols = protocols();
-    Ok(config)
 }

@@ -33,7 +33,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) async fn ask(client: &PushClient, spec: &SubscriptionSpec, origin: &HeaderValue) -> Result<Option<f64>> {
     let Some(endpoint) = &spec.endpoint else { return Ok(None) };
     let silent = |why: &str| Error::backend(format!("endpoint: it was asked whether it wants pushes: {why}"));
-    let route = Route::new(client.clone(), Target::new(endpoint)?.with_h2(spec.http2));
+    let route = Route::new(client.for_spec(spec)?, Target::new(endpoint)?.with_h2(spec.http2));
     let mut request = Encoder::new(spec)?.bare(Method::OPTIONS);
     request.headers.insert(REQUEST_ORIGIN, origin.clone());
     if let Some(rate) = spec.rate_limit {

@@ -185,7 +185,7 @@ impl Push {
             .endpoint
             .as_ref()
             .ok_or_else(|| Error::invalid(format!("subscription {name} has no endpoint to push to; give it one")))?;
-        let route = Route::new(client.clone(), Target::new(endpoint)?.with_h2(spec.http2));
+        let route = Route::new(client.for_spec(&spec)?, Target::new(endpoint)?.with_h2(spec.http2));
         let encoder = Encoder::new(&spec)?;
         let test_topic = test_topic(&group)?;
         let engine = Engine::new(Parts { broker, name, group, spec, encoder, route, observer, paused });

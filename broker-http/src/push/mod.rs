@@ -27,6 +27,7 @@ mod sign;
 mod special;
 mod target;
 mod timer;
+mod trust;
 mod verdict;
 mod window;
 
@@ -34,3 +35,4 @@ pub use attempts::Attempt;
 pub use client::PushClient;
 pub use guard::{Allowed, Guard};
 pub use handle::{Push, PushObserver, PushOptions, PushState, PushStatus};
+pub use trust::PushTls;

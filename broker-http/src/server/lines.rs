@@ -138,7 +138,7 @@ impl Lines {
             return false;
         }
         let (shared, published) = (&*self.shared, &*self.published);
-        if let Err(problem) = published.account().check(published.topic().as_str()) {
+        if let Err(problem) = published.check_room() {
             for _ in 0..count {
                 write_problem(out, &problem);
                 out.push(b'\n');

@@ -112,8 +112,8 @@ impl Account {
     }
 
     /// Refuses publishers where the topic, or all of them together, hold too much.
-    pub(crate) fn check(&self, topic: &str) -> Answer<()> {
-        let max = self.books.0.topic_max;
+    pub(crate) fn check(&self, topic: &str, own: Option<u64>) -> Answer<()> {
+        let max = own.unwrap_or(self.books.0.topic_max);
         if self.held() < max {
             return self.books.reserve(1).map(drop);
         }
@@ -197,14 +197,14 @@ mod tests {
         drop(one);
         assert_eq!(ledger.held(), 0);
         let account = ledger.account();
-        account.check("a").unwrap();
+        account.check("a", None).unwrap();
         {
             let _all = ledger.reserve(1_000).unwrap();
-            assert_eq!(account.check("a").unwrap_err().status(), 503);
+            assert_eq!(account.check("a", None).unwrap_err().status(), 503);
         }
         let held = account.charge(Message::new(vec![0; 100]));
-        assert_eq!(account.check("a").unwrap_err().status(), 429);
+        assert_eq!(account.check("a", None).unwrap_err().status(), 429);
         drop(held);
-        account.check("a").unwrap();
+        account.check("a", None).unwrap();
     }
 }

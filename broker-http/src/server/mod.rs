@@ -11,6 +11,7 @@ mod origin;
 pub(crate) mod problem;
 mod query;
 mod tls;
+mod topics;
 mod wire;
 
 // Publishing.
@@ -36,6 +37,7 @@ mod ops;
 mod options;
 mod routes;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize};
@@ -54,6 +56,7 @@ pub use access::{Access, Action, Allow, CertificateName, Identity, Token, TokenH
 pub use limits::Limits;
 pub use options::ServerOptions;
 pub use tls::{Tls, TlsFiles};
+pub use topics::{TopicRule, Topics};
 
 use crate::push::{Push, PushClient, PushObserver, PushOptions, consent};
 use crate::{Endpoint, SubscriptionSpec};
@@ -115,6 +118,8 @@ pub(crate) struct Shared {
     observer: Arc<Observer>,
     state: Option<StateFile>,
     restored: AtomicBool,
+    /// Whether the declared subscriptions were made.
+    declared: AtomicBool,
 }
 
 impl Server {
@@ -125,7 +130,7 @@ impl Server {
         let ledger = Ledger::new(limits.memory_bytes, limits.topic_memory_bytes);
         let shared = Arc::new_cyclic(|shared| Shared {
             gate: Gate::new(options.access()),
-            publishers: Publishers::new(Arc::clone(&broker), limits.topics, ledger.clone()),
+            publishers: Publishers::new(Arc::clone(&broker), limits.topics, ledger.clone(), options.topics().clone()),
             ledger,
             idempotency: Answers::new(limits.idempotency_bytes),
             registry: Registry::default(),
@@ -138,6 +143,7 @@ impl Server {
             push_client: options.push_client(),
             state: options.state().map(|path| StateFile::new(path.to_owned())),
             restored: AtomicBool::new(false),
+            declared: AtomicBool::new(false),
             broker,
             options,
         });
@@ -165,10 +171,46 @@ impl Server {
         if let Some(state) = &self.shared.state
             && !self.shared.restored.swap(true, std::sync::atomic::Ordering::AcqRel)
         {
-            let kept = state.load().await?;
+            let declared = self.shared.options.subscriptions();
+            let mut kept = state.load().await?;
+            // What was declared and is no more is gone; what is declared otherwise is made below.
+            kept.retain_mut(|kept| match declared.get(&kept.name) {
+                None => !kept.declared,
+                Some(spec) if spec.filter == kept.spec.filter && spec.group == kept.spec.group => {
+                    kept.spec = SubscriptionSpec { start: kept.spec.start.clone(), ..spec.clone() };
+                    true
+                }
+                Some(_) => false,
+            });
             self.shared.registry.restore(&self.shared, kept).await?;
         }
+        if !self.shared.declared.swap(true, std::sync::atomic::Ordering::AcqRel) {
+            self.set_subscriptions(self.shared.options.subscriptions()).await?;
+        }
         Ok(())
+    }
+
+    /// Replaces the declared subscriptions: one that is new is made, one that changed is replaced,
+    /// one that is left out goes and leaves its backlog. Those made over the interface stay.
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`](broker_core::ErrorKind::Invalid), naming each that could not be brought to what is
+    /// declared, and why; the others are.
+    pub async fn set_subscriptions(&self, subscriptions: &BTreeMap<GroupName, SubscriptionSpec>) -> Result<()> {
+        let failed = self.shared.registry.declare(&self.shared, subscriptions).await;
+        self.shared.save().await;
+        if failed.is_empty() {
+            return Ok(());
+        }
+        let failed: Vec<_> =
+            failed.iter().map(|(name, problem)| format!("subscription {name}: {}", problem.detail())).collect();
+        Err(broker_core::Error::invalid(failed.join("; ")))
+    }
+
+    /// Replaces what is declared of topics: the next publish is held to it.
+    pub fn set_topics(&self, topics: Topics) {
+        self.shared.publishers.set_topics(topics);
     }
 
     /// Serves connections until the server is drained: HTTP/1.1, and HTTP/2 with prior knowledge.

@@ -1,14 +1,16 @@
 //! How a server is set up.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use broker_core::{Error, Result};
+use broker_core::{Error, GroupName, Result};
 use http::HeaderValue;
 
 use super::access::Access;
-use crate::Limits;
-use crate::push::{Guard, PushClient};
+use super::topics::Topics;
+use crate::push::{Guard, PushClient, PushTls};
+use crate::{Limits, SubscriptionSpec};
 
 /// How a [`Server`](crate::Server) is set up.
 ///
@@ -27,6 +29,9 @@ pub struct ServerOptions {
     guard: Guard,
     webhook_origin: Option<HeaderValue>,
     access: Arc<Access>,
+    push_tls: PushTls,
+    subscriptions: BTreeMap<GroupName, SubscriptionSpec>,
+    topics: Topics,
 }
 
 impl ServerOptions {
@@ -114,6 +119,42 @@ impl ServerOptions {
         self
     }
 
+    /// Sets whom pushes trust and what they show, where a subscription does not say.
+    ///
+    /// # Errors
+    ///
+    /// As [`PushTls::check`].
+    pub fn with_push_tls(mut self, tls: PushTls) -> Result<Self> {
+        tls.check()?;
+        self.push_tls = tls;
+        Ok(self)
+    }
+
+    /// Declares subscriptions: they stand from the start, are what is said here, and can be neither
+    /// replaced nor deleted over the interface.
+    /// [`Server::set_subscriptions`](crate::Server::set_subscriptions) changes them later.
+    #[must_use]
+    pub fn with_subscriptions(mut self, subscriptions: BTreeMap<GroupName, SubscriptionSpec>) -> Self {
+        self.subscriptions = subscriptions;
+        self
+    }
+
+    /// Declares topics: bounds for some, and whether there are any others.
+    /// [`Server::set_topics`](crate::Server::set_topics) changes them later.
+    #[must_use]
+    pub fn with_topics(mut self, topics: Topics) -> Self {
+        self.topics = topics;
+        self
+    }
+
+    pub(crate) fn subscriptions(&self) -> &BTreeMap<GroupName, SubscriptionSpec> {
+        &self.subscriptions
+    }
+
+    pub(crate) fn topics(&self) -> &Topics {
+        &self.topics
+    }
+
     /// Whether development mode is on.
     pub fn is_development(&self) -> bool {
         self.development
@@ -139,6 +180,8 @@ impl ServerOptions {
     }
 
     pub(crate) fn push_client(&self) -> PushClient {
-        PushClient::new(self.guard.clone().with_development(self.development))
+        let client = PushClient::new(self.guard.clone().with_development(self.development));
+        // It was checked when it was set.
+        client.clone().with_trust(self.push_tls.clone()).unwrap_or(client)
     }
 }

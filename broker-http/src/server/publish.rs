@@ -57,7 +57,7 @@ fn prepare(shared: &Shared, parts: &http::request::Parts) -> Answer<Prepared> {
     }
     let topic = name_in_path(&parts.uri)?;
     let published = shared.publishers.of(&topic)?;
-    published.account().check(&topic)?;
+    published.check_room()?;
     let options = Options::parse(parts.uri.query(), &parts.headers)?;
     let format = Format::of(&parts.headers)?;
     let key = Key::of(parts)?;
@@ -168,7 +168,7 @@ async fn collected(
 
 async fn one(shared: &Shared, published: &Published, options: &Options, decoded: Decoded) -> Answer {
     let publisher = published.publisher(&*shared.broker, options.require_route)?;
-    let receipt = publisher.publish(published.account().charge(decoded.message)).await?;
+    let receipt = publisher.publish(published.charge(decoded.message)?).await?;
     published.published(1);
     shared.metrics.accepted(1);
     let mut json = Vec::with_capacity(128);
@@ -194,6 +194,20 @@ impl Outgoing {
     pub(crate) fn len(&self) -> usize {
         self.messages.len() + self.unread.len()
     }
+
+    /// Charges the messages to their topic; one it does not take is as one that could not be read.
+    fn charged(self, published: &Published) -> Self {
+        let mut unread = self.unread.into_iter().peekable();
+        let mut charged = Self::default();
+        for message in self.messages {
+            while let Some((_, error)) = unread.next_if(|(index, _)| *index == charged.len()) {
+                charged.push(Err(error));
+            }
+            charged.push(published.charge(message));
+        }
+        unread.for_each(|(_, error)| charged.push(Err(error)));
+        charged
+    }
 }
 
 /// Publishes what could be read, in order; what could not keeps its place among the results.
@@ -205,11 +219,10 @@ pub(crate) async fn publish_all(
     outgoing: Outgoing,
 ) -> Result<Vec<Result<Receipt, Error>>, Error> {
     let publisher = published.publisher(&*shared.broker, options.require_route)?;
-    let Outgoing { messages, unread } = outgoing;
+    let Outgoing { messages, unread } = outgoing.charged(published);
     if let Some(caller) = caller {
         caller.overdraw(messages.len());
     }
-    let messages: Vec<_> = messages.into_iter().map(|message| published.account().charge(message)).collect();
     let mut results = if messages.is_empty() { Vec::new() } else { publisher.publish_batch(messages).await? };
     let accepted = results.iter().filter(|result| result.is_ok()).count() as u64;
     published.published(accepted);

@@ -4,13 +4,14 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
-use broker_core::{Broker, Publisher, PublisherOptions, Result, Timestamp, Topic};
-use parking_lot::RwLock;
+use broker_core::{Broker, Message, Publisher, PublisherOptions, Result, Timestamp, Topic};
+use parking_lot::{Mutex, RwLock};
 use rustc_hash::FxHashMap;
 
 use super::memory::{Account, Ledger};
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
+use super::topics::{Bounds, Topics};
 
 /// The handles, and with them the topics known: those lately published to.
 #[derive(Debug)]
@@ -18,6 +19,7 @@ pub(crate) struct Publishers {
     broker: Arc<dyn Broker>,
     max: usize,
     ledger: Ledger,
+    topics: RwLock<Topics>,
     kept: RwLock<FxHashMap<Box<str>, Arc<Published>>>,
 }
 
@@ -30,6 +32,7 @@ pub(crate) struct Published {
     count: AtomicU64,
     last: AtomicI64,
     account: Arc<Account>,
+    bounds: Mutex<Bounds>,
 }
 
 /// What is said about a topic.
@@ -48,8 +51,8 @@ impl TopicSummary {
 }
 
 impl Publishers {
-    pub(crate) fn new(broker: Arc<dyn Broker>, max: usize, ledger: Ledger) -> Self {
-        Self { broker, max: max.max(1), ledger, kept: RwLock::default() }
+    pub(crate) fn new(broker: Arc<dyn Broker>, max: usize, ledger: Ledger, topics: Topics) -> Self {
+        Self { broker, max: max.max(1), ledger, topics: RwLock::new(topics), kept: RwLock::default() }
     }
 
     /// The handle for `topic`.
@@ -61,12 +64,15 @@ impl Publishers {
         if let Some(published) = self.kept.read().get(topic) {
             return Ok(Arc::clone(published));
         }
+        let name = Topic::new(topic)?;
+        let bounds = self.topics.read().bounds(&name)?;
         let published = Arc::new(Published {
-            plain: self.broker.publisher(&Topic::new(topic)?, PublisherOptions::new())?,
+            plain: self.broker.publisher(&name, PublisherOptions::new())?,
             routed: std::sync::OnceLock::new(),
             count: AtomicU64::new(0),
             last: AtomicI64::new(Timestamp::now().as_millis()),
             account: self.ledger.account(),
+            bounds: Mutex::new(bounds),
         });
         let mut kept = self.kept.write();
         if kept.len() >= self.max && !kept.contains_key(topic) {
@@ -80,6 +86,19 @@ impl Publishers {
             }
         }
         Ok(Arc::clone(kept.entry(topic.into()).or_insert(published)))
+    }
+
+    /// From now on these rules.
+    pub(crate) fn set_topics(&self, topics: Topics) {
+        let mut kept = self.kept.write();
+        kept.retain(|_, published| match topics.bounds(published.topic()) {
+            Ok(bounds) => {
+                *published.bounds.lock() = bounds;
+                true
+            }
+            Err(_) => false,
+        });
+        *self.topics.write() = topics;
     }
 
     /// Topics in use.
@@ -142,9 +161,16 @@ impl Published {
         Ok(self.routed.get_or_init(|| routed))
     }
 
-    /// What its messages hold.
-    pub(crate) fn account(&self) -> &Arc<Account> {
-        &self.account
+    /// Refuses publishers where the topic, or all of them together, hold too much.
+    pub(crate) fn check_room(&self) -> Answer<()> {
+        let own = self.bounds.lock().memory;
+        self.account.check(self.topic().as_str(), own)
+    }
+
+    /// Charges a message to the topic, if the topic takes one so large.
+    pub(crate) fn charge(&self, message: Message) -> Result<Message> {
+        self.bounds.lock().check(self.topic(), message.size())?;
+        Ok(self.account.charge(message))
     }
 
     pub(crate) fn topic(&self) -> &Topic {

@@ -1,6 +1,6 @@
 //! The subscriptions alive: made, replaced, paused and deleted here, one change at a time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
@@ -27,6 +27,8 @@ use crate::push::Push;
 pub(crate) struct Registry {
     table: RwLock<BTreeMap<Box<str>, Arc<Subscribed>>>,
     pub(crate) groups: Groups,
+    /// Those the operator declared.
+    declared: RwLock<BTreeSet<GroupName>>,
     /// Held while something changes: a change asks the broker for several things in turn.
     changing: AsyncMutex<()>,
     /// Counts changes, so that the state file knows what it has written.
@@ -318,7 +320,8 @@ impl Registry {
         let mut writer = state::Writer::new();
         for subscribed in self.table.read().values() {
             let disabled = subscribed.push().is_some_and(Push::is_disabled);
-            writer.push(&subscribed.name, subscribed.is_paused(), disabled, subscribed.spec_json());
+            let declared = self.declared.read().contains(&subscribed.name);
+            writer.push(&subscribed.name, [subscribed.is_paused(), disabled, declared], subscribed.spec_json());
         }
         (change, writer.finish())
     }
@@ -326,7 +329,7 @@ impl Registry {
     /// Makes the subscriptions of a state file.
     pub(crate) async fn restore(&self, shared: &Arc<Shared>, kept: Vec<Kept>) -> Result<()> {
         let _changing = self.changing.lock().await;
-        for Kept { name, spec, paused, disabled } in kept {
+        for Kept { name, spec, paused, disabled, .. } in kept {
             let group = Group::new(spec.group.clone().unwrap_or_else(|| name.clone()), spec.filter.clone());
             self.groups
                 .join(&*shared.broker, &group, &spec)
@@ -339,6 +342,43 @@ impl Registry {
             }
         }
         Ok(())
+    }
+
+    /// Whether the operator declared it, so that it is not to be changed over the interface.
+    pub(crate) fn check_free(&self, name: &str) -> Answer<()> {
+        if self.declared.read().iter().any(|declared| declared.as_str() == name) {
+            return Err(Problem::conflict(format!(
+                "subscription {name} stands in the daemon's configuration; change it there"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Brings the declared subscriptions to what is declared now; tells which could not be. One that
+    /// is declared no more goes, and its backlog stays for whoever may declare it again.
+    pub(crate) async fn declare(
+        &self,
+        shared: &Arc<Shared>,
+        wanted: &BTreeMap<GroupName, SubscriptionSpec>,
+    ) -> Vec<(GroupName, Problem)> {
+        let before = std::mem::replace(&mut *self.declared.write(), wanted.keys().cloned().collect());
+        let mut failed = Vec::new();
+        for name in before.into_iter().filter(|name| !wanted.contains_key(name)) {
+            if let Err(problem) = self.delete(shared, name.as_str(), true).await {
+                failed.push((name, problem));
+            }
+        }
+        for (name, spec) in wanted {
+            let allowed = spec.endpoint.as_ref().map_or(Ok(()), |endpoint| shared.check_endpoint(endpoint));
+            let put = match allowed {
+                Ok(()) => self.put(shared, name.clone(), spec.clone(), false).await.map(drop),
+                Err(problem) => Err(problem),
+            };
+            if let Err(problem) = put {
+                failed.push((name.clone(), problem));
+            }
+        }
+        failed
     }
 
     /// Takes out of their groups what a shutdown does not wait for: members nobody pulls through,

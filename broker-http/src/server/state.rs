@@ -36,6 +36,9 @@ pub(crate) struct Kept {
     /// Whether its endpoint said that it is gone for good.
     #[serde(default)]
     pub(crate) disabled: bool,
+    /// Whether it was there because the operator declared it: no longer declared, it goes.
+    #[serde(default)]
+    pub(crate) declared: bool,
 }
 
 /// Puts the file's text together: one subscription a line, each written out only once in its life,
@@ -48,12 +51,13 @@ impl Writer {
     }
 
     /// Adds a subscription; `spec` is its JSON.
-    pub(crate) fn push(&mut self, name: &GroupName, paused: bool, disabled: bool, spec: &str) {
+    pub(crate) fn push(&mut self, name: &GroupName, [paused, disabled, declared]: [bool; 3], spec: &str) {
         let comma = if self.0.ends_with(b"[") { "" } else { "," };
         let paused = if paused { r#""paused":true,"# } else { "" };
         let disabled = if disabled { r#""disabled":true,"# } else { "" };
+        let declared = if declared { r#""declared":true,"# } else { "" };
         // A name's grammar needs no escaping; writing to a vector cannot fail.
-        let _ = write!(self.0, "{comma}\n{{\"name\":\"{name}\",{paused}{disabled}\"spec\":{spec}}}");
+        let _ = write!(self.0, "{comma}\n{{\"name\":\"{name}\",{paused}{disabled}{declared}\"spec\":{spec}}}");
     }
 
     pub(crate) fn finish(mut self) -> Vec<u8> {
@@ -178,8 +182,8 @@ mod tests {
 
     fn text(kept: &[Kept]) -> Vec<u8> {
         let mut writer = Writer::new();
-        for Kept { name, spec, paused, disabled } in kept {
-            writer.push(name, *paused, *disabled, &serde_json::to_string(spec).unwrap());
+        for Kept { name, spec, paused, disabled, declared } in kept {
+            writer.push(name, [*paused, *disabled, *declared], &serde_json::to_string(spec).unwrap());
         }
         writer.finish()
     }

@@ -54,6 +54,7 @@ pub(crate) async fn put(
         // Dead letters are published there.
         spec.dead_letter.as_ref().map_or(Ok(()), |topic| caller.check(Action::Publish, &topic.into()))?;
     }
+    shared.registry.check_free(name.as_str())?;
     if let Some(endpoint) = &spec.endpoint {
         shared.check_endpoint(endpoint)?;
     }
@@ -86,6 +87,7 @@ pub(crate) async fn delete(State(shared): State<Arc<Shared>>, uri: Uri) -> Answe
     let keep = query.parsed::<bool>("keep")?.unwrap_or(false);
     query.finish()?;
     let name = name_in_path(&uri)?.into_owned();
+    shared.registry.check_free(&name)?;
     finish(async move {
         shared.registry.delete(&shared, &name, keep).await?;
         shared.try_save().await?;
@@ -275,7 +277,9 @@ fn view(shared: &Shared, subscribed: &Subscribed, status: Option<&Status>) -> Va
 
 /// Puts stars in place of secrets.
 fn redact(view: &mut Value) {
-    for (field, values) in [("headers", None), ("signing", Some(["secret", "previous"]))] {
+    let secrets: [(&str, Option<&[&str]>); 3] =
+        [("headers", None), ("signing", Some(&["secret", "previous"])), ("tls", Some(&["key"]))];
+    for (field, values) in secrets {
         let Some(object) = view.get_mut(field).and_then(Value::as_object_mut) else { continue };
         for (name, value) in object {
             if values.is_none_or(|values| values.contains(&name.as_str())) {

@@ -1,11 +1,14 @@
 //! The daemon and its command line; see `broker-http --help`.
 
+mod admin;
 mod config;
+mod documents;
 mod output;
 mod publish;
 mod serve;
 mod stdin;
 mod subscribe;
+mod token;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -20,7 +23,7 @@ use clap::{Parser, Subcommand};
 /// memory; it prints the curl lines to try.
 #[derive(Debug, Parser)]
 #[command(name = "broker-http", version, max_term_width = 100, after_help = AFTER_HELP)]
-struct Cli {
+pub(crate) struct Cli {
     #[command(subcommand)]
     command: Command,
 }
@@ -40,10 +43,29 @@ Try, each in a terminal of its own:
 enum Command {
     /// Serve the HTTP interface (the default command)
     Serve(serve::Args),
+    /// Check the configuration that serve would run with, and end
+    CheckConfig(serve::Args),
+    /// Show every topic and subscription of a daemon at work: rates, lag, state
+    Status(admin::status::Args),
+    /// Make, show, change and delete subscriptions of a daemon at work
+    #[command(subcommand)]
+    Subscription(admin::subscription::Command),
+    /// Show the topics of a daemon at work
+    #[command(subcommand)]
+    Topic(admin::topic::Command),
+    /// Make bearer tokens, and the hashes a daemon keeps of them
+    #[command(subcommand)]
+    Token(token::Command),
     /// Publish messages: an argument, a file, or every line of standard input
     Pub(publish::Args),
     /// Print the messages of a topic or of many
     Sub(subscribe::Args),
+    /// Print completions for a shell
+    Completions(documents::Completions),
+    /// Print the manual page
+    Man,
+    /// Print the table of settings, in Markdown
+    Settings,
 }
 
 fn main() -> ExitCode {
@@ -58,6 +80,14 @@ fn main() -> ExitCode {
     let code = runtime.block_on(async {
         match cli.command {
             Command::Serve(args) => serve::run(args).await,
+            Command::CheckConfig(args) => serve::check(args),
+            Command::Status(args) => admin::status::run(args).await,
+            Command::Subscription(command) => admin::subscription::run(command).await,
+            Command::Topic(command) => admin::topic::run(command).await,
+            Command::Token(command) => token::run(command),
+            Command::Completions(args) => documents::completions(args),
+            Command::Man => documents::man(),
+            Command::Settings => documents::settings(),
             Command::Pub(args) => publish::run(args).await,
             Command::Sub(args) => subscribe::run(args).await,
         }

@@ -22,6 +22,11 @@ pub(crate) fn show(text: &str) {
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
+/// Prints on standard output, if anybody reads it.
+pub(crate) fn print(text: &str) {
+    let _ = io::stdout().write_all(text.as_bytes());
+}
+
 /// How long closing may take.
 pub(crate) const DRAIN: Duration = Duration::from_secs(10);
 

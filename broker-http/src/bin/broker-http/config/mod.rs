@@ -1,0 +1,256 @@
+//! The daemon's configuration: flags and environment over a TOML file over the defaults.
+
+mod file;
+mod limits;
+mod suggest;
+mod table;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use broker_core::{GroupName, format_duration, parse_duration};
+use broker_http::push::Guard;
+use broker_http::{Access, Identity, Limits, PushTls, ServerOptions, SubscriptionSpec, TlsFiles, Topics};
+
+use crate::serve::Args;
+use crate::serve::LogFormat;
+use file::{File, FilePush, FileTls};
+pub(crate) use table::markdown;
+
+/// What the daemon runs with.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    pub(crate) listen: String,
+    pub(crate) broker: String,
+    pub(crate) dev: bool,
+    pub(crate) insecure: bool,
+    pub(crate) drain: Duration,
+    pub(crate) log: String,
+    pub(crate) log_format: LogFormat,
+    pub(crate) tls: Option<TlsFiles>,
+    pub(crate) subscriptions: BTreeMap<GroupName, SubscriptionSpec>,
+    pub(crate) topics: Topics,
+    identities: Vec<Identity>,
+    state: Option<PathBuf>,
+    allow: Vec<String>,
+    allowed_origins: Vec<String>,
+    webhook_origin: Option<String>,
+    push: FilePush,
+    limits: Limits,
+}
+
+/// The broker unless another is asked for: every topic retains enough for a reader of a stream that
+/// comes back (`Last-Event-ID`), and for no longer than that takes.
+const MEMORY: &str = "memory:?retain=10000&retain_bytes=16777216&retain_age=10m";
+
+/// How long a shutdown may be told to wait.
+const MAX_DRAIN: Duration = Duration::from_secs(24 * 3600);
+
+impl Config {
+    /// Puts the sources together.
+    pub(crate) fn merge(args: Args) -> Result<Self, String> {
+        let file = args.config.as_deref().map(file::read).transpose()?.unwrap_or_default();
+        Self::over(file, args)
+    }
+
+    fn over(file: File, args: Args) -> Result<Self, String> {
+        let drain = match (args.drain, file.drain) {
+            (Some(drain), _) => drain,
+            (None, Some(text)) => parse_duration(&text).map_err(|error| format!("drain: {}", error.message()))?,
+            (None, None) => Duration::from_secs(20),
+        };
+        if drain > MAX_DRAIN {
+            return Err(format!("drain {}: it is 1d at most", format_duration(drain)));
+        }
+        let log_format = match (args.log_format, file.log_format.as_deref()) {
+            (Some(format), _) => format,
+            (None, None | Some("text")) => LogFormat::Text,
+            (None, Some("json")) => LogFormat::Json,
+            (None, Some(other)) => return Err(format!("log_format {other:?}: it is text or json")),
+        };
+        Ok(Self {
+            listen: args.listen.or(file.listen).unwrap_or_else(|| "127.0.0.1:2757".to_owned()),
+            broker: args
+                .broker
+                .or(file.broker)
+                .map_or_else(|| MEMORY.to_owned(), |url| if url == "memory:" { MEMORY.to_owned() } else { url }),
+            dev: args.dev || file.dev.unwrap_or(false),
+            insecure: args.insecure || file.insecure.unwrap_or(false),
+            drain,
+            log: args.log.or(file.log).unwrap_or_else(|| "warn".to_owned()),
+            log_format,
+            tls: tls(FileTls {
+                certificate: args.tls_certificate.or(file.tls.certificate),
+                key: args.tls_key.or(file.tls.key),
+                client_ca: args.tls_client_ca.or(file.tls.client_ca),
+            })?,
+            subscriptions: file.subscriptions,
+            topics: Topics::new(file.topics, file.only_declared_topics).map_err(said)?,
+            identities: file.identities,
+            state: args.state.or(file.state),
+            allow: if args.allow.is_empty() { file.allow } else { args.allow },
+            allowed_origins: file.allowed_origins,
+            webhook_origin: args.webhook_origin.or(file.webhook_origin),
+            push: file.push,
+            limits: file.limits.apply()?,
+        })
+    }
+
+    /// Who may do what.
+    pub(crate) fn access(&self) -> Result<Access, String> {
+        Access::new(self.identities.iter().cloned()).map_err(said)
+    }
+
+    /// The server's part of it.
+    pub(crate) fn options(&self) -> Result<ServerOptions, String> {
+        let mut guard = Guard::new();
+        for allowed in &self.allow {
+            guard = guard.allowing(allowed.parse().map_err(said)?);
+        }
+        let mut options = ServerOptions::new()
+            .with_guard(guard)
+            .with_limits(self.limits.clone())
+            .with_allowed_origins(self.allowed_origins.iter().cloned())
+            .with_access(self.access()?)
+            .with_topics(self.topics.clone())
+            .with_subscriptions(self.subscriptions.clone())
+            .with_push_tls(push_tls(&self.push)?)
+            .map_err(|error| format!("push: {}", error.message()))?;
+        if let Some(origin) = &self.webhook_origin {
+            options = options.with_webhook_origin(origin).map_err(said)?;
+        }
+        if let Some(state) = &self.state {
+            options = options.with_state(state);
+        }
+        Ok(options)
+    }
+
+    /// Settings that differ from `other` and cannot change while the daemon runs.
+    pub(crate) fn fixed_differences(&self, other: &Self) -> Vec<&'static str> {
+        [
+            ("listen", self.listen != other.listen),
+            ("broker", self.broker != other.broker),
+            ("dev", self.dev != other.dev),
+            ("insecure", self.insecure != other.insecure),
+            ("log_format", self.log_format != other.log_format),
+            ("tls", self.tls != other.tls),
+            ("state", self.state != other.state),
+            ("allow", self.allow != other.allow),
+            ("allowed_origins", self.allowed_origins != other.allowed_origins),
+            ("webhook_origin", self.webhook_origin != other.webhook_origin),
+            ("push", self.push != other.push),
+            ("limits", self.limits != other.limits),
+        ]
+        .into_iter()
+        .filter_map(|(key, differs)| differs.then_some(key))
+        .collect()
+    }
+
+    /// Takes of `new` what can change while the daemon runs.
+    pub(crate) fn take_up(&mut self, new: Self) {
+        *self = Self {
+            drain: new.drain,
+            log: new.log,
+            subscriptions: new.subscriptions,
+            topics: new.topics,
+            identities: new.identities,
+            ..self.clone()
+        };
+    }
+
+    /// What it declares, in a few words.
+    pub(crate) fn summary(&self) -> String {
+        format!("{} identities, {} subscriptions declared", self.identities.len(), self.subscriptions.len())
+    }
+}
+
+fn said(error: broker_core::Error) -> String {
+    error.message().to_owned()
+}
+
+fn tls(files: FileTls) -> Result<Option<TlsFiles>, String> {
+    match (files.certificate, files.key, files.client_ca) {
+        (Some(certificate), Some(key), client_ca) => {
+            let files = TlsFiles::new(certificate, key);
+            Ok(Some(match client_ca {
+                Some(path) => files.with_client_ca(path),
+                None => files,
+            }))
+        }
+        (None, None, None) => Ok(None),
+        (None, None, Some(_)) => Err("tls.client_ca: it goes with tls.certificate and tls.key".to_owned()),
+        (Some(_), None, _) => Err("tls.certificate: it goes with tls.key, which is missing".to_owned()),
+        (None, Some(_), _) => Err("tls.key: it goes with tls.certificate, which is missing".to_owned()),
+    }
+}
+
+fn push_tls(files: &FilePush) -> Result<PushTls, String> {
+    let read = |key: &str, path: &Option<PathBuf>| {
+        let read = |path: &Path| {
+            std::fs::read_to_string(path).map_err(|error| format!("push.{key}: {}: {error}", path.display()))
+        };
+        path.as_deref().map(read).transpose()
+    };
+    let mut tls = PushTls::default();
+    tls.ca = read("ca", &files.ca)?;
+    tls.certificate = read("certificate", &files.certificate)?;
+    tls.key = read("key", &files.key)?.map(broker_http::Secret::new);
+    Ok(tls)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+
+    #[derive(clap::Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn config(text: &str, args: &[&str]) -> Result<Config, String> {
+        let args = Cli::try_parse_from([&["x"], args].concat()).unwrap().args;
+        Config::over(file::parse(text)?, args)
+    }
+
+    #[test]
+    fn flags_come_before_the_file_and_that_before_the_defaults() {
+        let found = config("listen = \"a:1\"\ndrain = \"5s\"\nlog = \"info\"", &["--listen", "b:2"]).unwrap();
+        assert_eq!((found.listen.as_str(), found.drain.as_secs(), found.log.as_str()), ("b:2", 5, "info"));
+        let found = config("", &[]).unwrap();
+        assert_eq!(
+            (found.listen.as_str(), found.drain.as_secs(), found.broker.as_str()),
+            ("127.0.0.1:2757", 20, MEMORY)
+        );
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (text, named) in [
+            ("drain = \"2d\"", "drain"),
+            ("log_format = \"xml\"", "log_format"),
+            ("tls = {certificate = \"x\"}", "tls.key"),
+            ("tls = {client_ca = \"x\"}", "tls.client_ca"),
+            ("limits = {connections = 0}", "limits.connections"),
+            ("limits = {header_timeout = \"0s\"}", "limits.header_timeout"),
+            ("only_declared_topics = true", "topics"),
+            ("push = {ca = \"/nowhere/ca.pem\"}", "push.ca: /nowhere/ca.pem"),
+            ("identities = [{name = \"a\"}]", "identity a"),
+            ("allow = [\"10.0.0.0/99\"]", "10.0.0.0/99"),
+        ] {
+            let error = config(text, &[]).and_then(|config| config.options().map(drop)).unwrap_err();
+            assert!(error.contains(named), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_takes_a_restart_is_told() {
+        let before = config("listen = \"a:1\"", &[]).unwrap();
+        let after = config("listen = \"a:2\"\nlog = \"info\"\nlimits = {leases = 1}", &[]).unwrap();
+        assert_eq!(before.fixed_differences(&after), ["listen", "limits"]);
+        assert!(before.fixed_differences(&before).is_empty());
+    }
+}

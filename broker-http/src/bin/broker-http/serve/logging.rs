@@ -1,0 +1,58 @@
+//! The log: on standard error, with a level for each module, as text or as JSON.
+
+use std::io::IsTerminal;
+
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
+
+use super::LogFormat;
+
+/// The log at work; its levels can change.
+#[derive(Debug)]
+pub(super) struct Logging(Option<reload::Handle<EnvFilter, Registry>>);
+
+/// Whether these levels can be read.
+pub(super) fn check(levels: &str) -> Result<(), String> {
+    filter(levels).map(drop)
+}
+
+fn filter(levels: &str) -> Result<EnvFilter, String> {
+    EnvFilter::builder()
+        .parse(levels)
+        .map_err(|error| format!("log {levels:?}: {error}; it is a level, or MODULE=LEVEL, with commas between"))
+}
+
+impl Logging {
+    pub(super) fn start(levels: &str, format: LogFormat) -> Result<Self, String> {
+        // RUST_LOG is what whoever looks for a fault sets for one start.
+        let levels = std::env::var("RUST_LOG").unwrap_or_else(|_| levels.to_owned());
+        let (filter, handle) = reload::Layer::new(filter(&levels)?);
+        let layer = fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
+        let layer = match format {
+            LogFormat::Text => layer.boxed(),
+            LogFormat::Json => layer.json().flatten_event(true).boxed(),
+        };
+        let started = tracing_subscriber::registry().with(filter).with(layer).try_init();
+        // A process has one log; where there is one already, its levels are its own.
+        Ok(Self(started.is_ok().then_some(handle)))
+    }
+
+    pub(super) fn set(&self, levels: &str) -> Result<(), String> {
+        let filter = filter(levels)?;
+        self.0.as_ref().map_or(Ok(()), |handle| handle.reload(filter).map_err(|error| error.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_are_by_module_and_what_is_none_is_named() {
+        check("warn").unwrap();
+        check("warn,broker_http::push=debug").unwrap();
+        let error = check("broker_http=loud").unwrap_err();
+        assert!(error.contains("loud"), "{error}");
+    }
+}

@@ -1,0 +1,262 @@
+//! `broker-http serve`: the daemon.
+
+mod listener;
+mod logging;
+mod notify;
+mod signals;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use broker_core::{DrainReport, format_duration, parse_duration};
+use broker_http::{Server, Tls};
+
+use crate::config::Config;
+use crate::connectors;
+use crate::output::say;
+use listener::{Listener, announce};
+use logging::Logging;
+use signals::{Signals, Told};
+
+/// How the daemon is started. Flags come before the environment, that before the configuration
+/// file, and that before the defaults.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Where to listen; port 0 picks one, unix:PATH is a Unix socket [default: 127.0.0.1:2757]
+    #[arg(long, env = "BROKER_HTTP_LISTEN", value_name = "HOST:PORT")]
+    pub(crate) listen: Option<String>,
+
+    /// A TOML file with the names of these options as keys, and more; `broker-http settings` lists all
+    #[arg(long, env = "BROKER_HTTP_CONFIG", value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// The broker behind the interface [default: memory:]
+    #[arg(long, env = "BROKER_HTTP_BROKER", value_name = "URL", hide_env_values = true)]
+    pub(crate) broker: Option<String>,
+
+    /// Keep subscriptions in this file over a restart
+    #[arg(long, env = "BROKER_HTTP_STATE", value_name = "FILE")]
+    pub(crate) state: Option<PathBuf>,
+
+    /// Development mode: endpoints on this machine may be pushed to, other hosts and web pages are
+    /// refused. It is on by itself when listening on loopback
+    #[arg(long, env = "BROKER_HTTP_DEV")]
+    pub(crate) dev: bool,
+
+    /// Serve everybody who reaches the listener, beyond this machine too, without asking who it is
+    #[arg(long, env = "BROKER_HTTP_INSECURE")]
+    pub(crate) insecure: bool,
+
+    /// Serve TLS with this certificate, and those it was signed with after it, in PEM; it is read again
+    /// when it changes
+    #[arg(long, env = "BROKER_HTTP_TLS_CERTIFICATE", value_name = "FILE")]
+    pub(crate) tls_certificate: Option<PathBuf>,
+
+    /// The private key of the certificate, in PEM
+    #[arg(long, env = "BROKER_HTTP_TLS_KEY", value_name = "FILE")]
+    pub(crate) tls_key: Option<PathBuf>,
+
+    /// Ask clients for a certificate of one of these authorities, in PEM
+    #[arg(long, env = "BROKER_HTTP_TLS_CLIENT_CA", value_name = "FILE")]
+    pub(crate) tls_client_ca: Option<PathBuf>,
+
+    /// Endpoints that may be pushed to although their addresses are private: a CIDR such as
+    /// 10.0.0.0/8, or a host name; may be repeated
+    #[arg(long, env = "BROKER_HTTP_ALLOW", value_name = "CIDR|HOST", value_delimiter = ',')]
+    pub(crate) allow: Vec<String>,
+
+    /// Ask every endpoint whether it wants pushes from this name of the daemon, by the OPTIONS
+    /// handshake of CloudEvents' web hooks
+    #[arg(long, env = "BROKER_HTTP_WEBHOOK_ORIGIN", value_name = "NAME")]
+    pub(crate) webhook_origin: Option<String>,
+
+    /// How long a shutdown waits for what is in flight [default: 20s]
+    #[arg(long, env = "BROKER_HTTP_DRAIN", value_name = "DURATION", value_parser = duration)]
+    pub(crate) drain: Option<Duration>,
+
+    /// How much is logged, by module, as in warn,broker_http::push=debug [default: warn]
+    #[arg(long, env = "BROKER_HTTP_LOG", value_name = "LEVELS")]
+    pub(crate) log: Option<String>,
+
+    /// How it is logged: text, or one JSON object a line [default: text]
+    #[arg(long, env = "BROKER_HTTP_LOG_FORMAT", value_name = "FORMAT")]
+    pub(crate) log_format: Option<LogFormat>,
+}
+
+/// How the log is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum LogFormat {
+    Text,
+    Json,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    parse_duration(text).map_err(|error| error.message().to_owned())
+}
+
+/// The exit status of a shutdown that was cut.
+const CUT: u8 = 3;
+
+pub(crate) async fn run(args: Args) -> ExitCode {
+    match serve(args).await {
+        Ok(code) => code,
+        Err(why) => {
+            say!("broker-http: {why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// `broker-http check-config`: everything that can be known without listening or connecting.
+pub(crate) fn check(args: Args) -> ExitCode {
+    let checked = Config::merge(args).and_then(|config| {
+        config.options()?;
+        logging::check(&config.log)?;
+        connectors().open(&config.broker).map_err(|error| error.message().to_owned())?;
+        config.tls.clone().map(Tls::load).transpose().map_err(|error| error.message().to_owned())?;
+        Ok(config)
+    });
+    match checked {
+        Ok(config) => {
+            crate::output::print(&format!("the configuration is good: {}\n", config.summary()));
+            ExitCode::SUCCESS
+        }
+        Err(why) => {
+            say!("broker-http: {why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve(args: Args) -> Result<ExitCode, String> {
+    let config = Config::merge(args.clone())?;
+    let logging = Logging::start(&config.log, config.log_format)?;
+    let mut signals = Signals::new().map_err(|error| format!("cannot listen for signals: {error}"))?;
+    let tls = config.tls.clone().map(Tls::load).transpose().map_err(|error| error.message().to_owned())?;
+    let access = config.access()?;
+    let listener = Listener::bind(&config.listen).await?;
+    if access.is_open() && !listener.is_loopback() && !config.insecure {
+        return Err(format!(
+            "{} can be reached from elsewhere, and there are no identities, so that everybody could publish and subscribe: `broker-http token new` makes one for the configuration; or say --insecure",
+            config.listen
+        ));
+    }
+    let development = config.dev || listener.is_loopback() && access.is_open();
+    let broker = connectors().open(&config.broker).map_err(|error| error.message().to_owned())?;
+    broker.connect().await.map_err(|error| format!("cannot connect to the broker {}: {error}", broker.name()))?;
+    let server = Server::new(broker, config.options()?.with_development(development));
+    server.restore().await.map_err(|error| error.message().to_owned())?;
+
+    let mode = if development { ", development mode: for this machine only" } else { "" };
+    announce(&listener, &**server.broker(), if tls.is_some() { "https" } else { "http" }, mode);
+    if access.is_open() && !listener.is_loopback() {
+        say!(
+            "broker-http: INSECURE: whoever reaches {} may publish, subscribe and delete; nobody is asked who they are",
+            config.listen
+        );
+    }
+    notify::tell("READY=1");
+    let serving = {
+        let (server, tls) = (server.clone(), tls.clone());
+        tokio::spawn(async move {
+            match (listener, tls) {
+                (Listener::Tcp(listener, _), None) => server.serve(listener).await,
+                (Listener::Tcp(listener, _), Some(tls)) => server.serve_tls(listener, tls).await,
+                #[cfg(unix)]
+                (Listener::Unix(listener, _), _) => server.serve_unix(listener).await,
+            }
+        })
+    };
+    let mut running = Running { args, config, server, tls, logging };
+    let signal = loop {
+        match signals.next().await {
+            Told::End(signal) => break signal,
+            Told::Reload => running.reload().await,
+        }
+    };
+    notify::tell("STOPPING=1");
+    let Running { config, server, .. } = running;
+    say!("broker-http: {signal}: shutting down, {} at most", format_duration(config.drain));
+    let report = tokio::select! {
+        report = server.drain(config.drain) => report,
+        signal = signals.end() => {
+            say!("broker-http: {signal} again: cut; what was in flight is not finished");
+            return Ok(ExitCode::from(CUT));
+        }
+    };
+    let _ = serving.await;
+    say!("broker-http: {}", describe(&report, server.broker().name()));
+    Ok(if report.complete { ExitCode::SUCCESS } else { ExitCode::from(CUT) })
+}
+
+/// A daemon at work, and what can change about it.
+struct Running {
+    args: Args,
+    config: Config,
+    server: Server,
+    tls: Option<Tls>,
+    logging: Logging,
+}
+
+impl Running {
+    /// Reads the configuration again. If it is no good, everything stays as it is.
+    async fn reload(&mut self) {
+        match self.try_reload().await {
+            Ok(told) => say!("broker-http: reloaded: {told}"),
+            Err(why) => say!("broker-http: SIGHUP: {why}; everything stays as it was"),
+        }
+    }
+
+    async fn try_reload(&mut self) -> Result<String, String> {
+        let config = Config::merge(self.args.clone())?;
+        let access = config.access()?;
+        config.options()?;
+        logging::check(&config.log)?;
+        let open = access.is_open();
+        if open && !self.config.access()?.is_open() && !config.insecure {
+            return Err(
+                "no identity is left, so that everybody could publish and subscribe; restart it if that is meant"
+                    .to_owned(),
+            );
+        }
+        if let Some(tls) = &self.tls {
+            tls.reload().map_err(|error| error.message().to_owned())?;
+        }
+        // From here on nothing fails as a whole.
+        self.logging.set(&config.log)?;
+        self.server.set_access(access);
+        self.server.set_topics(config.topics.clone());
+        let mut told = config.summary();
+        if let Err(error) = self.server.set_subscriptions(&config.subscriptions).await {
+            told.push_str(&format!("; {}", error.message()));
+        }
+        let fixed = self.config.fixed_differences(&config);
+        if !fixed.is_empty() {
+            told.push_str(&format!("; {} changed, which takes a restart", fixed.join(", ")));
+        }
+        self.config.take_up(config);
+        Ok(told)
+    }
+}
+
+/// What a shutdown left behind, in words.
+fn describe(report: &DrainReport, broker: &str) -> String {
+    let mut text = if report.complete { "drained".to_owned() } else { "the drain was cut".to_owned() };
+    let counts = [
+        (report.unconfirmed, "unconfirmed"),
+        (report.in_flight, "in flight"),
+        (report.undelivered, "undelivered"),
+        (report.dead_letters, "dead letters"),
+    ];
+    let stayed: Vec<_> =
+        counts.iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect();
+    if stayed.is_empty() {
+        text.push_str("; nothing stayed behind");
+    } else if report.durable {
+        text.push_str(&format!("; {} kept by the broker", stayed.join(", ")));
+    } else {
+        text.push_str(&format!("; {} lost, since {broker} keeps nothing", stayed.join(", ")));
+    }
+    text
+}

@@ -1,0 +1,283 @@
+//! What an operator does with it: who may reach it, reloading, checking, watching.
+
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::io::AsyncBufReadExt;
+
+use super::{Daemon, command, run, soon};
+
+const HASH: &str = "sha256:2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b";
+
+fn write(path: &Path, text: &str) -> String {
+    std::fs::write(path, text).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+/// An identity whose token is `secret`.
+fn operator() -> String {
+    format!(
+        "[[identities]]\nname = \"ops\"\ntokens = [\"{HASH}\"]\nallow = [{{ actions = [\"publish\", \"subscribe\", \"settle\", \"admin\"], topics = [\">\"] }}]\n"
+    )
+}
+
+impl Daemon {
+    /// The next line on standard error that contains `text`.
+    async fn says(&mut self, text: &str) -> String {
+        soon(async {
+            loop {
+                let mut line = String::new();
+                assert!(self.stderr.read_line(&mut line).await.unwrap() > 0, "it ended without {text:?}");
+                if line.contains(text) {
+                    return line;
+                }
+            }
+        })
+        .await
+    }
+}
+
+#[tokio::test]
+async fn beyond_this_machine_it_takes_identities_or_insecure() {
+    let (code, said) = run(&["--listen", "0.0.0.0:0"]).await;
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("no identities") && said.contains("token new") && said.contains("--insecure"), "{said}");
+
+    let mut daemon = Daemon::start(&["--listen", "0.0.0.0:0", "--insecure"]).await;
+    daemon.says("INSECURE").await;
+
+    let folder = tempfile::tempdir().unwrap();
+    let config = write(&folder.path().join("broker.toml"), &operator());
+    let daemon = Daemon::start(&["--listen", "0.0.0.0:0", "--config", &config]).await;
+    assert_eq!(daemon.send("POST /topics/a", "x").await.0, 401);
+    assert_eq!(daemon.send("POST /topics/a", "x").await.0, 401);
+    assert_eq!(daemon.send("GET /healthz", "").await.0, 200);
+    // On loopback too: one identity ends the development mode.
+    let daemon = Daemon::start(&["--config", &config]).await;
+    assert_eq!(daemon.send("POST /topics/a", "x").await.0, 401);
+}
+
+#[tokio::test]
+async fn a_token_is_made_and_its_hash_lets_it_in() {
+    let made = soon(command(&["token", "new", "--name", "shop"]).output()).await.unwrap();
+    let (token, told) = (String::from_utf8(made.stdout).unwrap(), String::from_utf8(made.stderr).unwrap());
+    assert!(!told.contains(token.trim()), "the token is printed once, apart");
+    let entry = told.split_once("[[identities]]").unwrap().1;
+    let folder = tempfile::tempdir().unwrap();
+    let config = write(&folder.path().join("broker.toml"), &format!("[[identities]]{entry}"));
+    let daemon = Daemon::start(&["--config", &config]).await;
+    let bearer = format!("POST /topics/a HTTP/1.1\r\nauthorization: Bearer {}\r\nx: x", token.trim());
+    // The request line is written as it stands, so that a header can follow it.
+    assert_eq!(daemon.raw(&bearer, "x").await.0, 202);
+
+    let mut hashing = command(&["token", "hash"]).stdin(std::process::Stdio::piped()).spawn().unwrap();
+    let mut stdin = hashing.stdin.take().unwrap();
+    tokio::io::AsyncWriteExt::write_all(&mut stdin, token.as_bytes()).await.unwrap();
+    drop(stdin);
+    let hashed = soon(hashing.wait_with_output()).await.unwrap();
+    assert!(entry.contains(String::from_utf8(hashed.stdout).unwrap().trim()));
+}
+
+#[tokio::test]
+async fn a_configuration_is_checked_without_serving() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("broker.toml");
+    let good = write(&path, &format!("listen = \"0.0.0.0:1\"\n{}\n[subscriptions.q]\nfilter = \"a\"\n", operator()));
+    let (code, said) = run(&["check-config", "--config", &good]).await;
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("1 identities, 1 subscriptions"), "{said}");
+    for (text, named) in [
+        ("lisen = \"x\"", "did you mean `listen`?"),
+        ("log = \"a=loud\"", "loud"),
+        ("broker = \"pigeon://roof\"", "pigeon"),
+        ("tls = { certificate = \"/nowhere/x.pem\", key = \"/nowhere/x.key\" }", "/nowhere/x.pem"),
+        ("[subscriptions.q]\nfilter = \"a..b\"", "a..b"),
+        ("[[identities]]\nname = \"a\"\ntokens = [\"hunter2\"]", "64 hexadecimal"),
+    ] {
+        let (code, said) = run(&["check-config", "--config", &write(&path, text)]).await;
+        assert_eq!(code, Some(1), "{text}: {said}");
+        assert!(said.contains(named) && !said.contains("hunter2"), "{text}: {said}");
+    }
+}
+
+#[tokio::test]
+async fn sighup_takes_up_what_changed_and_leaves_what_is_broken() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("broker.toml");
+    let config = write(&path, "[subscriptions.kept]\nfilter = \"a\"\n[subscriptions.gone]\nfilter = \"b\"\n");
+    let mut daemon = Daemon::start(&["--config", &config]).await;
+    assert_eq!(daemon.send("GET /subscriptions/gone", "").await.0, 200);
+    // What is declared is not changed over the interface; pausing it is no change.
+    let (status, body) = daemon.send("PUT /subscriptions/kept", r#"{"filter":"a","timeout":"1s"}"#).await;
+    assert_eq!(status, 409, "{body}");
+    assert_eq!(daemon.send("DELETE /subscriptions/kept", "").await.0, 409);
+    assert_eq!(daemon.send("POST /subscriptions/kept/pause", "").await.0, 200);
+    assert_eq!(daemon.send("PUT /subscriptions/own", r#"{"filter":"c"}"#).await.0, 201);
+
+    write(&path, "lisen = 1");
+    daemon.signal("-HUP");
+    let said = daemon.says("SIGHUP").await;
+    assert!(said.contains("listen") && said.contains("stays as it was"), "{said}");
+    assert_eq!(daemon.send("GET /subscriptions/gone", "").await.0, 200);
+
+    let changed = "only_declared_topics = true\n[limits]\nleases = 1\n[[topics]]\nfilter = \"a\"\nmax_message_bytes = 3\n[subscriptions.kept]\nfilter = \"a\"\ntimeout = \"7s\"\n[subscriptions.new]\nfilter = \"a\"\n";
+    write(&path, changed);
+    daemon.signal("-HUP");
+    let said = daemon.says("reloaded").await;
+    assert!(said.contains("limits changed, which takes a restart"), "{said}");
+    let kept = daemon.json("GET /subscriptions/kept", "").await;
+    assert_eq!((&kept["timeout"], &kept["status"]["state"]), (&json!("7s"), &json!("paused")));
+    for (name, status) in [("gone", 404), ("new", 200), ("own", 200)] {
+        assert_eq!(daemon.send(&format!("GET /subscriptions/{name}"), "").await.0, status, "{name}");
+    }
+    for (topic, body, status) in [("a", "xxx", 202), ("a", "xxxx", 413), ("b", "x", 404)] {
+        assert_eq!(daemon.send(&format!("POST /topics/{topic}"), body).await.0, status, "{topic} {body}");
+    }
+
+    write(&path, &operator());
+    daemon.signal("-HUP");
+    daemon.says("reloaded").await;
+    assert_eq!(daemon.send("POST /topics/a", "x").await.0, 401);
+    // Identities do not vanish by a slip.
+    write(&path, "");
+    daemon.signal("-HUP");
+    assert!(daemon.says("SIGHUP").await.contains("no identity is left"));
+    assert_eq!(daemon.send("POST /topics/a", "x").await.0, 401);
+}
+
+#[tokio::test]
+async fn what_is_declared_no_more_is_gone_after_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, state) = (folder.path().join("broker.toml"), folder.path().join("state.json"));
+    let config = write(&path, "[subscriptions.a]\nfilter = \"a\"\n[subscriptions.b]\nfilter = \"b\"\n");
+    let args = ["--config", &config, "--state", state.to_str().unwrap()];
+    let daemon = Daemon::start(&args).await;
+    daemon.send("PUT /subscriptions/own", r#"{"filter":"c"}"#).await;
+    daemon.send("POST /subscriptions/b/pause", "").await;
+    daemon.signal("-TERM");
+    daemon.finish().await;
+    write(&path, "[subscriptions.b]\nfilter = \"b\"\n");
+    let daemon = Daemon::start(&args).await;
+    for (name, status) in [("a", 404), ("b", 200), ("own", 200)] {
+        assert_eq!(daemon.send(&format!("GET /subscriptions/{name}"), "").await.0, status, "{name}");
+    }
+    assert_eq!(daemon.json("GET /subscriptions/b", "").await["status"]["state"], "paused");
+}
+
+#[tokio::test]
+async fn the_log_has_levels_by_module_and_can_be_json() {
+    let mut daemon = Daemon::start(&["--log", "warn,broker_http=debug", "--log-format", "json"]).await;
+    assert_eq!(daemon.send("nonsense", "").await.0, 400);
+    let line = daemon.says("a connection ended").await;
+    let event: Value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
+    assert_eq!((&event["level"], &event["message"]), (&json!("DEBUG"), &json!("a connection ended")), "{event}");
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn systemd_is_told_when_it_is_ready_and_when_it_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("notify");
+    let socket = tokio::net::UnixDatagram::bind(&path).unwrap();
+    let mut child = command(&["--listen", "127.0.0.1:0"]).env("NOTIFY_SOCKET", &path).spawn().unwrap();
+    let mut told = [0; 64];
+    let length = soon(socket.recv(&mut told)).await.unwrap();
+    assert_eq!(&told[..length], b"READY=1");
+    let pid = child.id().unwrap().to_string();
+    assert!(std::process::Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    let length = soon(socket.recv(&mut told)).await.unwrap();
+    assert_eq!(&told[..length], b"STOPPING=1");
+    assert_eq!(soon(child.wait()).await.unwrap().code(), Some(0));
+}
+
+#[tokio::test]
+async fn an_operator_steers_it_from_the_command_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = write(&folder.path().join("broker.toml"), &operator());
+    let daemon = Daemon::start(&["--config", &config]).await;
+    let place = ["--broker", &format!("http://{}", daemon.address), "--token", "secret"].map(str::to_owned);
+    let ask = async |args: &[&str]| {
+        let place: Vec<&str> = place.iter().map(String::as_str).collect();
+        let (code, said) = run(&[args, &place].concat()).await;
+        assert!(!said.contains("panicked") && !said.contains("secret\""), "{said}");
+        (code, said)
+    };
+    let (code, said) = run(&["subscription", "list", "--broker", &place[1]]).await;
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("needs an identity"), "{said}");
+
+    for (args, code, has) in [
+        (&["subscription", "put", "q", "--filter", "orders.>", "--set", "timeout=1h"][..], 0, "\"1h\""),
+        (&["subscription", "put", "q", "--filter", "orders.>", "--set", "colour=red"], 2, "colour"),
+        (&["subscription", "list"], 0, "orders.>"),
+        (&["subscription", "list", "--json"], 0, "\"filter\": \"orders.>\""),
+        (&["subscription", "show", "q"], 0, "\"state\": \"active\""),
+        (&["subscription", "show", "none"], 1, "no subscription none"),
+        (&["subscription", "pause", "q"], 0, "\"state\": \"paused\""),
+        (&["subscription", "resume", "q"], 0, "\"state\": \"active\""),
+        (&["subscription", "test", "q"], 1, "no endpoint"),
+        (&["subscription", "attempts", "q"], 0, "\"attempts\": []"),
+        (&["subscription", "dead", "q", "--max", "5"], 0, "\"dead\": []"),
+        (&["subscription", "redrive", "q"], 0, "\"redriven\": 0"),
+        (&["subscription", "purge", "q", "dead"], 0, "\"purged\": 0"),
+    ] {
+        let (have, said) = ask(args).await;
+        assert_eq!(have, Some(code), "{args:?}: {said}");
+        assert!(said.contains(has), "{args:?}: {said}");
+    }
+    daemon.raw("POST /topics/orders.a HTTP/1.1\r\nauthorization: Bearer secret\r\nx: x", "one").await;
+    daemon.raw("POST /topics/orders.a HTTP/1.1\r\nauthorization: Bearer secret\r\nx: x", "two").await;
+    let (_, pulled) = ask(&["subscription", "pull", "q", "--max", "1"]).await;
+    let pulled: Value = serde_json::from_str(&pulled).unwrap();
+    let lease = pulled["deliveries"][0]["lease"].as_str().unwrap();
+    let (code, said) = ask(&["subscription", "settle", "q", "--ack", lease]).await;
+    assert!(code == Some(0) && said.contains("\"gone\": []"), "{said}");
+    let (_, said) = ask(&["topic", "list"]).await;
+    assert!(said.lines().any(|line| line.starts_with("orders.a") && line.contains(" 2 ")), "{said}");
+    let (code, said) = ask(&["status", "--once"]).await;
+    let row = said.lines().find(|line| line.starts_with("q ")).unwrap_or_else(|| panic!("{said}"));
+    let row: Vec<_> = row.split_whitespace().collect();
+    assert_eq!((code, &row[..4]), (Some(0), &["q", "orders.>", "active", "1"][..]), "{said}");
+    assert!(ask(&["subscription", "purge", "q", "backlog"]).await.1.contains("\"purged\": 1"));
+    assert_eq!(ask(&["subscription", "delete", "q"]).await.0, Some(0));
+    assert_eq!(ask(&["subscription", "show", "q"]).await.0, Some(1));
+    // A live table, ended by its reader's going.
+    let (code, said) = ask(&["status"]).await;
+    assert_eq!(code, Some(0), "{said}");
+}
+
+#[tokio::test]
+async fn completions_the_manual_and_the_settings_are_printed() {
+    for shell in ["bash", "zsh", "fish"] {
+        let (code, said) = run(&["completions", shell]).await;
+        assert!(code == Some(0) && said.contains("check-config") && said.contains("redrive"), "{shell}: {said}");
+    }
+    let (code, page) = run(&["man"]).await;
+    assert_eq!(code, Some(0));
+    for word in [".TH", "\\-\\-listen", "BROKER_HTTP_LISTEN", "REDRIVE", "\\-\\-insecure"] {
+        assert!(page.contains(word), "{word}: {page}");
+    }
+    let (code, table) = run(&["settings"]).await;
+    assert!(code == Some(0) && table.contains("| `--listen HOST:PORT` | `BROKER_HTTP_LISTEN` | `listen` |"), "{table}");
+}
+
+#[tokio::test]
+async fn the_packaged_configuration_is_good() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging");
+    let (code, said) = run(&["check-config", "--config", folder.join("broker.toml").to_str().unwrap()]).await;
+    assert_eq!(code, Some(0), "{said}");
+    // What the unit starts is a command this binary knows.
+    let unit = std::fs::read_to_string(folder.join("broker-http.service")).unwrap();
+    let start = unit.lines().find_map(|line| line.strip_prefix("ExecStart=/usr/bin/broker-http ")).unwrap();
+    let args: Vec<_> = start.split(' ').map(|arg| arg.replace("serve", "check-config")).collect();
+    let args: Vec<_> = args
+        .iter()
+        .map(|arg| {
+            if arg.starts_with("/etc/") { folder.join("broker.toml").to_str().unwrap().to_owned() } else { arg.clone() }
+        })
+        .collect();
+    let (code, said) = run(&args.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    assert_eq!(code, Some(0), "{start}: {said}");
+    tokio::time::sleep(Duration::ZERO).await;
+}
