@@ -7,7 +7,7 @@ use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::Duration;
 
-use broker_core::{Error, Result};
+use broker_core::{Error, ErrorKind, Result};
 use futures_util::StreamExt;
 use lapin::tcp::{AMQPUriTcpExt, AsyncTcpStream, OwnedIdentity, OwnedTLSConfig};
 use lapin::types::LongString;
@@ -212,6 +212,14 @@ impl Link {
             };
             // What lapin is still waiting for on it would never end.
             socket.shutdown();
+            // TLS 1.3 lets a client finish before the server has looked for its certificate, and then the
+            // server just goes.
+            let error = match error.kind() {
+                ErrorKind::Unavailable if self.options.tls && self.options.cert.is_none() => {
+                    error.context("TLS without a client certificate, which the server may ask for")
+                }
+                _ => error,
+            };
             let error = error.context(format_args!("{host}:{port}"));
             // A host that says no says more than one that is not there.
             if last.as_ref().is_none_or(|last| !is_final(last)) {

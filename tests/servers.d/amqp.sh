@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # RabbitMQ for the tests: one node of our own, from Debian's package, known to nobody but an epmd of
-# its own; everything on loopback and in .servers/amqp. Sourced by tests/servers.
+# its own; everything on loopback and in .servers/amqp. Sourced by tests/servers. Beside AMQP_URL it prints
+# AMQP_MANAGEMENT, where the management API answers, and AMQP_TLS, the folder of the certificates for
+# AMQP_TLS_ADDRESS, a listener that takes clients with a certificate and no others.
 
 AMQP_DIR="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/.servers/amqp"
 
@@ -46,28 +48,66 @@ amqp_close_connections() {
     _amqp_ctl close_all_connections "the tests close every connection"
 }
 
+# Whatever else rabbitmqctl can do.
+amqp_ctl() {
+    _amqp_ctl "$@"
+}
+
 # --- how -------------------------------------------------------------------------------------------
 
 _amqp_install() {
-    [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && return
+    local packages=()
+    [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] || packages+=(rabbitmq-server)
+    command -v openssl >/dev/null || packages+=(openssl)
+    [ ${#packages[@]} -gt 0 ] || return 0
     local root=()
     [ "$(id -u)" -eq 0 ] || root=(sudo)
-    echo "installing rabbitmq-server"
+    echo "installing ${packages[*]}"
     "${root[@]}" apt-get update -qq
     # RUNLEVEL keeps the package from starting a node of the system's own.
-    "${root[@]}" env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq rabbitmq-server
+    "${root[@]}" env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq "${packages[@]}"
 }
 
 _amqp_prepare() {
-    local ports port dist epmd
-    ports=$(_amqp_free_ports 3)
-    read -r port dist epmd <<<"$ports"
+    local ports port tls management dist epmd
+    ports=$(_amqp_free_ports 5)
+    read -r port tls management dist epmd <<<"$ports"
     mkdir -p "$AMQP_DIR/data" "$AMQP_DIR/log"
+    _amqp_certificates >/dev/null 2>&1
     printf 'port=%s\ndist=%s\nepmd=%s\n' "$port" "$dist" "$epmd" >"$AMQP_DIR/ports"
-    printf 'listeners.tcp.1 = 127.0.0.1:%s\nlog.console = false\n' "$port" >"$AMQP_DIR/rabbitmq.conf"
-    echo '[].' >"$AMQP_DIR/plugins"
-    echo "AMQP_URL=amqp://guest:guest@127.0.0.1:$port" >"$AMQP_DIR/environment"
+    cat >"$AMQP_DIR/rabbitmq.conf" <<CONF
+listeners.tcp.1 = 127.0.0.1:$port
+listeners.ssl.1 = 127.0.0.1:$tls
+ssl_options.cacertfile = $AMQP_DIR/tls/ca.pem
+ssl_options.certfile = $AMQP_DIR/tls/server.pem
+ssl_options.keyfile = $AMQP_DIR/tls/server.key
+ssl_options.verify = verify_peer
+ssl_options.fail_if_no_peer_cert = true
+management.tcp.ip = 127.0.0.1
+management.tcp.port = $management
+log.console = false
+CONF
+    echo '[rabbitmq_management,rabbitmq_consistent_hash_exchange].' >"$AMQP_DIR/plugins"
+    cat >"$AMQP_DIR/environment" <<ENVIRONMENT
+AMQP_URL=amqp://guest:guest@127.0.0.1:$port
+AMQP_MANAGEMENT=http://127.0.0.1:$management
+AMQP_TLS_ADDRESS=127.0.0.1:$tls
+AMQP_TLS=$AMQP_DIR/tls
+ENVIRONMENT
 }
+
+# An authority nobody else trusts, and what it signs: the server's certificate and a client's.
+_amqp_certificates() (
+    mkdir -p "$AMQP_DIR/tls"
+    cd "$AMQP_DIR/tls"
+    local key=(-newkey rsa:2048 -nodes) name
+    openssl req -x509 "${key[@]}" -days 3650 -subj "/CN=suite authority" -keyout ca.key -out ca.pem
+    for name in server client; do
+        openssl req "${key[@]}" -subj "/CN=$name" -keyout "$name.key" -out "$name.csr"
+        openssl x509 -req -in "$name.csr" -CA ca.pem -CAkey ca.key -CAcreateserial -days 3650 -out "$name.pem" \
+            -extfile <(printf 'subjectAltName=IP:127.0.0.1,DNS:localhost\nbasicConstraints=CA:FALSE\n')
+    done
+)
 
 _amqp_launch() {
     if ! _amqp_pid >/dev/null; then

@@ -1,14 +1,15 @@
 //! The suite on a real RabbitMQ: the one that AMQP_URL names, or one of our own that
 //! `tests/servers up amqp` starts.
 
-use std::path::PathBuf;
-use std::process::Command;
-use std::sync::{Arc, OnceLock};
+mod amqp_server;
+
+use std::sync::Arc;
 use std::time::Duration;
 
+use amqp_server::{TURN, address, at, fault, open, ours, raw, script, server};
 use broker_amqp::{AmqpBroker, AmqpOptions, lapin};
 use broker_core::{
-    BoxFuture, Broker, BrokerExt, BrokerUrl, Connectors, Error, ErrorKind, Group, Message, Result, Subscribe, Topic,
+    BoxFuture, Broker, BrokerExt, BrokerUrl, Error, ErrorKind, Group, Message, Result, Subscribe, Topic,
 };
 use broker_tests::{Fault, Harness, Link, Proxy, Report, Secret, Suite, Timing, summary};
 use lapin::options::{
@@ -17,50 +18,6 @@ use lapin::options::{
 };
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Connection, ConnectionProperties, ExchangeKind};
-
-fn script(arguments: &[&str]) -> std::result::Result<String, String> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("servers");
-    let output = Command::new(path).args(arguments).output().map_err(|error| error.to_string())?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    if output.status.success() { Ok(text) } else { Err(text + &String::from_utf8_lossy(&output.stderr)) }
-}
-
-/// The server's URL.
-fn server() -> &'static str {
-    static SERVER: OnceLock<String> = OnceLock::new();
-    SERVER.get_or_init(|| {
-        let printed = script(&["up", "amqp"]).unwrap_or_else(|error| panic!("tests/servers up amqp: {error}"));
-        let url = printed.lines().find_map(|line| line.strip_prefix("AMQP_URL="));
-        url.unwrap_or_else(|| panic!("no AMQP_URL in {printed:?}")).to_owned()
-    })
-}
-
-/// Whether the server can be stopped and started: it is ours.
-fn ours() -> bool {
-    std::env::var_os("AMQP_URL").is_none()
-}
-
-const PARAMETERS: &str = "connect_timeout=3s&publish_timeout=3s&max_reconnect_wait=1s";
-
-fn open(url: &str) -> Result<Arc<dyn Broker>> {
-    let mut connectors = Connectors::new();
-    connectors.add(["amqp", "amqps"], broker_amqp::connector());
-    let separator = if url.contains('?') { '&' } else { '?' };
-    connectors.open(&format!("{url}{separator}{PARAMETERS}"))
-}
-
-/// The server's URL with another address, and another user if one is given.
-fn at(address: &str, user: Option<&str>) -> String {
-    let (scheme, rest) = server().split_once("://").unwrap_or(("amqp", server()));
-    let (own, tail) = rest.rsplit_once('@').unwrap_or(("guest:guest", rest));
-    let tail = tail.find(['/', '?']).map_or("", |end| &tail[end..]);
-    format!("{scheme}://{}@{address}{tail}", user.unwrap_or(own))
-}
-
-fn address() -> &'static str {
-    let hosts = server().rsplit_once('@').map_or(server(), |(_, hosts)| hosts);
-    hosts.split(['/', '?']).next().unwrap_or(hosts)
-}
 
 fn nowhere() -> Result<String> {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
@@ -217,9 +174,6 @@ async fn run(queue_type: &'static str) {
     assert!(bad.is_empty(), "{}", bad.join("\n"));
 }
 
-/// One test at a time has the server.
-static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
-
 #[tokio::test(flavor = "multi_thread")]
 async fn every_check_on_both_kinds_of_queue() {
     let _turn = TURN.lock().await;
@@ -232,17 +186,6 @@ async fn every_check_on_both_kinds_of_queue() {
             run("classic").await;
         }
     }
-}
-
-/// Brings a fault about; false, said aloud, where the server is not ours.
-async fn fault(what: &'static str) -> bool {
-    if !ours() {
-        println!("no control: {what}");
-        return false;
-    }
-    let done = tokio::task::spawn_blocking(move || script(&[what, server()])).await;
-    done.map_err(|error| error.to_string()).flatten().unwrap_or_else(|error| panic!("tests/servers {what}: {error}"));
-    true
 }
 
 /// The server's memory alarm: publishers fail in time and say why, acks go through, and it is over
@@ -342,8 +285,7 @@ async fn go_micro_is_understood_and_understands() {
     let _turn = TURN.lock().await;
     let name = format!("go-{}", fastrand::u32(..));
     let topic: Topic = format!("suite.{name}").parse().unwrap();
-    let connection = Connection::connect(&format!("{}/%2f", server()), ConnectionProperties::default()).await.unwrap();
-    let channel = connection.create_channel().await.unwrap();
+    let (_connection, channel) = raw().await;
     channel
         .exchange_declare("micro".into(), ExchangeKind::Topic, ExchangeDeclareOptions::default(), FieldTable::default())
         .await

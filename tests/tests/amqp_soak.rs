@@ -1,14 +1,15 @@
 //! A hundred thousand messages through restarts and cut connections of a real RabbitMQ: none of those
 //! confirmed is lost, and no more come twice than were in flight.
 
+mod amqp_server;
+
 use std::collections::BTreeMap;
-use std::path::PathBuf;
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use broker_core::{Broker, Connectors, Group, Message, PublisherOptions, Subscribe, Topic};
+use amqp_server::{address, at, open_as_it_is, ours, script, server};
+use broker_core::{Broker, Group, Message, PublisherOptions, Subscribe, Topic};
 use broker_tests::Proxy;
 use parking_lot::Mutex;
 
@@ -71,13 +72,6 @@ fn the_checker_catches_broken_histories() {
     assert_eq!(history(&[1], &[1], &[1, 1]).check(0), Ok(()), "or may have been, and was published again");
 }
 
-fn script(arguments: &[&str]) -> Result<String, String> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("servers");
-    let output = Command::new(path).args(arguments).output().map_err(|error| error.to_string())?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    if output.status.success() { Ok(text) } else { Err(text + &String::from_utf8_lossy(&output.stderr)) }
-}
-
 const MESSAGES: u64 = 100_000;
 const WINDOW: usize = 256;
 const PREFETCH: usize = 256;
@@ -87,14 +81,9 @@ const RESTARTS: u64 = 2;
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "long: a hundred thousand messages, two restarts of the server, ten cut connections"]
 async fn nothing_confirmed_is_lost() {
-    let printed = script(&["up", "amqp"]).unwrap();
-    let url = printed.lines().find_map(|line| line.strip_prefix("AMQP_URL=")).unwrap().to_owned();
-    let (user, address) = url.trim_start_matches("amqp://").split_once('@').unwrap();
-    let proxy = Proxy::start(address.trim_end_matches('/')).await.unwrap();
-    let mut connectors = Connectors::new();
-    connectors.add(["amqp"], broker_amqp::connector());
-    let through = format!("amqp://{user}@{}?publish_timeout=60s&max_reconnect_wait=500ms", proxy.address());
-    let broker = connectors.open(&through).unwrap();
+    let proxy = Proxy::start(address()).await.unwrap();
+    let through = at(&proxy.address().to_string(), None);
+    let broker = open_as_it_is(&format!("{through}?publish_timeout=60s&max_reconnect_wait=500ms")).unwrap();
     let topic: Topic = format!("suite.soak-{}", fastrand::u32(..)).parse().unwrap();
     let group = Group::new("soak".parse().unwrap(), (&topic).into());
     let options = Subscribe::group(group.name.clone()).with_max_in_flight(PREFETCH).unwrap();
@@ -152,15 +141,13 @@ async fn nothing_confirmed_is_lost() {
         })
     };
     // Faults, spread over the run by how far it is.
-    let ours = std::env::var_os("AMQP_URL").is_none();
     let faults = CUTS + RESTARTS;
     for fault in 1..=faults {
         while published.load(Ordering::SeqCst) < MESSAGES * fault / (faults + 1) && !publishing.is_finished() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        if fault % 5 == 0 && ours {
-            let url = url.clone();
-            tokio::task::spawn_blocking(move || script(&["restart", &url])).await.unwrap().unwrap();
+        if fault % 5 == 0 && ours() {
+            tokio::task::spawn_blocking(|| script(&["restart", server()])).await.unwrap().unwrap();
         } else {
             proxy.cut();
         }

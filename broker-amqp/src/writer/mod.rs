@@ -1,10 +1,10 @@
 //! Publishing: one task, one channel, confirms always.
 //!
-//! Callers push envelopes into a queue and get a ticket; the task hands them to lapin up to
-//! 64 at a time, which costs it a third of what one awaited after another does, and completes the
-//! tickets as confirms arrive. What is unconfirmed when the channel is lost is sent again, in order and
+//! Callers push envelopes into a queue and get a ticket; the task hands them to lapin, many at a time,
+//! and completes the tickets as confirms arrive, many at a time again ([`flight`] says how). What is unconfirmed when the channel is lost is sent again, in order and
 //! before anything newer, until its own deadline.
 
+mod flight;
 mod task;
 
 use std::collections::VecDeque;
@@ -56,6 +56,9 @@ struct Entry {
     /// Where it was last sent to.
     key: ShortString,
     delayed: bool,
+    /// Was under way when the server closed the channel over a message: it is sent again with nothing
+    /// beside it, so that the next time it is clear whose fault it was.
+    alone: bool,
 }
 
 impl Entry {
@@ -124,7 +127,7 @@ impl Writer {
             )));
         }
         let (ticket, publish) = self.confirms.issue();
-        let entry = Entry { ticket, deadline, envelope, key: ShortString::default(), delayed: false };
+        let entry = Entry { ticket, deadline, envelope, key: ShortString::default(), delayed: false, alone: false };
         self.pending.fetch_add(1, Ordering::Relaxed);
         self.pending_bytes.fetch_add(entry.bytes(), Ordering::Relaxed);
         queue.waiting.push_back(entry);

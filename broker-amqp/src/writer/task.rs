@@ -2,20 +2,20 @@
 //! on another channel with what is not confirmed.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::future::{pending, poll_fn};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use broker_core::{Error, Receipt, Result, Timestamp};
+use broker_core::{Error, ErrorKind, Receipt, Result, Timestamp};
 use bytes::Bytes;
-use futures_util::future::{Either, join_all, pending};
-use futures_util::stream::FuturesUnordered;
-use futures_util::{FutureExt, StreamExt};
+use futures_util::FutureExt;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::ShortString;
-use lapin::{Channel, Confirmation, PublisherConfirm};
+use lapin::{Channel, Confirmation};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 
+use super::flight::Flight;
 use super::{DEFAULT_FRAME_MAX, Entry, Envelope, Route, Writer};
 use crate::error::{from_lapin, is_final};
 use crate::ladder::{Leads, Rung};
@@ -26,6 +26,8 @@ use crate::{topology, wire};
 
 /// Publishes handed to lapin at a time, and bytes.
 const BATCH: usize = 64;
+/// Unconfirmed on the channel at most; beyond, they wait in the queue. More would only lie in lapin.
+const MAX_UNDER_WAY: usize = 8192;
 const BATCH_BYTES: usize = 1 << 20;
 /// How often deadlines are looked at: a twentieth of the publish timeout, within these.
 const TICK_MIN: Duration = Duration::from_millis(1);
@@ -42,10 +44,6 @@ pub(super) struct Task {
 }
 
 type Resolved = (u64, lapin::Result<Confirmation>);
-
-async fn resolved((number, confirm): (u64, PublisherConfirm)) -> Resolved {
-    (number, confirm.await)
-}
 
 impl Task {
     pub(super) fn new(writer: Arc<Writer>) -> Self {
@@ -66,6 +64,11 @@ impl Task {
                 Ok(Ok(channel)) => {
                     wait.reset();
                     let error = self.session(&live, &channel).await;
+                    // A channel closed on a connection that stands was closed over a message.
+                    if live.is_up() && is_final(&error) && self.blame(&error) {
+                        self.lost();
+                        continue;
+                    }
                     self.lost();
                     error
                 }
@@ -94,6 +97,19 @@ impl Task {
         let mut again: VecDeque<Entry> = std::mem::take(&mut self.sent).into_values().collect();
         again.append(&mut self.unsent);
         self.unsent = again;
+    }
+
+    /// The server refused a message by closing the channel, and does not say which: the one that was
+    /// under way alone, or one of those that from now on go alone. False if there was none.
+    fn blame(&mut self, error: &Error) -> bool {
+        let alone = self.sent.first_entry().filter(|first| first.get().alone);
+        if let Some(guilty) = alone {
+            let guilty = guilty.remove();
+            self.writer.finish(&guilty, Err(refused(error)));
+            return true;
+        }
+        self.sent.values_mut().for_each(|entry| entry.alone = true);
+        !self.sent.is_empty()
     }
 
     fn fail_all(&mut self, error: &Error) {
@@ -164,59 +180,46 @@ impl Task {
     /// Sends and confirms until the channel is lost; tells why.
     async fn session(&mut self, live: &Live, channel: &Channel) -> Error {
         let mut returns = Returns::new();
-        let mut confirms = FuturesUnordered::new();
+        let mut flight = Flight::new();
         let mut rungs = HashSet::new();
-        let mut sending = None;
         // Deadlines are looked at now and then: a timer per message would cost more than the message.
         let mut tick = interval((self.writer.options.publish_timeout / 20).clamp(TICK_MIN, TICK_MAX));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let error = loop {
-            if sending.is_none() {
-                match self.batch(live, &mut rungs).await {
-                    Ok(batch) if batch.is_empty() => {}
-                    Ok(batch) => sending = Some(Box::pin(join_all(batch.into_iter().map(|one| one.send(channel))))),
-                    Err(error) => break error,
-                }
+            match self.batch(live, flight.len(), &mut rungs).await {
+                Ok(batch) => batch.into_iter().for_each(|one| flight.push(one.deliver(channel))),
+                Err(error) => break error,
             }
-            let idle = sending.is_none();
-            let sent = match &mut sending {
-                Some(sending) => Either::Left(sending.as_mut()),
-                None => Either::Right(pending()),
-            };
             tokio::select! {
-                sent = sent => {
-                    sending = None;
-                    let mut failed = None;
-                    for (number, sent) in sent {
-                        match sent {
-                            Ok(confirm) => confirms.push(resolved((number, confirm))),
-                            Err(error) => failed = Some(error),
-                        }
-                    }
-                    if let Some(error) = failed {
-                        break from_lapin(error);
-                    }
-                }
-                Some(first) = confirms.next(), if !confirms.is_empty() => {
-                    if let Some(error) = self.confirmed(first, &mut confirms, &mut returns, channel).await {
+                ended = poll_fn(|cx| flight.poll_ended(cx)) => {
+                    if let Some(error) = self.confirmed(ended, &mut flight, &mut returns, channel) {
                         break error;
                     }
                 }
-                () = self.writer.wake.notified(), if idle => {}
+                () = self.writer.wake.notified() => {}
                 _ = tick.tick(), if !self.sent.is_empty() => self.expire(),
             }
         };
         for Decided { item, returned } in returns.end() {
             self.acked(&item, returned);
         }
-        error
+        // A publish that came after only tells that the channel is closed; others may tell why.
+        let errors = flight.drain().into_iter().filter_map(|(_, result)| result.err());
+        errors.map(from_lapin).find(is_final).unwrap_or(error)
     }
 
     /// The next messages to send, their properties written.
-    async fn batch(&mut self, live: &Live, rungs: &mut HashSet<Rung>) -> Result<Vec<Outgoing>> {
+    async fn batch(&mut self, live: &Live, under_way: usize, rungs: &mut HashSet<Rung>) -> Result<Vec<Outgoing>> {
         let mut batch = Vec::new();
         let mut bytes = 0;
-        while batch.len() < BATCH && bytes < BATCH_BYTES {
+        while batch.len() + under_way < MAX_UNDER_WAY && batch.len() < BATCH && bytes < BATCH_BYTES {
+            // One that goes alone waits for all before it, and all behind it wait for it.
+            let is_alone = |entry: &Entry| entry.alone;
+            if self.sent.values().next().is_some_and(is_alone)
+                || self.unsent.front().is_some_and(is_alone) && !self.sent.is_empty()
+            {
+                break;
+            }
             let Some(mut entry) = self.unsent.pop_front().or_else(|| self.writer.next()) else { break };
             if !self.writer.confirms.take(entry.ticket) {
                 self.writer.forget(&entry);
@@ -229,18 +232,26 @@ impl Task {
                     continue;
                 }
             };
+            if let Some(rung) = outgoing.rung.filter(|rung| !rungs.contains(rung)) {
+                let declaring = topology::declare_rung(&live.connection, rung, &self.writer.options);
+                let declared = timeout(self.writer.options.connect_timeout, declaring).await;
+                match declared.unwrap_or_else(|_| Err(Error::timeout("RabbitMQ did not declare a delay queue in time")))
+                {
+                    Ok(()) => drop(rungs.insert(rung)),
+                    Err(error) if is_final(&error) => {
+                        self.writer.finish(&entry, Err(error));
+                        continue;
+                    }
+                    Err(error) => {
+                        // Those before it are in `sent`: all are sent again.
+                        self.unsent.push_front(entry);
+                        return Err(error);
+                    }
+                }
+            }
             bytes += entry.bytes();
-            let rung = outgoing.rung;
             self.sent.insert(outgoing.number, entry);
             batch.push(outgoing);
-            // Should this fail, all of them are in `sent`, and are sent again.
-            if let Some(rung) = rung.filter(|rung| !rungs.contains(rung)) {
-                let declaring = topology::declare_rung(&live.connection, rung, &self.writer.options);
-                timeout(self.writer.options.connect_timeout, declaring)
-                    .await
-                    .map_err(|_| Error::timeout("RabbitMQ did not declare a delay queue in time"))??;
-                rungs.insert(rung);
-            }
         }
         Ok(batch)
     }
@@ -275,24 +286,21 @@ impl Task {
         })
     }
 
-    /// Completes what is confirmed: `first`, and whatever else is by now.
-    async fn confirmed<F: Future<Output = Resolved>>(
+    /// Completes what is confirmed: `resolved`, and whatever else is by now.
+    fn confirmed<F: Future<Output = Resolved>>(
         &mut self,
-        first: Resolved,
-        confirms: &mut FuturesUnordered<F>,
+        mut resolved: Vec<Resolved>,
+        flight: &mut Flight<F>,
         returns: &mut Returns<Entry>,
         channel: &Channel,
     ) -> Option<Error> {
-        let mut resolved = vec![first];
-        drain(confirms, &mut resolved);
         while !resolved.is_empty() {
             // lapin resolves all that one ack confirms under a lock; this takes it once, so that all
             // are resolved that could bring a return of these.
             if let Some(Ok(dropped)) = channel.wait_for_confirms().now_or_never() {
                 dropped.iter().for_each(|message| returns.seen(identity(message)));
             }
-            let mut later = Vec::new();
-            drain(confirms, &mut later);
+            let later = flight.drain();
             resolved.iter().chain(&later).filter_map(|(_, result)| carried(result)).for_each(|one| returns.seen(one));
             let mut batch = Vec::new();
             for (number, result) in std::mem::take(&mut resolved) {
@@ -325,7 +333,7 @@ impl Task {
                 }
             }
             if !batch.is_empty() || self.sent.is_empty() {
-                for Decided { item, returned } in returns.confirmed(batch, confirms.len() + later.len()) {
+                for Decided { item, returned } in returns.confirmed(batch, flight.len() + later.len()) {
                     self.acked(&item, returned);
                 }
             }
@@ -352,14 +360,19 @@ impl Task {
     }
 }
 
-fn nacked() -> Error {
-    Error::unavailable("RabbitMQ refused the message: a queue it goes to is full, or not available")
+/// What the server said when it closed the channel over a message, as the message's error.
+fn refused(error: &Error) -> Error {
+    let kind = match error.kind() {
+        // PRECONDITION_FAILED says both that it is too large, and that a property is not in order.
+        ErrorKind::Conflict if error.message().contains("larger than") => ErrorKind::TooLarge,
+        ErrorKind::Conflict => ErrorKind::Invalid,
+        kind => kind,
+    };
+    Error::new(kind, error.message()).with_source(error.clone())
 }
 
-fn drain<F: Future<Output = Resolved>>(confirms: &mut FuturesUnordered<F>, into: &mut Vec<Resolved>) {
-    while let Some(Some(resolved)) = confirms.next().now_or_never() {
-        into.push(resolved);
-    }
+fn nacked() -> Error {
+    Error::unavailable("RabbitMQ refused the message: a queue it goes to is full, or not available")
 }
 
 fn carried(result: &lapin::Result<Confirmation>) -> Option<Identity> {
@@ -385,10 +398,15 @@ struct Outgoing {
 }
 
 impl Outgoing {
-    async fn send(self, channel: &Channel) -> (u64, lapin::Result<PublisherConfirm>) {
+    /// Sends it, and waits until it is confirmed.
+    async fn deliver(self, channel: &Channel) -> Resolved {
         let options = BasicPublishOptions { mandatory: true, immediate: false };
         let sent = channel.basic_publish(self.exchange, self.key, options, &self.payload, self.properties).await;
-        (self.number, sent)
+        let confirmed = match sent {
+            Ok(confirm) => confirm.await,
+            Err(error) => Err(error),
+        };
+        (self.number, confirmed)
     }
 }
 
