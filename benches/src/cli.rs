@@ -67,7 +67,9 @@ impl From<Outcome> for ExitCode {
 pub fn run(comparisons: Vec<Comparison>, arguments: &Arguments) -> Outcome {
     if arguments.list {
         for comparison in &comparisons {
-            println!("{:<42} bar {:6.3}  {}", comparison.name(), comparison.bar(), comparison.unit().as_str());
+            let (name, unit) = (comparison.name(), comparison.unit().as_str());
+            let cpu = comparison.cpu_at_most().map(|part| format!(", client CPU at most {part:.2} of theirs"));
+            println!("{name:<42} bar {:6.3}  {unit}{}", comparison.bar(), cpu.unwrap_or_default());
         }
         return Outcome::Holds;
     }

@@ -99,6 +99,7 @@ pub struct Comparison {
     name: String,
     unit: Unit,
     bar: f64,
+    cpu_at_most: Option<f64>,
     prepare: Box<dyn FnOnce() -> BoxFuture<'static, Result<Pair>> + Send>,
 }
 
@@ -110,7 +111,14 @@ impl Comparison {
         F: FnOnce() -> Fut + Send + 'static,
         Fut: Future<Output = Result<Pair>> + Send + 'static,
     {
-        Self { name: name.into(), unit, bar, prepare: Box::new(move || Box::pin(prepare())) }
+        Self { name: name.into(), unit, bar, cpu_at_most: None, prepare: Box::new(move || Box::pin(prepare())) }
+    }
+
+    /// Holds only if ours also takes at most this part of the processor time a message that theirs takes.
+    #[must_use]
+    pub fn with_cpu_at_most(mut self, part: f64) -> Self {
+        self.cpu_at_most = Some(part);
+        self
     }
 
     /// Its name: a group, slashes, what is compared.
@@ -126,6 +134,11 @@ impl Comparison {
     /// The ratio to reach.
     pub fn bar(&self) -> f64 {
         self.bar
+    }
+
+    /// The part of their processor time that ours may take at most.
+    pub fn cpu_at_most(&self) -> Option<f64> {
+        self.cpu_at_most
     }
 
     /// Whether `selector` is its name or a group it belongs to.

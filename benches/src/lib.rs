@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+pub mod amqp;
 pub mod cli;
 pub mod comparison;
 pub mod footprint;
@@ -22,7 +23,7 @@ pub type Result<T> = std::result::Result<T, Failure>;
 
 /// Every comparison of this package, in the order they are listed and run.
 pub fn comparisons() -> Vec<Comparison> {
-    [in_process::comparisons(), http::comparisons()].into_iter().flatten().collect()
+    [in_process::comparisons(), http::comparisons(), amqp::comparisons()].into_iter().flatten().collect()
 }
 
 /// The code of the project's README runs as a doctest of this package, which may know every broker.

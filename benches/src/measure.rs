@@ -22,6 +22,7 @@ const SMALL_SPREAD: f64 = 0.03;
 /// What a side reports: a broker's error, a message lost or doubled.
 pub async fn measure(comparison: Comparison, limit: Duration, mut progress: impl FnMut(usize, f64)) -> Result<Report> {
     let (name, unit, bar) = (comparison.name().to_owned(), comparison.unit(), comparison.bar());
+    let cpu_at_most = comparison.cpu_at_most();
     let mut pair = comparison.prepare().await?;
 
     // Warm-up: caches, allocator, connections, the processor's clock.
@@ -45,7 +46,7 @@ pub async fn measure(comparison: Comparison, limit: Duration, mut progress: impl
         }
     };
     let sides = (side(&ours), side(&theirs));
-    Ok(Report::new(name, unit, bar, sides, ratio, ratios.len()))
+    Ok(Report::new(name, unit, bar, sides, ratio, ratios.len()).with_cpu_at_most(cpu_at_most))
 }
 
 /// The medians of a side's rounds; of its processor time only if every round told it.

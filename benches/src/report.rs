@@ -29,7 +29,8 @@ pub struct Report {
     pub spread: f64,
     /// The ratio to reach.
     pub bar: f64,
-    /// Whether the ratio, within its spread, reaches the bar.
+    /// Whether the ratio, within its spread, reaches the bar; and where the processor time has a bar, that
+    /// one too.
     pub holds: bool,
     /// Processor time of this process in our rounds, in microseconds a message: the median, where it is
     /// measured.
@@ -38,6 +39,9 @@ pub struct Report {
     /// The same in their rounds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub theirs_cpu_us: Option<f64>,
+    /// The part of their processor time that ours may take at most, where there is such a bar.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_at_most: Option<f64>,
     /// Rounds measured, the warm-up not counted.
     #[serde(skip)]
     pub rounds: usize,
@@ -66,8 +70,21 @@ impl Report {
             holds,
             ours_cpu_us: ours.cpu_micros,
             theirs_cpu_us: theirs.cpu_micros,
+            cpu_at_most: None,
             rounds,
         }
+    }
+
+    /// With a bar for the processor time; it does not hold where that is not measured.
+    pub(crate) fn with_cpu_at_most(mut self, part: Option<f64>) -> Self {
+        self.cpu_at_most = part;
+        self.holds &= part.is_none_or(|part| self.cpu_ratio().is_some_and(|ratio| ratio <= part));
+        self
+    }
+
+    /// Our processor time as a part of theirs, of the medians.
+    fn cpu_ratio(&self) -> Option<f64> {
+        Some(self.ours_cpu_us? / self.theirs_cpu_us?)
     }
 
     /// Whether 1 lies within the spread of the ratio.
@@ -82,7 +99,7 @@ fn unit_text<S: serde::Serializer>(unit: &Unit, serializer: S) -> Result<S::Ok, 
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, unit, ours, theirs, ratio, spread, bar, holds, ours_cpu_us, theirs_cpu_us, rounds } = self;
+        let Self { name, unit, ours, theirs, ratio, spread, bar, holds, ours_cpu_us, theirs_cpu_us, rounds, .. } = self;
         let (ours, theirs, unit) = (Short(*ours), Short(*theirs), unit.as_str());
         write!(f, "{name:<38} ours {ours} theirs {theirs} {unit:<12} ratio {ratio:7.3} ± {spread:5.3}")?;
         write!(f, " of {rounds:>3} rounds  bar {bar:6.3} {}", if *holds { "holds" } else { "DOES NOT HOLD" })?;
@@ -91,6 +108,9 @@ impl fmt::Display for Report {
         }
         if let (Some(ours), Some(theirs)) = (ours_cpu_us, theirs_cpu_us) {
             write!(f, "  client CPU {ours:.2} to {theirs:.2} µs a message")?;
+        }
+        if let (Some(part), Some(ratio)) = (self.cpu_at_most, self.cpu_ratio()) {
+            write!(f, ", {ratio:.2} of theirs, bar at most {part:.2}")?;
         }
         Ok(())
     }
@@ -135,6 +155,20 @@ mod tests {
             json,
             r#"{"name":"group/name","unit":"deliveries/s","ours":127100000.0,"theirs":7000000.0,"ratio":18.0,"spread":0.5,"bar":10.0,"holds":true}"#
         );
+    }
+
+    #[test]
+    fn a_bar_for_the_processor_time_is_one_more_to_reach() {
+        let sides = |ours| [ours, 10.0].map(|cpu| Sample { value: 1.0, cpu_micros: Some(cpu) });
+        let ratio = Estimate { median: 2.0, spread: 0.5 };
+        let report = |[ours, theirs]: [Sample; 2]| {
+            let report = Report::new("g/n".into(), Unit::MessagesPerSecond, 1.0, (ours, theirs), ratio, 9);
+            report.with_cpu_at_most(Some(0.6))
+        };
+        assert!(report(sides(6.0)).holds);
+        assert!(!report(sides(6.1)).holds);
+        assert!(!report([Sample::from(1.0); 2]).holds, "what is not measured does not hold");
+        assert!(report(sides(6.0)).to_string().ends_with("0.60 of theirs, bar at most 0.60"));
     }
 
     #[test]

@@ -1,0 +1,97 @@
+//! The RabbitMQ adapter beside raw lapin and Go's amqp091, on one server, with messages that are the
+//! same on the wire; throughput and client CPU.
+//!
+//! A name says what the queue and its messages are, how large a payload is, and what is done:
+//! `amqp/classic/100B/publish_64`. `classic` is a classic queue and transient messages, `persistent` the
+//! same queue and persistent ones, `quorum` a quorum queue.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::comparison::{Comparison, Pair, Unit};
+use crate::sample::{Sample, Stopwatch};
+use crate::{Failure, Result};
+
+mod consume;
+mod go;
+mod publish;
+mod raw;
+mod scene;
+
+use go::Amqp091;
+use scene::Scene;
+pub use scene::{Kind, Load};
+
+/// How long a round may take before it is taken for a hang.
+const HANG: Duration = Duration::from_secs(120);
+
+/// Messages of a round: enough for a second or so.
+const ONE_BY_ONE: u64 = 2_000;
+const MANY: u64 = 20_000;
+
+/// The comparisons of this group.
+pub fn comparisons() -> Vec<Comparison> {
+    let kinds = [Kind::Classic, Kind::Persistent, Kind::Quorum].into_iter();
+    kinds.flat_map(|kind| [100, 1024].map(|payload| Load { kind, payload })).flat_map(of).collect()
+}
+
+/// The comparisons of one kind of queue and one size.
+fn of(load: Load) -> Vec<Comparison> {
+    let mut comparisons = vec![publish(load, 1, ONE_BY_ONE, 0.97)];
+    for window in [64, 1_000] {
+        let bar = if load.is_bound_by_server() { 0.97 } else { 1.3 };
+        comparisons.push(publish(load, window, MANY, bar).with_cpu_at_most(0.6));
+        comparisons.push(publish_beside_go(load, window));
+    }
+    comparisons.push(consume(load, "single", 1, 2.5));
+    comparisons.push(consume(load, "multiple", 64, 0.9));
+    comparisons
+}
+
+/// Ours beside raw lapin that awaits each `basic_publish`, so many confirms outstanding.
+fn publish(load: Load, window: usize, messages: u64, bar: f64) -> Comparison {
+    let name = load.name(&format!("publish_{window}"));
+    Comparison::new(name, Unit::MessagesPerSecond, bar, async move || {
+        let scene = Arc::new(Scene::open(load).await?);
+        let raw = Arc::new(raw::Publisher::open(&scene).await?);
+        scene.check_alike(&raw).await?;
+        let theirs = Arc::clone(&scene);
+        let ours = move || publish::ours(Arc::clone(&scene), messages, window);
+        Ok(Pair::new(ours, move || raw::publish(Arc::clone(&raw), Arc::clone(&theirs), messages, window)))
+    })
+}
+
+fn publish_beside_go(load: Load, window: usize) -> Comparison {
+    let name = load.name(&format!("publish_{window}_go"));
+    Comparison::new(name, Unit::MessagesPerSecond, 1.0, async move || {
+        let scene = Arc::new(Scene::open(load).await?);
+        let go = Arc::new(Amqp091::build().await?);
+        let theirs = Arc::clone(&scene);
+        let ours = move || publish::ours(Arc::clone(&scene), MANY, window);
+        Ok(Pair::new(ours, move || go::publish(Arc::clone(&go), Arc::clone(&theirs), MANY, window)))
+    })
+}
+
+/// Ours, each delivery acked, beside raw lapin that acks every so many.
+fn consume(load: Load, how: &str, every: u64, bar: f64) -> Comparison {
+    let name = load.name(&format!("consume_{how}"));
+    Comparison::new(name, Unit::DeliveriesPerSecond, bar, async move || {
+        let scene = Arc::new(Scene::open(load).await?);
+        let theirs = Arc::clone(&scene);
+        let ours = move || consume::ours(Arc::clone(&scene), MANY);
+        Ok(Pair::new(ours, move || consume::raw(Arc::clone(&theirs), MANY, every)))
+    })
+}
+
+/// Does a round's work, which is about so many messages.
+async fn timed(messages: u64, work: impl Future<Output = Result<()>>) -> Result<Sample> {
+    let watch = Stopwatch::start();
+    bounded("a round", work).await?;
+    Ok(watch.per_message(messages))
+}
+
+/// Waits for what a round waits for, and says that it hangs if it takes far too long.
+async fn bounded<T>(what: &str, future: impl Future<Output = Result<T>>) -> Result<T> {
+    let hangs = |_| Failure::from(format!("{what} was not over after {HANG:?}"));
+    tokio::time::timeout(HANG, future).await.map_err(hangs)?
+}
