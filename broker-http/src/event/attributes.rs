@@ -33,9 +33,12 @@ pub(super) const OWN: [&str; 15] = [
 /// Attributes that CloudEvents wants to be something where they are there at all.
 pub(super) const NEVER_EMPTY: [&str; 4] = ["source", "type", "subject", "dataschema"];
 
+/// Before the topic, the `source` of an event whose publisher gave none.
+pub(super) const DEFAULT_SOURCE: &str = "/topics/";
+
 /// The `source` of an event whose publisher gave none.
 pub(super) fn default_source(topic: &Topic) -> String {
-    format!("/topics/{topic}")
+    format!("{DEFAULT_SOURCE}{topic}")
 }
 
 /// The name of the message header that is attribute `name`.
@@ -84,7 +87,7 @@ impl<'a> Plan<'a> {
 pub(super) fn is_default(topic: &Topic, name: &str, value: &str) -> bool {
     match name {
         "type" => value == topic.as_str(),
-        "source" => value.strip_prefix("/topics/") == Some(topic.as_str()),
+        "source" => value.strip_prefix(DEFAULT_SOURCE) == Some(topic.as_str()),
         _ => false,
     }
 }

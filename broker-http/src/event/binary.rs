@@ -9,7 +9,7 @@ use bytes::Bytes;
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use super::attributes::{Plan, as_partition_key, default_source};
+use super::attributes::{DEFAULT_SOURCE, Plan, as_partition_key};
 use super::draft::Draft;
 use super::format::Format;
 use super::{Decoded, Envelope, Options, percent};
@@ -23,6 +23,23 @@ pub enum Mode {
     Raw,
 }
 
+// Names parsed once and not for every push.
+const ID: HeaderName = HeaderName::from_static("broker-id");
+const TIME: HeaderName = HeaderName::from_static("broker-time");
+const TOMBSTONE: HeaderName = HeaderName::from_static("broker-tombstone");
+const DELAY: HeaderName = HeaderName::from_static("broker-delay");
+const TTL: HeaderName = HeaderName::from_static("broker-ttl");
+const DEDUP: HeaderName = HeaderName::from_static("broker-dedup");
+const CE_SPECVERSION: HeaderName = HeaderName::from_static("ce-specversion");
+const CE_ID: HeaderName = HeaderName::from_static("ce-id");
+const CE_SOURCE: HeaderName = HeaderName::from_static("ce-source");
+const CE_TYPE: HeaderName = HeaderName::from_static("ce-type");
+const CE_TIME: HeaderName = HeaderName::from_static("ce-time");
+const CE_PARTITIONKEY: HeaderName = HeaderName::from_static("ce-partitionkey");
+const TOPIC: HeaderName = HeaderName::from_static("broker-topic");
+const SUBSCRIPTION: HeaderName = HeaderName::from_static("broker-subscription");
+const ATTEMPT: HeaderName = HeaderName::from_static("broker-attempt");
+const KEY: HeaderName = HeaderName::from_static("broker-key");
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
@@ -41,8 +58,8 @@ pub fn encode(envelope: Envelope<'_>, mode: Mode, headers: &mut HeaderMap) -> By
     match &plan {
         Some(plan) => encode_event(topic, message, plan, headers),
         None => {
-            headers.insert("broker-id", text(message.id()));
-            headers.insert("broker-time", text(message.timestamp()));
+            headers.insert(ID, text(message.id()));
+            headers.insert(TIME, text(message.timestamp()));
         }
     }
     if let Some(content_type) = message.content_type().and_then(|text| HeaderValue::from_str(text).ok()) {
@@ -57,37 +74,37 @@ pub fn encode(envelope: Envelope<'_>, mode: Mode, headers: &mut HeaderMap) -> By
         headers.insert(name, value);
     }
     if message.is_tombstone() {
-        headers.insert("broker-tombstone", HeaderValue::from_static("true"));
+        headers.insert(TOMBSTONE, HeaderValue::from_static("true"));
     }
     if let Some(time) = message.deliver_at() {
-        headers.insert("broker-delay", text(time));
+        headers.insert(DELAY, text(time));
     }
     if let Some(time) = message.expires_at() {
-        headers.insert("broker-ttl", text(time));
+        headers.insert(TTL, text(time));
     }
     if let Some(dedup) = message.dedup_key() {
-        headers.insert("broker-dedup", text(dedup));
+        headers.insert(DEDUP, text(dedup));
     }
     Bytes::clone(message.payload())
 }
 
 fn encode_event(topic: &Topic, message: &Message, plan: &Plan<'_>, headers: &mut HeaderMap) {
-    headers.insert("ce-specversion", HeaderValue::from_static("1.0"));
-    headers.insert("ce-id", text(message.id()));
+    headers.insert(CE_SPECVERSION, HeaderValue::from_static("1.0"));
+    headers.insert(CE_ID, text(message.id()));
     if !plan.has("source") {
-        headers.insert("ce-source", text(default_source(topic)));
+        headers.insert(CE_SOURCE, text(format_args!("{DEFAULT_SOURCE}{topic}")));
     }
     if !plan.has("type") {
-        headers.insert("ce-type", text(topic));
+        headers.insert(CE_TYPE, text(topic));
     }
-    headers.insert("ce-time", text(message.timestamp()));
+    headers.insert(CE_TIME, text(message.timestamp()));
     for (name, value) in &plan.attributes {
         if let Ok(name) = HeaderName::try_from(format!("ce-{name}")) {
             headers.insert(name, text(value));
         }
     }
     if let Some(key) = message.key().and_then(as_partition_key) {
-        headers.insert("ce-partitionkey", text(key));
+        headers.insert(CE_PARTITIONKEY, text(key));
     }
 }
 
@@ -105,15 +122,15 @@ pub fn describe(envelope: Envelope<'_>, headers: &mut HeaderMap) {
 }
 
 fn describe_delivery(envelope: Envelope<'_>, headers: &mut HeaderMap) {
-    headers.insert("broker-topic", text(envelope.topic));
+    headers.insert(TOPIC, text(envelope.topic));
     if let Some(subscription) = envelope.subscription {
-        headers.insert("broker-subscription", text(subscription));
+        headers.insert(SUBSCRIPTION, text(subscription));
     }
     if let Some(attempt) = envelope.attempt {
-        headers.insert("broker-attempt", text(attempt));
+        headers.insert(ATTEMPT, if attempt == 1 { HeaderValue::from_static("1") } else { HeaderValue::from(attempt) });
     }
     if let Some(key) = envelope.message.key() {
-        headers.insert("broker-key", percent::encode_value(key));
+        headers.insert(KEY, percent::encode_value(key));
     }
 }
 
@@ -125,7 +142,7 @@ fn push_header(headers: &mut HeaderMap, name: &broker_core::HeaderName, value: &
 }
 
 fn text(value: impl Display) -> HeaderValue {
-    percent::encode_value(value.to_string().as_bytes())
+    percent::encode_display(value)
 }
 
 /// Whether the plain form says all of this message to every server: it has no name that repeats

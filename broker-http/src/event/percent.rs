@@ -2,40 +2,72 @@
 //! header names, and `application/x-www-form-urlencoded` over bytes rather than text.
 
 use std::borrow::Cow;
-use std::fmt::Write as _;
+use std::fmt::{Display, Write as _};
 
-use bytes::Bytes;
 use http::HeaderValue;
+use smallvec::SmallVec;
 
 use broker_core::{Error, Result};
 
 /// A header value: everything but printable ASCII is encoded, and of that the space, the double
 /// quote and the percent sign.
 pub(crate) fn encode_value(bytes: &[u8]) -> HeaderValue {
-    let keeps = |byte: &u8| matches!(byte, b'!'..=b'~') && !matches!(byte, b'"' | b'%');
-    if bytes.iter().all(keeps) {
-        return into_value(bytes.to_vec());
+    if bytes.iter().all(is_kept) {
+        return into_value(bytes);
     }
-    let mut text = String::with_capacity(bytes.len() + 32);
-    for byte in bytes {
-        if keeps(byte) { text.push(char::from(*byte)) } else { push_encoded(&mut text, *byte) }
+    let mut encoded = Encoded::default();
+    encoded.push(bytes);
+    into_value(&encoded.0)
+}
+
+/// As [`encode_value`], of what a value shows itself as: a push has a dozen of these.
+pub(crate) fn encode_display(value: impl Display) -> HeaderValue {
+    let mut encoded = Encoded::default();
+    // Writing to memory cannot fail.
+    let _ = write!(encoded, "{value}");
+    into_value(&encoded.0)
+}
+
+fn is_kept(byte: &u8) -> bool {
+    matches!(byte, b'!'..=b'~') && !matches!(byte, b'"' | b'%')
+}
+
+/// A header value in the making, on the stack unless it is long.
+#[derive(Default)]
+struct Encoded(SmallVec<[u8; 96]>);
+
+impl Encoded {
+    fn push(&mut self, bytes: &[u8]) {
+        if bytes.iter().all(is_kept) {
+            return self.0.extend_from_slice(bytes);
+        }
+        for byte in bytes {
+            if is_kept(byte) { self.0.push(*byte) } else { self.0.extend_from_slice(&escape(*byte)) }
+        }
     }
-    into_value(text.into_bytes())
+}
+
+impl std::fmt::Write for Encoded {
+    fn write_str(&mut self, text: &str) -> std::fmt::Result {
+        self.push(text.as_bytes());
+        Ok(())
+    }
+}
+
+/// `%` and two hexadecimal digits.
+fn escape(byte: u8) -> [u8; 3] {
+    let digit = |value: u8| if value < 10 { b'0' + value } else { b'A' + value - 10 };
+    [b'%', digit(byte >> 4), digit(byte & 15)]
 }
 
 /// Bytes [`encode_value`] makes of `bytes`.
 pub(crate) fn encoded_len(bytes: &[u8]) -> usize {
-    bytes.iter().map(|byte| if matches!(byte, b'!'..=b'~') && !matches!(byte, b'"' | b'%') { 1 } else { 3 }).sum()
+    bytes.iter().map(|byte| if is_kept(byte) { 1 } else { 3 }).sum()
 }
 
-fn into_value(bytes: Vec<u8>) -> HeaderValue {
+fn into_value(bytes: &[u8]) -> HeaderValue {
     // Printable ASCII is a header value always; were it not, an empty one hurts nobody.
-    HeaderValue::from_maybe_shared(Bytes::from(bytes)).unwrap_or(HeaderValue::from_static(""))
-}
-
-fn push_encoded(text: &mut String, byte: u8) {
-    // Writing to a string cannot fail.
-    let _ = write!(text, "%{byte:02X}");
+    HeaderValue::from_bytes(bytes).unwrap_or(HeaderValue::from_static(""))
 }
 
 /// Reads a header value: a double-quoted one is unquoted first, as senders of older versions of the
@@ -103,7 +135,11 @@ pub(crate) fn encode_name(name: &str) -> Cow<'_, str> {
     }
     let mut text = String::with_capacity(name.len() + 16);
     for byte in name.bytes() {
-        if is_plain_name_byte(byte) { text.push(char::from(byte)) } else { push_encoded(&mut text, byte) }
+        if is_plain_name_byte(byte) {
+            text.push(char::from(byte));
+        } else {
+            text.extend(escape(byte).map(char::from));
+        }
     }
     // HTTP would lower the digits as well.
     Cow::Owned(text.to_ascii_lowercase())

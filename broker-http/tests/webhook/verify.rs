@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::routing::post;
+use broker_core::{ErrorKind, Timestamp};
 use broker_http::webhook::{Pushed, Verifier, VerifyLayer};
 use bytes::Bytes;
 use http::{Request, StatusCode};
@@ -167,13 +168,35 @@ async fn without_a_key_nothing_passes_unless_it_is_said() {
     }
 }
 
+/// The vector that the libraries of Standard Webhooks test themselves with.
+#[test]
+fn the_published_vector() {
+    let mut headers = http::HeaderMap::new();
+    for (name, value) in [
+        ("webhook-id", "msg_p5jXN8AQM9LWM0D4loKWxJek"),
+        ("webhook-timestamp", "1614265330"),
+        ("webhook-signature", "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="),
+    ] {
+        headers.insert(name, value.parse().unwrap());
+    }
+    let body = br#"{"test": 2432232314}"#;
+    let verify = |second: i64| verifier().verify_at(&headers, body, Timestamp::from_millis(second * 1000));
+    for second in [1_614_265_330, 1_614_265_630, 1_614_265_030] {
+        verify(second).unwrap();
+    }
+    for second in [1_614_265_632, 1_614_265_028] {
+        assert_eq!(verify(second).unwrap_err().kind(), ErrorKind::Unauthorized);
+    }
+    verifier().verify(&headers, body).unwrap_err();
+}
+
 #[test]
 fn keys_that_are_none_are_refused_and_not_repeated() {
     for bad in
         ["", "hunter2", "whsec_", "whsec_aHVudGVyMg==", "whpk_aHVudGVyMg==", "whsk_aHVudGVyMg==", "whsec_hunter2!"]
     {
         let error = Verifier::new(bad).unwrap_err();
-        assert_eq!(error.kind(), broker_core::ErrorKind::Invalid);
+        assert_eq!(error.kind(), ErrorKind::Invalid);
         assert!(bad.len() < 7 || !error.to_string().contains(bad), "{error}");
     }
     assert!(!format!("{:?}", Verifier::new(SECRET).unwrap()).contains("MfKQ"));
