@@ -6,6 +6,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use tokio::task::coop;
+
 use crate::{Error, Receipt, Result};
 
 /// A boxed future, for what must wait.
@@ -72,7 +74,12 @@ pub struct Operation<T: 'static>(State<T>);
 
 enum State<T: 'static> {
     Ready(Result<T>),
-    Confirmed { by: Arc<dyn Confirm<T>>, ticket: u64 },
+    /// Ready, and spends the task's cooperative budget.
+    Cooperative(Result<T>),
+    Confirmed {
+        by: Arc<dyn Confirm<T>>,
+        ticket: u64,
+    },
     Boxed(BoxFuture<'static, Result<T>>),
     Finished,
 }
@@ -113,6 +120,12 @@ impl<T> Operation<T> {
         Self(State::Ready(result))
     }
 
+    /// Done already; a task that awaits one after another lets others run when its cooperative budget
+    /// is spent, as with tokio's own channels.
+    pub(crate) fn cooperative(result: Result<T>) -> Self {
+        Self(State::Cooperative(result))
+    }
+
     /// To be confirmed by `by` under `ticket`.
     pub fn confirmed(by: Arc<dyn Confirm<T>>, ticket: u64) -> Self {
         Self(State::Confirmed { by, ticket })
@@ -126,7 +139,7 @@ impl<T> Operation<T> {
     /// The outcome, if it is known without waiting.
     pub(crate) fn into_ready(mut self) -> Option<Result<T>> {
         match std::mem::replace(&mut self.0, State::Finished) {
-            State::Ready(result) => Some(result),
+            State::Ready(result) | State::Cooperative(result) => Some(result),
             other => {
                 self.0 = other;
                 None
@@ -141,7 +154,7 @@ impl<T> Operation<T> {
     /// assert!(Operation::ready(Ok(1)).is_ready());
     /// ```
     pub fn is_ready(&self) -> bool {
-        matches!(self.0, State::Ready(_))
+        matches!(self.0, State::Ready(_) | State::Cooperative(_))
     }
 }
 
@@ -149,11 +162,14 @@ impl<T: Unpin> Future for Operation<T> {
     type Output = Result<T>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        if let State::Cooperative(_) = &self.0 {
+            std::task::ready!(coop::poll_proceed(cx)).made_progress();
+        }
         let result = match &mut self.0 {
             State::Confirmed { by, ticket } => std::task::ready!(by.poll_confirm(*ticket, cx)),
             State::Boxed(future) => std::task::ready!(future.as_mut().poll(cx)),
-            State::Ready(_) => match std::mem::replace(&mut self.0, State::Finished) {
-                State::Ready(result) => return Poll::Ready(result),
+            State::Ready(_) | State::Cooperative(_) => match std::mem::replace(&mut self.0, State::Finished) {
+                State::Ready(result) | State::Cooperative(result) => return Poll::Ready(result),
                 _ => return Poll::Pending,
             },
             State::Finished => {
@@ -188,8 +204,8 @@ impl<T> From<Error> for Operation<T> {
 impl<T> fmt::Debug for Operation<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match &self.0 {
-            State::Ready(Ok(_)) => "Operation(ok)",
-            State::Ready(Err(_)) => "Operation(failed)",
+            State::Ready(Ok(_)) | State::Cooperative(Ok(_)) => "Operation(ok)",
+            State::Ready(Err(_)) | State::Cooperative(Err(_)) => "Operation(failed)",
             State::Confirmed { .. } | State::Boxed(_) => "Operation(waiting)",
             State::Finished => "Operation(finished)",
         })

@@ -48,3 +48,46 @@ async fn publishes_that_wait_keep_their_order_and_can_be_withdrawn() {
         publish.await.unwrap();
     }
 }
+
+/// A fast reader cuts the log into pieces of many sizes; a slow one finds each message once, in order,
+/// and what it settles counts.
+#[tokio::test]
+async fn pieces_that_a_fast_reader_cuts_are_whole_for_a_slow_one() {
+    let broker = MemoryBroker::new();
+    let topic = Topic::new("orders").unwrap();
+    let options = Subscribe::new().with_max_in_flight(10_000).unwrap();
+    let mut fast = broker.subscribe(&(&topic).into(), options.clone()).await.unwrap();
+    let mut slow = broker.subscribe(&(&topic).into(), options).await.unwrap();
+    let publisher = broker.publisher(&topic, PublisherOptions::new()).unwrap();
+    let mut batch = Vec::new();
+    let mut published = 0_u32;
+    for burst in (1..40).chain([255, 256, 257, 1_000, 1]) {
+        for _ in 0..burst {
+            publisher.publish(Message::new(published.to_string())).await.unwrap();
+            published += 1;
+        }
+        // One in three bursts stays for the next time.
+        if burst % 3 != 0 {
+            fast.receive(&mut batch, 10_000).await.unwrap();
+        }
+    }
+    batch.drain(..).for_each(|delivery| drop(delivery.ack()));
+
+    let mut expected = 0..published;
+    while !expected.is_empty() {
+        assert!(slow.receive(&mut batch, 300).await.unwrap() <= 300);
+        // Settled from the back: the broker finds each by its place.
+        let texts: Vec<_> = batch.iter().map(|it| it.message().payload().clone()).collect();
+        for text in texts {
+            assert_eq!(text.as_ref(), expected.next().unwrap().to_string().as_bytes());
+        }
+        for delivery in batch.drain(..).rev() {
+            let retried = delivery.message().payload().ends_with(b"7");
+            if retried { delivery.retry_after(Duration::from_secs(60)).await } else { delivery.ack().await }.unwrap();
+        }
+    }
+    let sevens = (0..published).filter(|number| number % 10 == 7).count() as u64;
+    let status = broker.status().await.unwrap();
+    let lag: u64 = status.subscriptions.iter().filter_map(|it| it.lag).sum();
+    assert_eq!(lag, sevens, "what was put back, and nothing else");
+}

@@ -6,6 +6,7 @@ use smallvec::SmallVec;
 
 use super::entry::{Entry, Queued, Segment, Story};
 use super::group::Group;
+use super::log::{Parts, Taken};
 use super::tally::{Sum, Tally};
 use crate::{Deliveries, Message, Settle, Settlement, Timestamp, Topic};
 
@@ -22,16 +23,20 @@ pub(super) struct Batch {
 }
 
 pub(super) enum Items {
-    /// Straight from the log: each the first attempt.
-    Run { segment: Arc<Segment>, start: usize, len: usize },
+    /// Straight from the log: each the first attempt. Delivery *i* of part *p* has the index
+    /// `p × MAX_BATCH + i`, so that finding it takes no search.
+    Parts(Parts),
     /// Messages with a history of their own.
     List(SmallVec<[Queued; 2]>),
 }
 
+/// Deliveries a batch has at most: what one tally speaks for. A part has no more either.
+pub(super) const MAX_BATCH: usize = 256;
+
 impl Batch {
     pub(super) fn new(group: Arc<Group>, member: u64, slot: usize, at: Timestamp, items: Items) -> Arc<Self> {
         let len = match &items {
-            Items::Run { len, .. } => *len,
+            Items::Parts(parts) => parts.iter().map(|part| part.len).sum(),
             Items::List(list) => list.len(),
         } as u64;
         Arc::new(Self { group, member, slot, at, items, len, settled: Tally::new() })
@@ -39,6 +44,19 @@ impl Batch {
 
     pub(super) fn len(&self) -> usize {
         self.len as usize
+    }
+
+    /// Of every delivery, in order.
+    pub(super) fn indices(&self) -> impl Iterator<Item = u32> {
+        let (parts, list) = match &self.items {
+            Items::Parts(parts) => (parts.as_slice(), 0),
+            Items::List(list) => (&[] as &[Taken], list.len() as u32),
+        };
+        let of_part = |(number, part): (usize, &Taken)| {
+            let first = (number * MAX_BATCH) as u32;
+            first..first + part.len as u32
+        };
+        parts.iter().enumerate().flat_map(of_part).chain(0..list)
     }
 
     /// What has been settled so far.
@@ -53,7 +71,7 @@ impl Batch {
 
     pub(super) fn size(&self, index: u32) -> u64 {
         match &self.items {
-            Items::Run { segment, start, .. } => segment.bytes(start + index as usize, 1),
+            Items::Parts(parts) => in_part(parts, index).map_or(0, |(segment, slot)| segment.bytes(slot, 1)),
             Items::List(list) => list.get(index as usize).map_or(0, |queued| queued.entry.size),
         }
     }
@@ -70,7 +88,7 @@ impl Batch {
 
     fn queued(&self, index: u32) -> Option<&Queued> {
         match &self.items {
-            Items::Run { .. } => None,
+            Items::Parts(_) => None,
             Items::List(list) => list.get(index as usize),
         }
     }
@@ -87,7 +105,7 @@ impl Batch {
         list: impl FnOnce(&'a Queued) -> T,
     ) -> T {
         let found = match &self.items {
-            Items::Run { segment, start, .. } => run(segment, start + index as usize),
+            Items::Parts(parts) => in_part(parts, index).and_then(|(segment, slot)| run(segment, slot)),
             Items::List(queued) => queued.get(index as usize).map(list),
         };
         #[expect(
@@ -96,6 +114,12 @@ impl Batch {
         )]
         found.expect("a delivery of this batch")
     }
+}
+
+#[inline]
+fn in_part(parts: &Parts, index: u32) -> Option<(&Segment, usize)> {
+    let index = index as usize;
+    parts.get(index / MAX_BATCH).map(|part| (&*part.segment, part.start + index % MAX_BATCH))
 }
 
 impl Deliveries for Batch {

@@ -1,6 +1,6 @@
 //! A published message as the logs share it.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use super::wheel::Due;
 use crate::{Failure, Message, Timestamp, Topic};
@@ -37,14 +37,15 @@ pub(super) fn is_scheduled(message: &Message) -> bool {
 /// A run of messages that readers share without touching each message's reference count: a batch
 /// holds the segment, not its messages.
 ///
-/// Each slot is written once, under the log's lock, and read without it.
+/// The log fills it while it has it alone, and shares it, never to change again, when a reader takes
+/// from it.
 pub(super) struct Segment(Slots);
 
 enum Slots {
     /// Messages of one topic that no other log has: they lie in the segment itself, so that
     /// publishing allocates nothing for them and touches no count that a reader touches too.
-    Own(Topic, Box<[OnceLock<Slot<Message>>]>),
-    Shared(Box<[OnceLock<Slot<Arc<Entry>>>]>),
+    Own(Topic, Vec<Slot<Message>>),
+    Shared(Vec<Slot<Arc<Entry>>>),
 }
 
 struct Slot<T> {
@@ -53,53 +54,77 @@ struct Slot<T> {
     bytes: u64,
 }
 
-fn slots<T>(capacity: usize) -> Box<[OnceLock<Slot<T>>]> {
-    (0..capacity).map(|_| OnceLock::new()).collect()
-}
-
-fn at<T>(slots: &[OnceLock<Slot<T>>], index: usize) -> Option<&Slot<T>> {
-    slots.get(index)?.get()
-}
-
+/// Writing.
 impl Segment {
-    pub(super) fn own(topic: &Topic, capacity: usize) -> Arc<Self> {
-        Arc::new(Self(Slots::Own(topic.clone(), slots(capacity))))
+    pub(super) fn own(topic: &Topic, capacity: usize) -> Self {
+        Self(Slots::Own(topic.clone(), Vec::with_capacity(capacity)))
     }
 
-    pub(super) fn shared(capacity: usize) -> Arc<Self> {
-        Arc::new(Self(Slots::Shared(slots(capacity))))
+    pub(super) fn shared(capacity: usize) -> Self {
+        Self(Slots::Shared(Vec::with_capacity(capacity)))
     }
 
     pub(super) fn is_own(&self) -> bool {
         matches!(self.0, Slots::Own(..))
     }
 
-    pub(super) fn capacity(&self) -> usize {
+    /// Adds a message that no other log has; `topic` is that of the log it stands in.
+    #[inline]
+    pub(super) fn push(&mut self, topic: &Topic, message: Message, size: u64) {
+        let bytes = self.size() + size;
+        match &mut self.0 {
+            Slots::Own(_, slots) => slots.push(Slot { message, bytes }),
+            Slots::Shared(slots) => slots.push(Slot { message: Entry::new(topic.clone(), message), bytes }),
+        }
+    }
+
+    /// Adds a message that is held elsewhere too.
+    pub(super) fn push_shared(&mut self, entry: &Arc<Entry>) {
+        let bytes = self.size() + entry.size;
+        match &mut self.0 {
+            // The log begins a shared segment for it; here it would lose its identity, no more.
+            Slots::Own(_, slots) => slots.push(Slot { message: entry.message.clone(), bytes }),
+            Slots::Shared(slots) => slots.push(Slot { message: Arc::clone(entry), bytes }),
+        }
+    }
+}
+
+/// Reading.
+impl Segment {
+    pub(super) fn len(&self) -> usize {
         match &self.0 {
             Slots::Own(_, slots) => slots.len(),
             Slots::Shared(slots) => slots.len(),
         }
     }
 
+    /// Whether another message would need more memory than was set aside.
+    pub(super) fn is_full(&self) -> bool {
+        match &self.0 {
+            Slots::Own(_, slots) => slots.len() == slots.capacity(),
+            Slots::Shared(slots) => slots.len() == slots.capacity(),
+        }
+    }
+
     pub(super) fn message(&self, index: usize) -> Option<&Message> {
         match &self.0 {
-            Slots::Own(_, slots) => at(slots, index).map(|slot| &slot.message),
-            Slots::Shared(slots) => at(slots, index).map(|slot| &slot.message.message),
+            Slots::Own(_, slots) => slots.get(index).map(|slot| &slot.message),
+            Slots::Shared(slots) => slots.get(index).map(|slot| &slot.message.message),
         }
     }
 
     pub(super) fn topic(&self, index: usize) -> Option<&Topic> {
         match &self.0 {
             Slots::Own(topic, _) => Some(topic),
-            Slots::Shared(slots) => at(slots, index).map(|slot| &slot.message.topic),
+            Slots::Shared(slots) => slots.get(index).map(|slot| &slot.message.topic),
         }
     }
 
     /// The message, to be held beside the segment.
     pub(super) fn share(&self, index: usize) -> Option<Arc<Entry>> {
         match &self.0 {
-            Slots::Own(topic, slots) => at(slots, index).map(|slot| Entry::new(topic.clone(), slot.message.clone())),
-            Slots::Shared(slots) => at(slots, index).map(|slot| Arc::clone(&slot.message)),
+            Slots::Own(topic, slots) => slots.get(index).map(|slot| Entry::new(topic.clone(), slot.message.clone())),
+            Slots::Shared(slots) => slots.get(index).map(|slot| Arc::clone(&slot.message)),
         }
     }
 
@@ -107,8 +132,13 @@ impl Segment {
     pub(super) fn identity(&self, index: usize) -> Option<*const Entry> {
         match &self.0 {
             Slots::Own(..) => None,
-            Slots::Shared(slots) => at(slots, index).map(|slot| Arc::as_ptr(&slot.message)),
+            Slots::Shared(slots) => slots.get(index).map(|slot| Arc::as_ptr(&slot.message)),
         }
+    }
+
+    /// Bytes of all messages.
+    pub(super) fn size(&self) -> u64 {
+        self.bytes_before(self.len())
     }
 
     /// Bytes of the messages in a range of slots.
@@ -119,43 +149,8 @@ impl Segment {
     fn bytes_before(&self, index: usize) -> u64 {
         let Some(last) = index.checked_sub(1) else { return 0 };
         match &self.0 {
-            Slots::Own(_, slots) => at(slots, last).map_or(0, |slot| slot.bytes),
-            Slots::Shared(slots) => at(slots, last).map_or(0, |slot| slot.bytes),
-        }
-    }
-
-    /// Writes the next slot of a segment with messages of its own.
-    pub(super) fn push_own(&self, index: usize, message: Message, size: u64) {
-        let bytes = self.bytes_before(index) + size;
-        if let Slots::Own(_, slots) = &self.0
-            && let Some(slot) = slots.get(index)
-        {
-            slot.get_or_init(|| Slot { message, bytes });
-        }
-    }
-
-    /// Writes the next slot of a segment with shared messages.
-    pub(super) fn push_shared(&self, index: usize, entry: Arc<Entry>) {
-        let bytes = self.bytes_before(index) + entry.size;
-        if let Slots::Shared(slots) = &self.0
-            && let Some(slot) = slots.get(index)
-        {
-            slot.get_or_init(|| Slot { message: entry, bytes });
-        }
-    }
-
-    /// Forgets all messages; possible only while no batch shares the segment.
-    pub(super) fn clear(&mut self) {
-        fn clear<T>(slots: &mut [OnceLock<Slot<T>>]) {
-            for slot in slots {
-                if slot.take().is_none() {
-                    break;
-                }
-            }
-        }
-        match &mut self.0 {
-            Slots::Own(_, slots) => clear(slots),
-            Slots::Shared(slots) => clear(slots),
+            Slots::Own(_, slots) => slots.get(last).map_or(0, |slot| slot.bytes),
+            Slots::Shared(slots) => slots.get(last).map_or(0, |slot| slot.bytes),
         }
     }
 }

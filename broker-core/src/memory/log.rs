@@ -5,7 +5,8 @@
 //! what is paid per reader is paid when that reader moves, never per message: appending spends
 //! `room`, which is worked out anew over the readers only when it is used up; readers that wait
 //! for an entry are listed, so that waking costs what is woken; a run of entries counts the readers
-//! inside it, so that it goes when the slowest has left.
+//! inside it, so that it goes when the slowest has left. A run is plain memory that the publisher
+//! writes until a reader takes from it, and shared and unchangeable from then on (`run`).
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -16,16 +17,10 @@ use smallvec::SmallVec;
 
 use super::entry::{Entry, Segment, is_scheduled};
 use super::group::Group;
+use super::run::{MAX_SEGMENT, Run};
 use super::tally::Sum;
 use super::topics::TopicState;
 use crate::{Backlog, Message, Overflow, Topic, TopicFilter};
-
-const MIN_SEGMENT: usize = 4;
-const MAX_SEGMENT: usize = 256;
-/// The largest segment an idle log keeps.
-const KEPT_SEGMENT: usize = 8;
-/// Bytes after which a run is full: about what one unsettled delivery keeps alive beside itself.
-const MAX_RUN_BYTES: u64 = 64 << 10;
 
 /// Groups to be told, once no lock is held.
 pub(super) type Wake = SmallVec<[Arc<Group>; 4]>;
@@ -58,6 +53,8 @@ pub(super) struct LogState {
     burst: usize,
     last_burst: usize,
     readers: Slab<Reader>,
+    /// Readers whose group has several members.
+    crowds: usize,
     /// Readers whose cursor is the tail; they are in no run.
     caught_up: usize,
     /// Entries and bytes that can be appended before any reader could reach its bound.
@@ -73,28 +70,6 @@ pub(super) struct LogState {
     stalled: Vec<(usize, Arc<TopicState>)>,
 }
 
-/// A segment in its place.
-struct Run {
-    base: u64,
-    len: usize,
-    bytes: u64,
-    /// Whether an entry has a delivery time or an expiry.
-    scheduled: bool,
-    /// Readers whose cursor is inside.
-    readers: usize,
-    segment: Arc<Segment>,
-}
-
-impl Run {
-    fn end(&self) -> u64 {
-        self.base + self.len as u64
-    }
-
-    fn is_full(&self) -> bool {
-        self.len == self.segment.capacity() || self.bytes >= MAX_RUN_BYTES
-    }
-}
-
 struct Reader {
     group: Arc<Group>,
     cursor: u64,
@@ -104,6 +79,8 @@ struct Reader {
     held: u64,
     held_bytes: u64,
     backlog: Backlog,
+    /// Whether the group has several members.
+    crowd: bool,
     /// Entries dropped because the group was at its bound.
     dropped: u64,
     /// Whether it is listed in `waiting`.
@@ -117,7 +94,10 @@ pub(super) enum Room {
     Full(Arc<Group>, Overflow),
 }
 
-/// Entries taken from the log: part of one segment.
+/// Entries taken from the log together, segment by segment.
+pub(super) type Parts = SmallVec<[Taken; 1]>;
+
+/// Entries of one segment.
 pub(super) struct Taken {
     pub(super) segment: Arc<Segment>,
     pub(super) start: usize,
@@ -130,6 +110,13 @@ impl LogState {
     /// Groups that receive an entry appended now.
     pub(super) fn readers(&self) -> usize {
         self.readers.len()
+    }
+
+    /// Whether a group of several members receives an entry appended now. Members that race a publisher
+    /// on other cores for the log take a few entries at a time, each for the price of a batch; one that
+    /// lets them run now and then finds them taking many.
+    pub(super) fn has_crowd(&self) -> bool {
+        self.crowds > 0
     }
 
     /// Whether an entry of `size` bytes can be appended. Where a group drops its oldest, it does so
@@ -197,20 +184,18 @@ impl LogState {
 
     /// Appends a message of a topic that has no other log, for which there is [`room`](Self::room);
     /// adds the groups to be told to `wake`.
+    #[inline]
     pub(super) fn append(&mut self, topic: &Topic, message: Message, size: u64, wake: &mut Wake) {
         if self.readers.is_empty() {
             return;
         }
         let scheduled = is_scheduled(&message);
-        if self.runs.back().is_none_or(Run::is_full) {
-            let segment = Segment::own(topic, self.next_capacity());
-            self.add_run(segment);
-        }
-        if let Some(run) = self.runs.back_mut() {
-            if run.segment.is_own() {
-                run.segment.push_own(run.len, message, size);
-            } else {
-                run.segment.push_shared(run.len, Entry::new(topic.clone(), message));
+        match self.filling(false) {
+            Some(segment) => segment.push(topic, message, size),
+            None => {
+                let mut segment = Segment::own(topic, self.next_capacity());
+                segment.push(topic, message, size);
+                self.add_run(segment);
             }
         }
         self.appended(size, scheduled, wake);
@@ -221,28 +206,35 @@ impl LogState {
         if self.readers.is_empty() {
             return;
         }
-        if self.runs.back().is_none_or(|run| run.is_full() || run.segment.is_own()) {
-            let segment = Segment::shared(self.next_capacity());
-            self.add_run(segment);
-        }
-        if let Some(run) = self.runs.back_mut() {
-            run.segment.push_shared(run.len, Arc::clone(entry));
+        match self.filling(true) {
+            Some(segment) => segment.push_shared(entry),
+            None => {
+                let mut segment = Segment::shared(self.next_capacity());
+                segment.push_shared(entry);
+                self.add_run(segment);
+            }
         }
         self.appended(entry.size, is_scheduled(&entry.message), wake);
     }
 
+    /// The segment that takes the next entry, if there is one; for a shared entry, one that can
+    /// hold it as it is.
+    #[inline]
+    fn filling(&mut self, shared: bool) -> Option<&mut Segment> {
+        self.runs.back_mut()?.filling().filter(|segment| !(shared && segment.is_own()))
+    }
+
     fn next_capacity(&self) -> usize {
-        self.burst.max(self.last_burst).next_power_of_two().clamp(MIN_SEGMENT, MAX_SEGMENT)
+        (self.burst + 1).max(self.last_burst).next_power_of_two().min(MAX_SEGMENT)
     }
 
-    fn add_run(&mut self, segment: Arc<Segment>) {
-        self.runs.push_back(Run { base: self.tail, len: 0, bytes: 0, scheduled: false, readers: 0, segment });
+    fn add_run(&mut self, segment: Segment) {
+        self.runs.push_back(Run::new(self.tail, segment));
     }
 
+    #[inline]
     fn appended(&mut self, size: u64, scheduled: bool, wake: &mut Wake) {
         if let Some(run) = self.runs.back_mut() {
-            run.len += 1;
-            run.bytes += size;
             run.scheduled |= scheduled;
             run.readers += std::mem::take(&mut self.caught_up);
         }
@@ -285,6 +277,7 @@ impl LogState {
             held: 0,
             held_bytes: 0,
             backlog,
+            crowd: false,
             dropped: 0,
             waits: false,
         })
@@ -293,6 +286,7 @@ impl LogState {
     /// Removes a reader; tells whether it was the last, and which topics may go on.
     pub(super) fn remove_reader(&mut self, key: usize) -> (bool, Vec<Arc<TopicState>>) {
         if let Some(reader) = self.readers.try_remove(key) {
+            self.crowds -= usize::from(reader.crowd);
             self.waiting.retain(|have| *have != key);
             if reader.cursor == self.tail {
                 self.caught_up -= 1;
@@ -308,31 +302,65 @@ impl LogState {
         (self.readers.is_empty(), self.stalled.drain(..).map(|(_, topic)| topic).collect())
     }
 
-    /// Takes up to `limit` entries of one segment for a reader, which now holds them.
-    pub(super) fn take(&mut self, key: usize, limit: usize) -> Option<Taken> {
-        let taken = self.advance(key, limit)?;
+    /// Notes whether a reader's group has several members.
+    pub(super) fn set_crowd(&mut self, key: usize, crowd: bool) {
         if let Some(reader) = self.readers.get_mut(key) {
-            reader.held += taken.len as u64;
-            reader.held_bytes += taken.segment.bytes(taken.start, taken.len);
+            let before = std::mem::replace(&mut reader.crowd, crowd);
+            self.crowds = self.crowds - usize::from(before) + usize::from(crowd);
         }
-        Some(taken)
+    }
+
+    /// Takes up to `limit` entries for a reader, which now holds them, and adds them to `taken`; tells
+    /// how many. All of them have a time to be looked at, or none.
+    ///
+    /// What the log still fills is taken only if there is nothing before it: the fastest reader
+    /// decides how the log is cut up, the others find what it cut.
+    pub(super) fn take(&mut self, key: usize, limit: usize, taken: &mut Parts) -> usize {
+        let mut count = 0;
+        while count < limit
+            && let Some(cursor) = self.readers.get(key).map(|reader| reader.cursor)
+            && let index = self.run_of(cursor)
+            && let Some(run) = self.runs.get_mut(index)
+            && taken.last().is_none_or(|last| run.is_shared() && run.scheduled == last.scheduled)
+        {
+            let start = (cursor - run.base) as usize;
+            let len = (limit - count).min(run.segment().len() - start);
+            taken.push(Taken { segment: run.share(), start, len, scheduled: run.scheduled });
+            self.pass(key, len);
+            count += len;
+        }
+        count
+    }
+
+    /// Moves up to `limit` entries from before a reader to what its group holds; tells what that was.
+    pub(super) fn pass(&mut self, key: usize, limit: usize) -> Option<Sum> {
+        let passed = self.advance(key, limit)?;
+        if let Some(reader) = self.readers.get_mut(key) {
+            reader.held += passed.messages;
+            reader.held_bytes += passed.bytes;
+        }
+        Some(passed)
     }
 
     /// The run that holds the entry at `position`, or will.
     fn run_of(&self, position: u64) -> usize {
-        self.runs.partition_point(|run| run.end() <= position)
+        // Most readers are at one end or the other.
+        match self.runs.front() {
+            Some(first) if position < first.end() => 0,
+            _ => self.runs.partition_point(|run| run.end() <= position),
+        }
     }
 
-    /// Moves a reader's cursor over up to `limit` entries of one segment.
-    fn advance(&mut self, key: usize, limit: usize) -> Option<Taken> {
+    /// Moves a reader's cursor over up to `limit` entries of one segment; tells their bytes.
+    fn advance(&mut self, key: usize, limit: usize) -> Option<Sum> {
         let cursor = self.readers.get(key)?.cursor;
         let index = self.run_of(cursor);
         let (reader, run) = (self.readers.get_mut(key)?, self.runs.get_mut(index)?);
         let start = (cursor - run.base) as usize;
-        let len = limit.min(run.len - start);
-        let taken = Taken { segment: Arc::clone(&run.segment), start, len, scheduled: run.scheduled };
+        let len = limit.min(run.segment().len() - start);
+        let bytes = run.segment().bytes(start, len);
         reader.cursor += len as u64;
-        reader.cursor_bytes += run.segment.bytes(start, len);
+        reader.cursor_bytes += bytes;
         if reader.cursor == run.end() {
             run.readers -= 1;
             if reader.cursor == self.tail {
@@ -342,23 +370,12 @@ impl LogState {
             }
             self.trim();
         }
-        Some(taken)
+        Some(Sum { messages: len as u64, bytes })
     }
 
     /// Drops the runs that every reader has left.
     fn trim(&mut self) {
         while self.runs.front().is_some_and(|run| run.readers == 0) {
-            let small = self.runs.front().is_some_and(|run| run.segment.capacity() <= KEPT_SEGMENT);
-            if self.runs.len() == 1
-                && small
-                && let Some(run) = self.runs.front_mut()
-                && let Some(segment) = Arc::get_mut(&mut run.segment)
-            {
-                // The last one, and no batch shares it: a slow trickle needs no new segment each time.
-                segment.clear();
-                (run.base, run.len, run.bytes, run.scheduled) = (self.tail, 0, 0, false);
-                break;
-            }
             self.runs.pop_front();
         }
         if self.caught_up == self.readers.len() {
@@ -394,7 +411,7 @@ impl LogState {
         let cursor = self.readers.get(key).map_or(self.tail, |reader| reader.cursor);
         self.runs.iter().skip(self.run_of(cursor)).flat_map(move |run| {
             let start = cursor.saturating_sub(run.base) as usize;
-            (start..run.len).map(|slot| (&*run.segment, slot))
+            (start..run.segment().len()).map(|slot| (run.segment(), slot))
         })
     }
 

@@ -1,9 +1,10 @@
 //! What stands behind a `Subscription` of the in-process broker.
 
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
+use tokio::task::yield_now;
 use tokio::time::{Sleep, sleep_until};
 
 use super::Shared;
@@ -18,12 +19,14 @@ pub(super) struct Member {
     /// runtime.
     sleep: Option<(u64, Pin<Box<Sleep>>)>,
     left: bool,
+    /// Whether it took the last message there was.
+    drained: bool,
 }
 
 impl Member {
     pub(super) fn new(shared: Arc<Shared>, group: Arc<Group>, max_in_flight: usize) -> Self {
         let id = group.join(max_in_flight);
-        Self { group, shared, id, sleep: None, left: false }
+        Self { group, shared, id, sleep: None, left: false, drained: false }
     }
 
     fn leave(&mut self) {
@@ -35,11 +38,16 @@ impl Member {
 
 impl Consumer for Member {
     fn poll_receive(&mut self, cx: &mut Context<'_>, batch: &mut Vec<Delivery>, limit: usize) -> Poll<Result<usize>> {
+        if std::mem::take(&mut self.drained) {
+            // It keeps up. Coming back at once it would fight the publisher for each single message;
+            // while others run, a batch gathers.
+            ready!(pin!(yield_now()).poll(cx));
+        }
         loop {
             let before = batch.len();
             match self.group.receive(self.id, cx, batch, limit)? {
-                Received::Some => {
-                    self.sleep = None;
+                Received::Some { drained } => {
+                    (self.sleep, self.drained) = (None, drained);
                     return Poll::Ready(Ok(batch.len() - before));
                 }
                 Received::Ended => return Poll::Ready(Ok(0)),

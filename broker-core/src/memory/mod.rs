@@ -21,6 +21,7 @@ mod log;
 mod member;
 mod options;
 mod registry;
+mod run;
 mod tally;
 mod topics;
 mod trie;

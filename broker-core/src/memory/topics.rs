@@ -63,6 +63,8 @@ struct After {
     resume: Vec<Arc<TopicState>>,
     /// Whether a full group is to tell each settlement.
     insist: bool,
+    /// Whether the publisher is to let others run now and then.
+    cooperate: bool,
 }
 
 impl After {
@@ -108,8 +110,9 @@ impl TopicState {
     /// Publishes at once where there is room, and leaves a ticket in the queue where there is none.
     fn publish(self: &Arc<Self>, shared: &Arc<Shared>, message: Message, require_route: bool) -> Publish {
         let mut after = After::default();
+        let mut message = Some(message);
         let mut inner = self.state.lock();
-        let publish = inner.publish(self, shared, message, require_route, &mut after);
+        let publish = inner.publish(self, shared, &mut message, require_route, &mut after);
         drop(inner);
         after.run(shared);
         publish
@@ -124,7 +127,7 @@ impl TopicState {
     ) -> Vec<Publish> {
         let mut after = After::default();
         let mut inner = self.state.lock();
-        let publish = |message| inner.publish(self, shared, message, require_route, &mut after);
+        let publish = |message| inner.publish(self, shared, &mut Some(message), require_route, &mut after);
         let publishes = messages.into_iter().map(publish).collect();
         drop(inner);
         after.run(shared);
@@ -245,18 +248,17 @@ impl Inner {
         &mut self,
         topic: &Arc<TopicState>,
         shared: &Arc<Shared>,
-        message: Message,
+        message: &mut Option<Message>,
         require_route: bool,
         after: &mut After,
     ) -> Publish {
         if !shared.is_open() {
             return Operation::from(closed());
         }
-        let mut message = Some(message);
-        if let Some(result) = self.admit_in_turn(topic, shared, &mut message, require_route, after) {
-            return Operation::ready(result);
+        if let Some(result) = self.admit_in_turn(topic, shared, message, require_route, after) {
+            return if after.cooperate { Operation::cooperative(result) } else { Operation::ready(result) };
         }
-        match message {
+        match message.take() {
             Some(message) => {
                 topic.waiting(shared, self.wait(Waiting { message, require_route, waker: None, heard: true }))
             }
@@ -299,7 +301,7 @@ impl Inner {
         }
         let retains = shared.options.retention.is_some();
         let (matched, retained) = loop {
-            match self.append(topic, message, retains, &mut after.wake) {
+            match self.append(topic, message, retains, after) {
                 Ok(appended) => break appended,
                 // A batch tells its acks when it is done; at the bound they are asked for.
                 Err(Full::Wait(group)) if !group.make_room(true, after.insist, &mut after.resume) => return None,
@@ -335,7 +337,7 @@ impl Inner {
         topic: &Arc<TopicState>,
         message: &mut Option<Message>,
         retains: bool,
-        wake: &mut Wake,
+        after: &mut After,
     ) -> Result<(usize, Option<Arc<Entry>>), Full> {
         let size = message.as_ref().map_or(0, Message::size) as u64;
         match (&self.own, self.patterns.as_slice()) {
@@ -344,8 +346,9 @@ impl Inner {
                 let mut log = log.lock();
                 check(&mut log, topic, size)?;
                 if let Some(message) = message.take() {
-                    log.append(&topic.topic, message, size, wake);
+                    log.append(&topic.topic, message, size, &mut after.wake);
                 }
+                after.cooperate |= log.has_crowd();
                 Ok((log.readers(), None))
             }
             (own, patterns) => {
@@ -358,8 +361,9 @@ impl Inner {
                 }
                 let entry = message.take().map(|message| Entry::new(topic.topic.clone(), message));
                 if let Some(entry) = &entry {
-                    logs.iter_mut().for_each(|log| log.append_shared(entry, wake));
+                    logs.iter_mut().for_each(|log| log.append_shared(entry, &mut after.wake));
                 }
+                after.cooperate |= logs.iter().any(|log| log.has_crowd());
                 Ok((logs.iter().map(|log| log.readers()).sum(), entry.filter(|_| retains)))
             }
         }

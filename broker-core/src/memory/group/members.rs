@@ -5,22 +5,24 @@ use std::task::Context;
 
 use smallvec::SmallVec;
 
-use crate::memory::batch::{Batch, Items};
+use crate::memory::batch::{Batch, Items, MAX_BATCH};
 use crate::memory::entry::Queued;
+use crate::memory::log::Parts;
 use crate::memory::tally::Sum;
 use crate::{Delivery, Error, Gap, Result, Timestamp};
 
 use super::Group;
 use super::state::{After, Change, Member, State};
 
-/// Deliveries a batch has at most: what one counter speaks for.
-const MAX_BATCH: usize = 256;
 /// Entries looked at in one go for one that may be delivered.
 const MAX_INTAKE: usize = 4096;
 
-/// What a member that received nothing is to do.
+/// Whether a member received something, and what it is to do.
 pub(in crate::memory) enum Received {
-    Some,
+    /// And whether this member, the only one, has emptied the group.
+    Some {
+        drained: bool,
+    },
     /// Come back when woken, or at this tick.
     Wait(Option<u64>),
     /// Come back at once: there is more to look at.
@@ -34,6 +36,7 @@ impl Group {
         state.last_member += 1;
         let id = state.last_member;
         state.members.push(Member { id, max_in_flight, in_flight: 0, waker: None, full: false, woken: false });
+        self.log.lock().set_crowd(self.reader(), state.members.len() > 1);
         id
     }
 
@@ -42,6 +45,7 @@ impl Group {
         let mut state = self.state.lock();
         let mut after = After::default();
         state.members.retain(|member| member.id != id);
+        self.log.lock().set_crowd(self.reader(), state.members.len() > 1);
         // It may have been woken for messages that nobody else knows of.
         state.wake_one(&mut after);
         let last = state.members.is_empty();
@@ -85,7 +89,7 @@ impl Group {
         let received = self.fill(&mut state, id, cx, limit, &mut batches, &mut after);
         self.finish(state, after);
         for batch in batches {
-            for index in 0..batch.len() as u32 {
+            for index in batch.indices() {
                 let batch: Arc<Batch> = Arc::clone(&batch);
                 deliveries.push(Delivery::new(batch, index));
             }
@@ -131,15 +135,19 @@ impl Group {
                 taken += self.hand_out_ready(state, id, (window - taken).min(MAX_BATCH), batches, after);
                 continue;
             }
-            let Some(run) = self.log.lock().take(self.reader(), (window - taken).min(MAX_BATCH)) else { break };
-            looked_at += run.len;
-            if self.ordered || run.scheduled {
-                for entry in (run.start..run.start + run.len).filter_map(|slot| run.segment.share(slot)) {
-                    self.arrive(state, Queued::new(entry));
+            let mut parts = Parts::new();
+            let found = self.log.lock().take(self.reader(), (window - taken).min(MAX_BATCH), &mut parts);
+            let Some(first) = parts.first() else { break };
+            looked_at += found;
+            if self.ordered || first.scheduled {
+                for part in parts {
+                    for entry in (part.start..part.start + part.len).filter_map(|slot| part.segment.share(slot)) {
+                        self.arrive(state, Queued::new(entry));
+                    }
                 }
             } else {
-                taken += run.len;
-                self.hand_out(state, id, Items::Run { segment: run.segment, start: run.start, len: run.len }, batches);
+                taken += found;
+                self.hand_out(state, id, Items::Parts(parts), batches);
             }
         }
         if taken > 0 {
@@ -147,7 +155,7 @@ impl Group {
             if state.members.iter().any(Member::waits) && self.has_more(state) {
                 state.wake_one(after);
             }
-            return Ok(Received::Some);
+            return Ok(Received::Some { drained: taken < window && state.members.len() == 1 });
         }
         if self.has_more(state) {
             return Ok(Received::Again);

@@ -146,7 +146,7 @@ impl Group {
         let mut after = After::default();
         self.collect_all(&mut state, &mut after);
         let mut log = self.log.lock();
-        while log.take(self.reader(), usize::MAX).is_some() {}
+        while log.pass(self.reader(), usize::MAX).is_some() {}
         let held = log.held_by(self.reader());
         let kept: Sum = state.in_flight_sum();
         let purged = Sum { messages: held.messages - kept.messages, bytes: held.bytes - kept.bytes };

@@ -9,7 +9,6 @@ use smallvec::SmallVec;
 
 use crate::memory::batch::Batch;
 use crate::memory::entry::{Queued, is_expired};
-use crate::memory::tally::Sum;
 use crate::memory::topics::{TopicState, closed};
 use crate::{DeadLetter, Deliveries, Failure, Message, Settle, Settlement, Timestamp};
 
@@ -57,10 +56,10 @@ impl Group {
         let now = Timestamp::now();
         let mut log = self.log.lock();
         while log.next(self.reader()).is_some_and(|message| is_expired(message, now))
-            && let Some(run) = log.take(self.reader(), 1)
+            && let Some(expired) = log.pass(self.reader(), 1)
         {
             state.counts.expired += 1;
-            change.remove(Sum { messages: 1, bytes: run.segment.bytes(run.start, 1) });
+            change.remove(expired);
         }
     }
 
