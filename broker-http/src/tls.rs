@@ -40,7 +40,8 @@ pub(crate) fn trusting(ca: Option<&Path>) -> Result<ClientConfig, String> {
     Ok(config)
 }
 
-fn from_this_machine() -> Result<RootCertStore, String> {
+/// The root certificates of this machine.
+pub(crate) fn from_this_machine() -> Result<RootCertStore, String> {
     let found = rustls_native_certs::load_native_certs();
     let mut roots = RootCertStore::empty();
     let (good, _) = roots.add_parsable_certificates(found.certs);

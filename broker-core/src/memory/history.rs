@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::entry::Entry;
@@ -33,18 +34,28 @@ pub struct Retention {
     pub max_bytes: u64,
     /// How long a message is retained at most.
     pub max_age: Duration,
+    /// Bytes of messages that all topics together retain at most; at it a topic retains nothing new
+    /// until others let go of theirs.
+    pub max_total_bytes: u64,
 }
 
 impl Retention {
-    /// So many messages a topic, 16 MiB and any age at most.
+    /// So many messages a topic, 16 MiB and any age at most, and any number of bytes over all topics.
     pub fn messages(max_messages: usize) -> Self {
-        Self { max_messages, max_bytes: 16 << 20, max_age: Duration::MAX }
+        Self { max_messages, max_bytes: 16 << 20, max_age: Duration::MAX, max_total_bytes: u64::MAX }
     }
 
     /// Sets how many bytes a topic retains at most.
     #[must_use]
     pub fn with_max_bytes(mut self, max_bytes: u64) -> Self {
         self.max_bytes = max_bytes;
+        self
+    }
+
+    /// Sets how many bytes all topics together retain at most.
+    #[must_use]
+    pub fn with_max_total_bytes(mut self, max_total_bytes: u64) -> Self {
+        self.max_total_bytes = max_total_bytes;
         self
     }
 
@@ -57,25 +68,42 @@ impl Retention {
 }
 
 /// One topic's past, oldest first, with the time each message was published.
-#[derive(Default)]
 pub(super) struct History {
     entries: VecDeque<(Timestamp, Arc<Entry>)>,
     bytes: u64,
     max_age: Duration,
+    /// Bytes that all topics retain.
+    total: Arc<AtomicU64>,
+}
+
+impl Drop for History {
+    fn drop(&mut self) {
+        self.total.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
 }
 
 impl History {
+    /// One that is counted in `total`.
+    pub(super) fn new(total: &Arc<AtomicU64>) -> Self {
+        Self { entries: VecDeque::new(), bytes: 0, max_age: Duration::MAX, total: Arc::clone(total) }
+    }
+
     pub(super) fn push(&mut self, entry: Arc<Entry>, retention: &Retention) {
         let now = Timestamp::now();
         self.bytes += entry.size;
+        self.total.fetch_add(entry.size, Ordering::Relaxed);
         self.max_age = retention.max_age;
         self.entries.push_back((now, entry));
         while self.entries.len() > retention.max_messages
             || self.bytes > retention.max_bytes
+            || self.total.load(Ordering::Relaxed) > retention.max_total_bytes
             || self.entries.front().is_some_and(|(time, _)| now.since(*time) > retention.max_age)
         {
             match self.entries.pop_front() {
-                Some((_, oldest)) => self.bytes -= oldest.size,
+                Some((_, oldest)) => {
+                    self.bytes -= oldest.size;
+                    self.total.fetch_sub(oldest.size, Ordering::Relaxed);
+                }
                 None => return,
             }
         }
@@ -91,5 +119,38 @@ impl History {
     pub(super) fn is_past(&self) -> bool {
         let now = Timestamp::now();
         self.entries.back().is_none_or(|(newest, _)| now.since(*newest) > self.max_age)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Message;
+
+    fn entry(bytes: usize) -> Arc<Entry> {
+        Entry::new("a".parse().unwrap(), Message::new(vec![0; bytes]))
+    }
+
+    #[test]
+    fn all_topics_together_never_retain_more_than_their_bound() {
+        let total = Arc::new(AtomicU64::new(0));
+        let retention = Retention::messages(100).with_max_total_bytes(100);
+        let (mut one, mut two) = (History::new(&total), History::new(&total));
+        for _ in 0..5 {
+            one.push(entry(30), &retention);
+            assert!(total.load(Ordering::Relaxed) <= 100);
+        }
+        assert_eq!(one.entries.len(), 3);
+        // Another topic gets what is left, and its newest rather than its oldest.
+        two.push(entry(10), &retention);
+        two.push(entry(5), &retention);
+        assert_eq!((two.entries.len(), total.load(Ordering::Relaxed)), (1, 95));
+        two.push(entry(50), &retention);
+        assert_eq!((two.entries.len(), total.load(Ordering::Relaxed)), (0, 90));
+        drop(one);
+        two.push(entry(50), &retention);
+        assert_eq!(total.load(Ordering::Relaxed), 50);
+        drop(two);
+        assert_eq!(total.load(Ordering::Relaxed), 0);
     }
 }

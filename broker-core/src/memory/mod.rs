@@ -61,6 +61,8 @@ struct Shared {
     patterns_version: AtomicU64,
     registry: Mutex<Registry>,
     keeps: Keeps,
+    /// Bytes that all topics retain.
+    retained: Arc<AtomicU64>,
     /// Something a drain may wait for has happened.
     progress: Notify,
     report: OnceLock<DrainReport>,
@@ -80,6 +82,7 @@ impl Shared {
             patterns_version: AtomicU64::new(0),
             registry: Mutex::default(),
             keeps: Keeps::new(options.max_dead_letters, options.max_dead_letter_bytes),
+            retained: Arc::default(),
             progress: Notify::new(),
             report: OnceLock::new(),
             options,

@@ -7,7 +7,7 @@ use crate::{BrokerUrl, Error, Result};
 
 /// How a [`MemoryBroker`](crate::MemoryBroker) is set up.
 ///
-/// In a URL: `memory:NAME?max_message_bytes=…&retain=MESSAGES&retain_bytes=…&retain_age=…&dedup_window=…&max_dead_letters=…`.
+/// In a URL: `memory:NAME?max_message_bytes=…&retain=MESSAGES&retain_bytes=…&retain_age=…&retain_total_bytes=…&dedup_window=…&max_dead_letters=…`.
 ///
 /// ```
 /// use std::time::Duration;
@@ -88,8 +88,10 @@ impl MemoryOptions {
         let messages = url.parameter("retain")?;
         let bytes = url.parameter("retain_bytes")?;
         let age = url.duration("retain_age")?;
-        if messages.is_some() || bytes.is_some() || age.is_some() {
-            let retention = Retention::messages(messages.unwrap_or(usize::MAX));
+        let total = url.parameter("retain_total_bytes")?;
+        if messages.is_some() || bytes.is_some() || age.is_some() || total.is_some() {
+            let retention =
+                Retention::messages(messages.unwrap_or(usize::MAX)).with_max_total_bytes(total.unwrap_or(u64::MAX));
             options.retention =
                 Some(retention.with_max_bytes(bytes.unwrap_or(16 << 20)).with_max_age(age.unwrap_or(Duration::MAX)));
         }

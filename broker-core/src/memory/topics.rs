@@ -325,7 +325,7 @@ impl Inner {
         if let Some(retention) = &shared.options.retention
             && let Some(entry) = retained
         {
-            self.history.get_or_insert_default().push(entry, retention);
+            self.history.get_or_insert_with(|| Box::new(History::new(&shared.retained))).push(entry, retention);
         }
         Some(Ok(receipt))
     }

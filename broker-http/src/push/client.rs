@@ -2,6 +2,8 @@
 //! many connections there are.
 
 use std::fmt;
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -11,6 +13,40 @@ use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 
 use super::{Guard, PushTls};
 use crate::SubscriptionSpec;
+
+/// How the addresses of a name are found.
+///
+/// ```
+/// use std::{io, net::SocketAddr};
+/// use broker_http::push::{Guard, PushClient};
+///
+/// let fixed = |_: &str, port: u16| Ok::<_, io::Error>(vec![SocketAddr::from(([93, 184, 215, 14], port))]);
+/// let client = PushClient::new(Guard::new()).with_resolver(fixed);
+/// # let _ = client;
+/// ```
+pub trait Resolve: Send + Sync {
+    /// The addresses of `host`; called on a thread where it may block.
+    ///
+    /// # Errors
+    ///
+    /// Why there are none.
+    fn resolve(&self, host: &str, port: u16) -> io::Result<Vec<SocketAddr>>;
+}
+
+impl<F: Fn(&str, u16) -> io::Result<Vec<SocketAddr>> + Send + Sync> Resolve for F {
+    fn resolve(&self, host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+        self(host, port)
+    }
+}
+
+/// As this machine looks names up.
+struct OfThisMachine;
+
+impl Resolve for OfThisMachine {
+    fn resolve(&self, host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+        (host, port).to_socket_addrs().map(Iterator::collect)
+    }
+}
 
 /// Shared by all pushes: which addresses may be dialled, how TLS is spoken, and how many connections
 /// there are at most. Cloning shares it.
@@ -37,6 +73,7 @@ pub struct PushClient {
     /// Pushes that wait for a connection.
     waiting: Arc<AtomicUsize>,
     lookups: Arc<Semaphore>,
+    resolver: Arc<dyn Resolve>,
     idle_timeout: Duration,
 }
 
@@ -62,6 +99,7 @@ impl PushClient {
             max_connections,
             waiting: Arc::default(),
             lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)),
+            resolver: Arc::new(OfThisMachine),
             idle_timeout: IDLE_TIMEOUT,
         }
     }
@@ -117,6 +155,18 @@ impl PushClient {
     pub fn with_idle_timeout(mut self, timeout: Duration) -> Self {
         self.idle_timeout = timeout;
         self
+    }
+
+    /// Looks names up like this instead of as the machine does. A name is looked up once for each
+    /// connection: the addresses that were checked are those that are dialled.
+    #[must_use]
+    pub fn with_resolver(mut self, resolver: impl Resolve + 'static) -> Self {
+        self.resolver = Arc::new(resolver);
+        self
+    }
+
+    pub(crate) fn resolver(&self) -> &Arc<dyn Resolve> {
+        &self.resolver
     }
 
     pub(crate) fn guard(&self) -> &Guard {

@@ -1,7 +1,7 @@
 //! From an endpoint to an open connection: resolve, check every address, connect, TLS.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -97,10 +97,14 @@ async fn resolve(client: &PushClient, target: &Target) -> Result<Vec<SocketAddr>
 /// The addresses of a name. The thread that looks it up may outlive the wait for it.
 async fn look_up(client: &PushClient, host: String, port: u16) -> io::Result<Vec<SocketAddr>> {
     let permit = client.lookup().await;
+    let resolver = Arc::clone(client.resolver());
     let look_up = move || {
-        let found = (host.as_str(), port).to_socket_addrs();
+        let found = resolver.resolve(&host, port);
         drop(permit);
-        found.map(|found| found.take(MAX_ADDRESSES).collect())
+        found.map(|mut found| {
+            found.truncate(MAX_ADDRESSES);
+            found
+        })
     };
     tokio::task::spawn_blocking(look_up).await.unwrap_or_else(|error| Err(io::Error::other(error)))
 }

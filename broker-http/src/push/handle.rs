@@ -82,6 +82,9 @@ pub trait PushObserver: Send + Sync {
     /// A request was answered, or failed; a test is none.
     fn pushed(&self, _acked: bool, _took: Duration) {}
 
+    /// A message was acked, so long after it was published (to the millisecond, as messages say it).
+    fn delivered(&self, _after: Duration) {}
+
     /// The endpoint answered 410: nothing is pushed before [`Push::resume`].
     fn disabled(&self) {}
 }

@@ -126,7 +126,7 @@ async fn settle(engine: &Arc<Engine>, id: usize, parcel: Parcel, exchange: Excha
     if disabled {
         tracing::warn!(subscription = %engine.name, "the endpoint is gone; the subscription is disabled until it is resumed");
     }
-    let count = parcel.deliveries.len();
+    let (count, now) = (parcel.deliveries.len(), Timestamp::now());
     let mut kept = Vec::new();
     let mut settling = SmallVec::new();
     for (index, delivery) in parcel.deliveries.into_iter().enumerate() {
@@ -134,7 +134,12 @@ async fn settle(engine: &Arc<Engine>, id: usize, parcel: Parcel, exchange: Excha
         let (decision, reason) =
             item.map_or((&verdict.decision, &*verdict.reason), |item| (&item.decision, item.reason));
         match verdict::settlement(decision, verdict.status, reason, &engine.policy, delivery.attempt()) {
-            Some(settlement) => begin(engine, delivery, settlement, &mut settling),
+            Some(settlement) => {
+                if let (Some(observer), Decision::Ack) = (&engine.observer, decision) {
+                    observer.delivered(now.since(delivery.message().timestamp()));
+                }
+                begin(engine, delivery, settlement, &mut settling);
+            }
             None => kept.push(delivery),
         }
     }

@@ -32,7 +32,7 @@ mod verdict;
 mod window;
 
 pub use attempts::Attempt;
-pub use client::PushClient;
+pub use client::{PushClient, Resolve};
 pub use guard::{Allowed, Guard};
 pub use handle::{Push, PushObserver, PushOptions, PushState, PushStatus};
 pub use trust::PushTls;

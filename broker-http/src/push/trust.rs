@@ -77,17 +77,8 @@ impl PushTls {
     }
 
     fn roots(&self) -> Result<RootCertStore> {
+        let Some(pem) = &self.ca else { return crate::tls::from_this_machine().map_err(Error::unavailable) };
         let mut roots = RootCertStore::empty();
-        let Some(pem) = &self.ca else {
-            let found = rustls_native_certs::load_native_certs();
-            if roots.add_parsable_certificates(found.certs).0 == 0 {
-                let why = found.errors.first().map_or(String::new(), |error| format!(" ({error})"));
-                return Err(Error::unavailable(format!(
-                    "no root certificates were found on the daemon's machine{why}"
-                )));
-            }
-            return Ok(roots);
-        };
         for certificate in certificates("ca", pem)? {
             roots.add(certificate).map_err(|error| invalid("ca", &error.to_string()))?;
         }

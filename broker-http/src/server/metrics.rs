@@ -7,6 +7,8 @@ use std::time::Duration;
 use broker_core::{GroupStatus, Status};
 use http::StatusCode;
 
+use crate::push::{PushState, PushStatus};
+
 /// Groups that have lines of their own; labels must be bounded.
 const MAX_GROUPS: usize = 1_000;
 
@@ -97,6 +99,7 @@ pub(crate) struct Metrics {
     connections: AtomicU64,
     connections_refused: AtomicU64,
     push: Histogram,
+    deliver: Histogram,
     push_ok: AtomicU64,
     push_failed: AtomicU64,
     refused: [AtomicU64; Refusal::ALL.len()],
@@ -147,6 +150,11 @@ impl Metrics {
         if ok { &self.push_ok } else { &self.push_failed }.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// A push was acked so long after its message was published.
+    pub(crate) fn delivered(&self, after: Duration) {
+        self.deliver.observe(after);
+    }
+
     /// A connection was accepted.
     pub(crate) fn connection(&self) {
         self.connections.fetch_add(1, Ordering::Relaxed);
@@ -176,7 +184,7 @@ impl Metrics {
     }
 
     /// Everything as text.
-    pub(crate) fn render(&self, gauges: Gauges, status: Option<&Status>) -> String {
+    pub(crate) fn render(&self, gauges: Gauges, pushes: &[(String, PushStatus)], status: Option<&Status>) -> String {
         let mut page = Page(String::with_capacity(8 << 10));
         page.labelled(
             "broker_publish_requests_total",
@@ -195,6 +203,11 @@ impl Metrics {
                 .map(|(outcome, count)| (format!("outcome=\"{outcome}\""), count.load(Ordering::Relaxed))),
         );
         page.histogram("broker_push_seconds", "How long pushes took.", &self.push);
+        page.histogram(
+            "broker_delivery_seconds",
+            "From a message's timestamp to the ack of its push, to the millisecond.",
+            &self.deliver,
+        );
         page.one("broker_messages_pulled_total", "Deliveries handed out to pullers.", "counter", &self.pulled);
         page.one("broker_messages_streamed_total", "Messages written to streams.", "counter", &self.streamed);
         page.one("broker_connections_total", "Connections accepted.", "counter", &self.connections);
@@ -225,6 +238,7 @@ impl Metrics {
             page.head(name, help, "gauge");
             page.line(name, "", value as u64);
         }
+        page.pushes(pushes);
         if let Some(status) = status {
             page.groups(&status.groups);
         }
@@ -289,6 +303,34 @@ impl Page {
         let _ = writeln!(self.0, "{name}_sum {sum}\n{name}_count {total}");
     }
 
+    /// How pushes are doing: the breaker is open where the state is `open`.
+    fn pushes(&mut self, pushes: &[(String, PushStatus)]) {
+        const STATES: [(PushState, &str); 5] = [
+            (PushState::Active, "active"),
+            (PushState::Open, "open"),
+            (PushState::Paused, "paused"),
+            (PushState::Disabled, "disabled"),
+            (PushState::Ended, "ended"),
+        ];
+        self.head("broker_push_states", "Push subscriptions by state; open is an open breaker.", "gauge");
+        for (state, name) in STATES {
+            let count = pushes.iter().filter(|(_, status)| status.state == state).count();
+            self.line("broker_push_states", &format!("state=\"{name}\""), count as u64);
+        }
+        let pushes = pushes.get(..MAX_GROUPS).unwrap_or(pushes);
+        self.head("broker_push_state", "1 for the state a push subscription is in.", "gauge");
+        for (subscription, status) in pushes {
+            for (state, name) in STATES {
+                let labels = format!("subscription=\"{subscription}\",state=\"{name}\"");
+                self.line("broker_push_state", &labels, u64::from(status.state == state));
+            }
+        }
+        self.head("broker_push_in_flight", "Pushes under way.", "gauge");
+        for (subscription, status) in pushes {
+            self.line("broker_push_in_flight", &format!("subscription=\"{subscription}\""), status.in_flight);
+        }
+    }
+
     fn groups(&mut self, groups: &[GroupStatus]) {
         type Read = fn(&GroupStatus) -> Option<u64>;
         let columns: [(&str, &str, &str, Read); 11] = [
@@ -336,7 +378,7 @@ mod tests {
             assert_eq!(refusal as usize, index, "{reason}");
             let metrics = Metrics::default();
             metrics.refused(refusal);
-            let text = metrics.render(Gauges::default(), None);
+            let text = metrics.render(Gauges::default(), &[], None);
             let line = format!("broker_refused_total{{reason=\"{reason}\"}} 1");
             assert!(text.lines().any(|have| have == line), "{line}");
         }
@@ -349,7 +391,7 @@ mod tests {
         metrics.published(StatusCode::SERVICE_UNAVAILABLE, Duration::from_secs(60));
         let mut status = Status::new("memory:", State::Active);
         status.groups.push(GroupStatus::new("billing@orders.>".parse().unwrap(), State::Active));
-        let text = metrics.render(Gauges::default(), Some(&status));
+        let text = metrics.render(Gauges::default(), &[], Some(&status));
         for line in [
             "broker_publish_seconds_bucket{le=\"0.00005\"} 0",
             "broker_publish_seconds_bucket{le=\"0.0001\"} 1",

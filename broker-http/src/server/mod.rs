@@ -345,6 +345,10 @@ impl PushObserver for Observer {
         self.metrics.pushed(acked, took);
     }
 
+    fn delivered(&self, after: Duration) {
+        self.metrics.delivered(after);
+    }
+
     /// A restart must not push to an endpoint that said it is gone.
     fn disabled(&self) {
         if let Some(shared) = self.shared.upgrade() {

@@ -55,7 +55,7 @@ pub(crate) async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
     };
     // A broker that cannot be asked takes nothing away from what is counted here.
     let status = shared.broker.status().await.ok();
-    let text = shared.metrics.render(gauges, status.as_ref());
+    let text = shared.metrics.render(gauges, &shared.registry.pushes(), status.as_ref());
     typed("text/plain; version=0.0.4; charset=utf-8", text)
 }
 

@@ -20,7 +20,7 @@ use super::problem::{Answer, Problem};
 use super::pull::Pull;
 use super::state::{self, Kept};
 use crate::SubscriptionSpec;
-use crate::push::Push;
+use crate::push::{Push, PushStatus};
 
 /// Every subscription, by name.
 #[derive(Debug, Default)]
@@ -141,6 +141,13 @@ impl Registry {
 
     pub(crate) fn len(&self) -> usize {
         self.table.read().len()
+    }
+
+    /// How every push is doing, by the name of its subscription.
+    pub(crate) fn pushes(&self) -> Vec<(String, PushStatus)> {
+        let table = self.table.read();
+        let status = |one: &Arc<Subscribed>| one.push().map(|push| (one.name.to_string(), push.status()));
+        table.values().filter_map(status).collect()
     }
 
     /// Subscriptions after `after` in order of name, `limit` at most, and whether there are more.

@@ -58,7 +58,13 @@ pub(crate) async fn put(
     if let Some(endpoint) = &spec.endpoint {
         shared.check_endpoint(endpoint)?;
     }
-    let only_new = headers.get(header::IF_NONE_MATCH).is_some_and(|tag| tag == "*");
+    let only_new = match headers.get(header::IF_NONE_MATCH) {
+        None => false,
+        Some(tag) if tag == "*" => true,
+        Some(_) => {
+            return Err(Problem::invalid("if-none-match: only * means something here: make it, replace nothing"));
+        }
+    };
     finish(async move {
         let spec = shared.ask_endpoint(spec).await?;
         let (put, subscribed) = shared.registry.put(&shared, name, spec, only_new).await?;

@@ -20,6 +20,7 @@ use crate::support::{QUICK, Rig};
 struct Tls {
     port: u16,
     certificate: CertificateDer<'static>,
+    pem: String,
     connections: Arc<AtomicUsize>,
     /// Requests by HTTP version: 1.1 and 2.
     requests: Arc<[AtomicUsize; 2]>,
@@ -28,13 +29,25 @@ struct Tls {
 
 impl Tls {
     async fn new(protocols: &[&str]) -> Self {
+        Self::with(protocols, rustls::server::WebPkiClientVerifier::no_client_auth()).await
+    }
+
+    /// One that wants to be shown this certificate.
+    async fn asking(client: &rcgen::Certificate) -> Self {
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(client.der().clone()).unwrap();
+        let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider());
+        Self::with(&["http/1.1"], verifier.build().unwrap()).await
+    }
+
+    async fn with(protocols: &[&str], verifier: Arc<dyn rustls::server::danger::ClientCertVerifier>) -> Self {
         let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
-        let certificate = made.cert.der().clone();
+        let (certificate, pem) = (made.cert.der().clone(), made.cert.pem());
         let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(made.signing_key.serialize_der()));
         let mut config = rustls::ServerConfig::builder_with_provider(provider())
             .with_safe_default_protocol_versions()
             .unwrap()
-            .with_no_client_auth()
+            .with_client_cert_verifier(verifier)
             .with_single_cert(vec![certificate.clone()], key)
             .unwrap();
         config.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
@@ -68,7 +81,7 @@ impl Tls {
                 }
             }
         });
-        Self { port, certificate, connections, requests, task }
+        Self { port, certificate, pem, connections, requests, task }
     }
 
     fn url(&self) -> String {
@@ -140,4 +153,33 @@ async fn a_certificate_that_is_not_trusted_is_refused() {
     rig.publish([Message::new("42")]).await;
     assert!(rig.dead(1).await.remove(0).failure.reason().contains("TLS: "));
     assert_eq!(endpoint.requests(), (0, 0));
+}
+
+#[tokio::test]
+async fn a_private_authority_and_a_client_certificate_go_with_a_subscription() {
+    let endpoint = Tls::new(&["h2", "http/1.1"]).await;
+    let shown = rcgen::generate_simple_self_signed(["billing.internal".to_owned()]).unwrap();
+    let asking = Tls::asking(&shown.cert).await;
+    // The daemon's own client trusts nobody here.
+    let client = crate::support::client();
+    let field = |tls: serde_json::Value| format!("{QUICK},\"tls\":{tls}");
+    for (endpoint, tls, acked) in [
+        (&endpoint, serde_json::json!({"ca": endpoint.pem}), true),
+        (&endpoint, serde_json::json!({"ca": asking.pem}), false),
+        (&asking, serde_json::json!({"ca": asking.pem}), false),
+        (
+            &asking,
+            serde_json::json!({"ca": asking.pem, "certificate": shown.cert.pem(), "key": shown.signing_key.serialize_pem()}),
+            true,
+        ),
+    ] {
+        let rig = Rig::with(&endpoint.url(), &field(tls), &client).await;
+        rig.publish([Message::new("42")]).await;
+        if acked {
+            rig.drained().await;
+            assert!(rig.broker.dead_letters(&rig.group, 10).await.unwrap().is_empty());
+        } else {
+            rig.dead(1).await;
+        }
+    }
 }

@@ -41,8 +41,9 @@ pub(crate) struct Config {
 }
 
 /// The broker unless another is asked for: every topic retains enough for a reader of a stream that
-/// comes back (`Last-Event-ID`), and for no longer than that takes.
-const MEMORY: &str = "memory:?retain=10000&retain_bytes=16777216&retain_age=10m";
+/// comes back (`Last-Event-ID`), for no longer than that takes, and all together no more than a quarter
+/// of what messages may hold: history must not keep publishers out.
+const MEMORY: &str = "memory:?retain=10000&retain_bytes=16777216&retain_age=10m&retain_total_bytes=268435456";
 
 /// How long a shutdown may be told to wait.
 const MAX_DRAIN: Duration = Duration::from_secs(24 * 3600);
