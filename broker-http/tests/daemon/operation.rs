@@ -228,7 +228,7 @@ async fn an_operator_steers_it_from_the_command_line() {
     }
     daemon.raw("POST /topics/orders.a HTTP/1.1\r\nauthorization: Bearer secret\r\nx: x", "one").await;
     daemon.raw("POST /topics/orders.a HTTP/1.1\r\nauthorization: Bearer secret\r\nx: x", "two").await;
-    let (_, pulled) = ask(&["subscription", "pull", "q", "--max", "1"]).await;
+    let (_, pulled) = ask(&["subscription", "pull", "q", "--max", "1", "--wait", "20s"]).await;
     let pulled: Value = serde_json::from_str(&pulled).unwrap();
     let lease = pulled["deliveries"][0]["lease"].as_str().unwrap();
     let (code, said) = ask(&["subscription", "settle", "q", "--ack", lease]).await;
@@ -242,7 +242,7 @@ async fn an_operator_steers_it_from_the_command_line() {
     assert!(ask(&["subscription", "purge", "q", "backlog"]).await.1.contains("\"purged\": 1"));
     assert_eq!(ask(&["subscription", "delete", "q"]).await.0, Some(0));
     assert_eq!(ask(&["subscription", "show", "q"]).await.0, Some(1));
-    // A live table, ended by its reader's going.
+    // Where nobody looks at a terminal it is drawn once.
     let (code, said) = ask(&["status"]).await;
     assert_eq!(code, Some(0), "{said}");
 }
