@@ -10,6 +10,7 @@ use broker_core::{
     Publish, PublishBatch, Publisher, PublisherOptions, Result, State, Status, Subscribe, Subscription, Support, Topic,
     TopicFilter,
 };
+use lapin::types::ShortString;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
@@ -17,6 +18,7 @@ use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::AmqpOptions;
+use crate::balance::{self, Receivers};
 use crate::consumer::{self, Receiver};
 use crate::groups;
 use crate::link::{Link, Live, closed};
@@ -221,15 +223,38 @@ impl AmqpBroker {
             }
             None => (None, Arc::new(groups::alone(options.options(), &shared.options)?)),
         };
-        let prefetch = u16::try_from(options.max_in_flight()).unwrap_or(u16::MAX);
-        let member = Arc::new(Member::new(Arc::clone(shared), group, known, filter.clone(), prefetch));
-        shared.members.lock().push(Arc::clone(&member));
-        let (ready, standing) = oneshot::channel();
-        // Dropped before it stands, it takes the subscription with it.
-        let receiver = Receiver { member: Arc::clone(&member) };
-        shared.spawn(consumer::run(member, ready));
-        standing.await.unwrap_or_else(|_| Err(closed()))?;
-        Ok(Subscription::new(receiver))
+        let queues = known.queues.len();
+        if options.max_in_flight() < queues {
+            return Err(Error::invalid(format!(
+                "max_in_flight is {}: the group has {queues} queues, and each needs one at least",
+                options.max_in_flight()
+            )));
+        }
+        let prefetch = u16::try_from(options.max_in_flight() / queues.max(1)).unwrap_or(u16::MAX);
+        let join = async |queue: ShortString| {
+            let (known, filter) = (Arc::clone(&known), filter.clone());
+            let member = Arc::new(Member::new(Arc::clone(shared), group.clone(), known, filter, queue, prefetch));
+            shared.members.lock().push(Arc::clone(&member));
+            let (ready, standing) = oneshot::channel();
+            // Dropped before it stands, it takes the subscription with it.
+            let receiver = Receiver { member: Arc::clone(&member) };
+            shared.spawn(consumer::run(member, ready));
+            standing.await.unwrap_or_else(|_| Err(closed()))?;
+            Ok(receiver)
+        };
+        match known.queues.as_slice() {
+            [] => Ok(Subscription::new(join(ShortString::default()).await?)),
+            [queue] => Ok(Subscription::new(join(queue.clone()).await?)),
+            several => {
+                let mut receivers = Vec::with_capacity(several.len());
+                for queue in several {
+                    receivers.push(join(queue.clone()).await?);
+                }
+                let members = receivers.iter().map(|receiver| Arc::clone(&receiver.member)).collect();
+                shared.spawn(balance::run(members));
+                Ok(Subscription::new(Receivers::new(receivers)))
+            }
+        }
     }
 }
 

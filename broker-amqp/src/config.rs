@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use broker_core::{BrokerUrl, Error, Group, Result};
 
+use crate::management::authority;
 use crate::naming::short;
 use crate::wire::Style;
 
@@ -94,6 +95,10 @@ pub struct AmqpOptions {
     pub(crate) go_micro: bool,
     pub(crate) persistent: bool,
     pub(crate) queues: BTreeMap<String, String>,
+    /// How many queues an ordered group gets that is made by us.
+    pub(crate) ordered_queues: u16,
+    /// Where the management API answers: host and port.
+    pub(crate) management: Option<String>,
     pub(crate) heartbeat: Duration,
     pub(crate) connect_timeout: Duration,
     pub(crate) publish_timeout: Duration,
@@ -107,6 +112,9 @@ pub struct AmqpOptions {
 
 /// The largest message this crate can be set to: what RabbitMQ takes by default.
 const MAX_MESSAGE_BYTES: usize = 128 << 20;
+
+/// Queues an ordered group has at most: each is a channel and a consumer of every member.
+const MAX_ORDERED_QUEUES: u16 = 64;
 
 impl AmqpOptions {
     /// Reads `amqp://user:password@host:port,host:port/vhost?…`. Does no I/O.
@@ -139,6 +147,8 @@ impl AmqpOptions {
             go_micro,
             persistent: url.parameter("persistent")?.unwrap_or(true),
             queues: url.take_prefixed("queue.").into_iter().map(adopted).collect::<Result<_>>()?,
+            ordered_queues: url.parameter("ordered_queues")?.unwrap_or(1),
+            management: url.parameter::<String>("management")?.map(|url| authority(&url)).transpose()?,
             heartbeat: url.duration("heartbeat")?.unwrap_or(seconds(10)),
             connect_timeout: url.duration("connect_timeout")?.unwrap_or(seconds(10)),
             publish_timeout: url.duration("publish_timeout")?.unwrap_or(seconds(30)),
@@ -183,6 +193,12 @@ impl AmqpOptions {
         }
         if self.go_micro && self.passive {
             return Err(Error::invalid("broker URL parameters preset and passive do not go together"));
+        }
+        if !(1..=MAX_ORDERED_QUEUES).contains(&self.ordered_queues) {
+            return Err(Error::invalid(format!(
+                "broker URL parameter ordered_queues is {}: it is between 1 and {MAX_ORDERED_QUEUES}",
+                self.ordered_queues
+            )));
         }
         if self.max_redeliveries == 0 {
             return Err(Error::invalid("broker URL parameter max_redeliveries is 0: it is 1 or more"));
@@ -297,6 +313,8 @@ mod tests {
             ("amqp://h?heartbeat=500ms", "heartbeat"),
             ("amqp://h?publish_timeout=0s", "publish_timeout"),
             ("amqp://h?queue_type=stream", "queue_type"),
+            ("amqp://h?ordered_queues=0", "ordered_queues"),
+            ("amqp://h?management=https://h", "management"),
             ("amqp://h?preset=go-kit", "go-micro"),
             ("amqp://h?max_message_bytes=0", "max_message_bytes"),
             ("amqp://h?cert=a", "key"),

@@ -113,6 +113,13 @@ async fn keep(member: &Arc<Member>, ready: oneshot::Sender<Result<()>>) -> Resul
                         member.lost();
                         error
                     }
+                    Ended::SteppedBack => {
+                        // The server takes back what was not handed out, in its place; another member of
+                        // the queue is next, and this one comes after all of them.
+                        let _ = channel.close(200, "OK".into()).await;
+                        member.lost();
+                        continue;
+                    }
                     Ended::Cancelled => {
                         member.lost();
                         // The server says so when the queue is deleted, or its node goes down.
@@ -156,10 +163,11 @@ async fn open(member: &Member, patient: bool) -> Result<Opened> {
             Some(group) => {
                 let names = &member.known.names;
                 let ordered = member.known.settings.ordered;
-                topology::declare_group(&channel, names, &member.filter, ordered, &shared.options)
+                let queues = &member.known.queues;
+                topology::declare_group(&channel, names, &member.filter, ordered, queues, &shared.options)
                     .await
                     .map_err(|error| topology::conflict(group, error))?;
-                names.queue.clone()
+                member.queue.clone()
             }
             None => topology::declare_own(&channel, &member.filter, &shared.options).await?,
         };
@@ -177,6 +185,8 @@ async fn open(member: &Member, patient: bool) -> Result<Opened> {
 }
 
 enum Ended {
+    /// So that another member receives.
+    SteppedBack,
     /// By ourselves; everything handed out is settled.
     Stopped,
     /// The server ended the consumer.
@@ -191,6 +201,10 @@ async fn consume(member: &Arc<Member>, epoch: u64, channel: &Channel, mut consum
             biased;
             () = member.stop.cancelled() => {}
             ended = receive(member, epoch, &mut consumer) => return ended,
+            () = member.stepped_back() => {
+                told(member).await;
+                return Ended::SteppedBack;
+            }
         }
         match leave(member, channel, &mut consumer).await {
             Ok(()) => Ended::Stopped,

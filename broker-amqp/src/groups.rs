@@ -15,10 +15,11 @@ use crate::AmqpOptions;
 use crate::broker::Shared;
 use crate::error::from_lapin;
 use crate::link::closed;
+use crate::management;
 use crate::member::Known;
 use crate::naming::{GroupNames, Made};
 use crate::settings;
-use crate::topology::{self, on_channel, queue_state, state_on};
+use crate::topology::{self, QueueState, on_channel, queue_state, state_on};
 use crate::wire::{self, Travel};
 use crate::writer::{Envelope, Route};
 
@@ -54,7 +55,8 @@ pub(crate) async fn ensure(shared: &Shared, group: &Group, options: &GroupOption
     let connection = &live.connection;
     shared
         .bounded(async {
-            let existed = queue_state(connection, &names.queue).await?.is_some();
+            let mut queues = topology::group_queues(connection, &names).await?;
+            let existed = !queues.is_empty();
             if !existed {
                 // What was known of an earlier one of the name is over.
                 shared.forget(group);
@@ -72,18 +74,32 @@ pub(crate) async fn ensure(shared: &Shared, group: &Group, options: &GroupOption
                 settings::write(connection, &shared.writer, &names, &defaults).await?;
             }
             let settings = settings.unwrap_or(defaults);
+            if !existed {
+                queues = new_queues(&names, settings.ordered, &shared.options)?;
+            }
             on_channel(connection, async |channel| {
-                topology::declare_group(channel, &names, &group.filter, settings.ordered, &shared.options).await
+                let (filter, ordered) = (&group.filter, settings.ordered);
+                topology::declare_group(channel, &names, filter, ordered, &queues, &shared.options).await
             })
             .await
             .map_err(|error| topology::conflict(group, error))?;
-            Ok((shared.know(group, known(names, settings)), !existed))
+            Ok((shared.know(group, known(names, queues, settings)), !existed))
         })
         .await
 }
 
-fn known(names: GroupNames, settings: GroupSettings) -> Known {
-    Known { names, settings, counts: Default::default(), last_error: Default::default() }
+/// What the queues of a group will be called that is not there yet.
+fn new_queues(names: &GroupNames, ordered: bool, options: &AmqpOptions) -> Result<Vec<ShortString>> {
+    match options.ordered_queues {
+        several if several > 1 && ordered && names.made == Made::ByUs => {
+            (0..usize::from(several)).map(|index| names.lane(index)).collect()
+        }
+        _ => Ok(vec![names.queue.clone()]),
+    }
+}
+
+fn known(names: GroupNames, queues: Vec<ShortString>, settings: GroupSettings) -> Known {
+    Known { names, queues, settings, counts: Default::default(), last_error: Default::default() }
 }
 
 /// What a subscription without group goes by.
@@ -91,7 +107,7 @@ pub(crate) fn alone(options: &GroupOptions, amqp: &AmqpOptions) -> Result<Known>
     check(options)?;
     // Its names are never used: nothing of it has one.
     let nobody = Group::new("alone".parse()?, TopicFilter::new("alone")?);
-    Ok(known(GroupNames::of(&nobody, amqp)?, options.resolve(None)?))
+    Ok(known(GroupNames::of(&nobody, amqp)?, Vec::new(), options.resolve(None)?))
 }
 
 /// Changes nothing: RabbitMQ fixes a queue's arguments, and members go by the settings they joined with.
@@ -100,7 +116,7 @@ pub(crate) async fn alter(shared: &Shared, group: &Group, options: &GroupOptions
     let live = shared.connection().await?;
     shared
         .bounded(async {
-            if queue_state(&live.connection, &names.queue).await?.is_none() {
+            if topology::group_queues(&live.connection, &names).await?.is_empty() {
                 return Err(missing(group));
             }
             if options.start.is_some() {
@@ -122,15 +138,21 @@ pub(crate) async fn delete(shared: &Shared, group: &Group) -> Result<bool> {
     shared
         .bounded(async {
             shared.forget(group);
-            let existed = queue_state(&live.connection, &names.queue).await?.is_some();
-            if existed {
+            let queues = topology::group_queues(&live.connection, &names).await?;
+            if !queues.is_empty() {
                 on_channel(&live.connection, async |channel| {
-                    topology::delete(channel, &names.queue).await?;
+                    if queues.len() > 1 {
+                        topology::delete_exchange(channel, &names.queue).await?;
+                    }
+                    // The last first: what stands is found by counting from the first.
+                    for queue in queues.iter().rev() {
+                        topology::delete(channel, queue).await?;
+                    }
                     topology::delete(channel, &names.settings).await
                 })
                 .await?;
             }
-            Ok(existed)
+            Ok(!queues.is_empty())
         })
         .await
 }
@@ -138,7 +160,14 @@ pub(crate) async fn delete(shared: &Shared, group: &Group) -> Result<bool> {
 pub(crate) async fn purge(shared: &Shared, group: &Group) -> Result<u64> {
     let names = GroupNames::of(group, &shared.options)?;
     let live = shared.connection().await?;
-    let purge = on_channel(&live.connection, async |channel| topology::purge(channel, &names.queue).await);
+    let purge = async {
+        let queues = topology::group_queues(&live.connection, &names).await?;
+        let mut purged = 0;
+        for queue in if queues.is_empty() { std::slice::from_ref(&names.queue) } else { &queues } {
+            purged += on_channel(&live.connection, async |channel| topology::purge(channel, queue).await).await?;
+        }
+        Ok(purged)
+    };
     shared.bounded(purge).await.map_err(|error| error.context(format_args!("group {group}")))
 }
 
@@ -151,10 +180,7 @@ async fn keeps(connection: &lapin::Connection, group: &Group, names: &GroupNames
     if queue_state(connection, &names.dead).await?.is_some() {
         return Ok(true);
     }
-    match queue_state(connection, &names.queue).await? {
-        Some(_) => Ok(false),
-        None => Err(missing(group)),
-    }
+    if topology::group_queues(connection, names).await?.is_empty() { Err(missing(group)) } else { Ok(false) }
 }
 
 async fn get(channel: &Channel, queue: &ShortString) -> Result<Option<lapin::message::Delivery>> {
@@ -213,7 +239,7 @@ pub(crate) async fn purge_dead_letters(shared: &Shared, group: &Group) -> Result
             if !keeps(&live.connection, group, &names).await? {
                 return Ok(0);
             }
-            let gone = queue_state(&live.connection, &names.queue).await?.is_none();
+            let gone = topology::group_queues(&live.connection, &names).await?.is_empty();
             on_channel(&live.connection, async |channel| {
                 let purged = topology::purge(channel, &names.dead).await?;
                 if gone {
@@ -230,14 +256,20 @@ pub(crate) async fn purge_dead_letters(shared: &Shared, group: &Group) -> Result
 pub(crate) async fn redrive(shared: &Shared, group: &Group, max: u64) -> Result<u64> {
     let names = GroupNames::of(group, &shared.options)?;
     let live = shared.connection().await?;
-    let kept = shared
+    let (queues, kept) = shared
         .bounded(async {
-            if queue_state(&live.connection, &names.queue).await?.is_none() {
+            let queues = topology::group_queues(&live.connection, &names).await?;
+            if queues.is_empty() {
                 return Err(missing(group));
             }
-            queue_state(&live.connection, &names.dead).await.map(|state| state.map_or(0, |state| state.ready))
+            let kept = queue_state(&live.connection, &names.dead).await?;
+            Ok((queues, kept.map_or(0, |state| state.ready)))
         })
         .await?;
+    let group_alone = || match queues.as_slice() {
+        [_, _, ..] => Route::Lanes(names.queue.clone()),
+        _ => Route::Queue(names.queue.clone()),
+    };
     if kept == 0 {
         return Ok(0);
     }
@@ -250,7 +282,7 @@ pub(crate) async fn redrive(shared: &Shared, group: &Group, max: u64) -> Result<
             shared
                 .writer
                 .submit(Envelope {
-                    route: Route::Queue(names.queue.clone()),
+                    route: group_alone(),
                     message: letter.message,
                     travel: Travel { topic: Some(letter.topic), ..Travel::default() },
                     require_route: false,
@@ -287,7 +319,13 @@ pub(crate) async fn status(shared: &Shared, status: &mut Status) -> Result<()> {
     let live = shared.connection().await?;
     for (group, known) in groups {
         let states = shared.bounded(async {
-            let own = queue_state(&live.connection, &known.names.queue).await?;
+            let mut own: Option<QueueState> = None;
+            for queue in &known.queues {
+                let Some(state) = queue_state(&live.connection, queue).await? else { return Ok((None, None)) };
+                // Every member is at every queue.
+                let ready = own.map_or(0, |own| own.ready);
+                own = Some(QueueState { ready: ready + state.ready, consumers: state.consumers });
+            }
             let dead = queue_state(&live.connection, &known.names.dead).await?;
             Ok((own, dead))
         });
@@ -299,13 +337,33 @@ pub(crate) async fn status(shared: &Shared, status: &mut Status) -> Result<()> {
         let (unacked, handed) =
             ours.fold((0, 0), |(unacked, handed), member| (unacked + member.unacked(), handed + member.handed()));
         let mut one = GroupStatus::new(group, State::Active);
-        one.lag = Some(own.ready + unacked);
-        one.in_flight = Some(handed);
+        one.last_error = known.last_error.lock().clone();
+        (one.lag, one.in_flight) = (Some(own.ready + unacked), Some(handed));
+        match all_unacked(shared, &known).await {
+            // The statistics may be older than what our own members know.
+            Ok(Some(all)) => {
+                let all = all.max(unacked);
+                (one.lag, one.in_flight) = (Some(own.ready + all), Some(all));
+            }
+            Ok(None) => {}
+            Err(error) => one.last_error = Some(error.to_string()),
+        }
         one.members = Some(own.consumers);
         one.dead_letters = Some(dead.map_or(0, |dead| dead.ready));
         one.counts = *known.counts.lock();
-        one.last_error = known.last_error.lock().clone();
         status.groups.push(one);
     }
     Ok(())
+}
+
+/// What all members of a group hold, those of other processes included: where the management API's
+/// address is given.
+async fn all_unacked(shared: &Shared, known: &Known) -> Result<Option<u64>> {
+    let options = &shared.options;
+    let Some(authority) = &options.management else { return Ok(None) };
+    let mut all = 0;
+    for queue in &known.queues {
+        all += management::unacked(authority, queue.as_str(), options, options.connect_timeout).await?;
+    }
+    Ok(Some(all))
 }

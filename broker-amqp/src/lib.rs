@@ -9,6 +9,7 @@ mod writer;
 
 // Consuming.
 mod acks;
+mod balance;
 mod consumer;
 mod lanes;
 mod member;
@@ -16,6 +17,7 @@ mod member;
 // What stands on the server.
 mod groups;
 mod ladder;
+mod management;
 mod naming;
 mod settings;
 mod topology;

@@ -53,6 +53,11 @@ pub(crate) struct GroupNames {
 }
 
 impl GroupNames {
+    /// One of the queues of an ordered group that has several; no group's name has a slash.
+    pub(crate) fn lane(&self, index: usize) -> Result<ShortString> {
+        short("an ordered group's queue", &format!("{}/{index}", self.queue))
+    }
+
     pub(crate) fn of(group: &Group, options: &AmqpOptions) -> Result<Self> {
         let name = group.to_string();
         let adopted = options.queues.get(&name);

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use broker_core::{Error, ErrorKind, Result, TopicFilter};
 use lapin::options::{
-    ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions, QueuePurgeOptions,
+    ExchangeBindOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions,
+    QueueDeleteOptions, QueuePurgeOptions,
 };
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Channel, Connection, ExchangeKind};
@@ -12,7 +13,7 @@ use lapin::{Channel, Connection, ExchangeKind};
 use crate::error::from_lapin;
 use crate::ladder::{Leads, Rung};
 use crate::naming::{GroupNames, Made, binding_key, short};
-use crate::{AmqpOptions, QueueType};
+use crate::{AmqpOptions, QueueType, wire};
 
 /// Dead letters a group's keeping queue has at most; the oldest are dropped.
 const MAX_DEAD_LETTERS: i64 = 100_000;
@@ -103,9 +104,13 @@ pub(crate) async fn declare_group(
     names: &GroupNames,
     filter: &TopicFilter,
     ordered: bool,
+    queues: &[ShortString],
     options: &AmqpOptions,
 ) -> Result<()> {
     declare_exchange(channel, options).await?;
+    if queues.len() > 1 {
+        return declare_lanes(channel, names, filter, queues, options).await;
+    }
     match names.made {
         _ if options.passive => return state_on(channel, &names.queue).await.map(drop),
         Made::Before => drop(state_on(channel, &names.queue).await?),
@@ -123,6 +128,55 @@ pub(crate) async fn declare_group(
         }
     }
     bind(channel, &names.queue, &short("exchange", &options.exchange)?, binding_key(filter)?).await
+}
+
+/// Several queues of an ordered group: an exchange hands each key to one of them.
+async fn declare_lanes(
+    channel: &Channel,
+    names: &GroupNames,
+    filter: &TopicFilter,
+    queues: &[ShortString],
+    options: &AmqpOptions,
+) -> Result<()> {
+    if options.passive {
+        for queue in queues {
+            state_on(channel, queue).await?;
+        }
+        return Ok(());
+    }
+    let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+    let by_key = table([("hash-header", AMQPValue::LongString(wire::KEY.into()))]);
+    let kind = ExchangeKind::Custom("x-consistent-hash".to_owned());
+    channel.exchange_declare(names.queue.clone(), kind, durable, by_key).await.map_err(from_lapin)?;
+    for queue in queues {
+        let mut arguments = group_arguments(options.queue_type);
+        arguments.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
+        let durable = QueueDeclareOptions::durable();
+        channel.queue_declare(queue.clone(), durable, arguments).await.map_err(from_lapin)?;
+        // To this exchange a routing key is a weight.
+        bind(channel, queue, &names.queue, "1".into()).await?;
+    }
+    let (from, key, bind) =
+        (short("exchange", &options.exchange)?, binding_key(filter)?, ExchangeBindOptions::default());
+    channel.exchange_bind(names.queue.clone(), from, key, bind, FieldTable::default()).await.map_err(from_lapin)
+}
+
+/// The queues of a group that stands; none if it does not.
+pub(crate) async fn group_queues(connection: &Connection, names: &GroupNames) -> Result<Vec<ShortString>> {
+    if queue_state(connection, &names.queue).await?.is_some() {
+        return Ok(vec![names.queue.clone()]);
+    }
+    let mut lanes = Vec::new();
+    if names.made != Made::ByUs {
+        return Ok(lanes);
+    }
+    loop {
+        let lane = names.lane(lanes.len())?;
+        if queue_state(connection, &lane).await?.is_none() {
+            return Ok(lanes);
+        }
+        lanes.push(lane);
+    }
 }
 
 /// The queue that keeps a group's dead letters, reached by a key of its own beside the topic's.
@@ -170,6 +224,11 @@ pub(crate) async fn delete(channel: &Channel, queue: &ShortString) -> Result<u64
     deleted.map(u64::from).map_err(from_lapin)
 }
 
+/// Deletes the exchange before several queues. Deleting what is not there is fine.
+pub(crate) async fn delete_exchange(channel: &Channel, exchange: &ShortString) -> Result<()> {
+    channel.exchange_delete(exchange.clone(), ExchangeDeleteOptions::default()).await.map_err(from_lapin)
+}
+
 /// Drops what waits in a queue, and tells how many.
 pub(crate) async fn purge(channel: &Channel, queue: &ShortString) -> Result<u64> {
     let purged = channel.queue_purge(queue.clone(), QueuePurgeOptions::default()).await;
@@ -186,6 +245,11 @@ pub(crate) fn table<const N: usize>(entries: [(&str, AMQPValue); N]) -> FieldTab
 pub(crate) fn conflict(group: &impl std::fmt::Display, error: Error) -> Error {
     match error.kind() {
         ErrorKind::Conflict => error.context(format_args!("group {group} exists with another setting")),
+        _ if error.message().contains("invalid exchange type") => Error::unsupported(format!(
+            "group {group}: several queues need the server's plugin rabbitmq_consistent_hash_exchange; enable it, \
+             or leave ordered_queues out"
+        ))
+        .with_source(error),
         _ => error.context(format_args!("group {group}")),
     }
 }

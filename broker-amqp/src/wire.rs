@@ -30,7 +30,7 @@ use crate::naming::short;
 
 const OURS: &str = "x-broker-";
 const ESCAPED: &str = "x-broker-header-";
-const KEY: &str = "x-broker-key";
+pub(crate) const KEY: &str = "x-broker-key";
 const TIMESTAMP: &str = "x-broker-timestamp";
 const EXPIRES: &str = "x-broker-expires";
 const DUE: &str = "x-broker-due";

@@ -3,6 +3,8 @@
 
 mod amqp_server;
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use amqp_server::{TURN, address, at, ctl, fault, open, ours, printed, raw, server};
@@ -12,8 +14,11 @@ use broker_amqp::lapin::options::{
 };
 use broker_amqp::lapin::types::{AMQPValue, FieldTable};
 use broker_amqp::lapin::{Channel, ExchangeKind};
-use broker_core::{Broker, BrokerExt, ErrorKind, Group, GroupOptions, Message, PublisherOptions, Subscribe, Topic};
+use broker_core::{
+    Broker, BrokerExt, ErrorKind, Group, GroupOptions, Message, PublisherOptions, Subscribe, Subscription, Topic,
+};
 use broker_tests::{Fault, Proxy};
+use parking_lot::Mutex;
 
 /// A name nobody else uses.
 fn unique(name: &str) -> String {
@@ -455,4 +460,153 @@ async fn attempts_are_counted_across_restarts() {
     assert!(broker.delete_group(&group).await.unwrap());
     broker.close(PATIENCE).await;
     connection.close(200, "OK".into()).await.unwrap();
+}
+
+/// Ordered by key over several queues: two members share the work, no key is overtaken, and group
+/// administration sees one group.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_ordered_group_of_several_queues_is_shared_and_in_order() {
+    let _turn = TURN.lock().await;
+    const KEYS: u32 = 40;
+    let topic = topic("lanes");
+    let group = group("lanes", &topic);
+    let brokers = [0, 1].map(|_| open(&format!("{}?ordered_queues=4&queue_type=classic", server())).unwrap());
+    let [one, other] = &brokers;
+    let ordered = GroupOptions::new().with_ordered(true);
+    assert!(one.create_group(&group, ordered.clone()).await.unwrap());
+    assert!(!other.create_group(&group, ordered.clone()).await.unwrap(), "it is there");
+    let narrow = Subscribe::group(group.name.clone()).with_max_in_flight(3).unwrap();
+    let error = one.subscribe(&group.filter, narrow).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+
+    let seen = Arc::new(Mutex::new((BTreeMap::<u32, u32>::new(), [0_u32; 2])));
+    let mut members = Vec::new();
+    for (number, broker) in brokers.iter().enumerate() {
+        let member = broker.subscribe(&group.filter, Subscribe::group(group.name.clone())).await.unwrap();
+        members.push(tokio::spawn(receive_in_order(number, member, Arc::clone(&seen))));
+    }
+    let publisher = one.publisher(&topic, PublisherOptions::new()).unwrap();
+    let mut published = 0;
+    // Until both have had their turn.
+    within("sharing", async {
+        while seen.lock().1.iter().any(|count| *count < 200) {
+            let publishes = (0..KEYS).map(|key| {
+                let body = [key.to_be_bytes(), u32::to_be_bytes(published)].concat();
+                publisher.publish(Message::new(body).with_key(key.to_be_bytes().to_vec()))
+            });
+            for outcome in futures_util::future::join_all(publishes).await {
+                assert_eq!(outcome.unwrap().routed, Some(true));
+            }
+            published += 1;
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    within("receiving", async {
+        while !(0..KEYS).all(|key| seen.lock().0.get(&key) == Some(&published)) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    println!("{published} of each of {KEYS} keys, by member {:?}", seen.lock().1);
+    let status = one.status().await.unwrap();
+    let status = status.group(&group).unwrap();
+    assert_eq!((status.lag, status.members), (Some(0), Some(2)), "{status:?}");
+    for broker in &brokers {
+        assert!(broker.close(PATIENCE).await.complete);
+    }
+    for member in members {
+        within("the end of a member", member).await.unwrap();
+    }
+
+    // Dead letters go back to the queue of their key; purging and deleting leave nothing.
+    let broker = open(&format!("{}?queue_type=classic", server())).unwrap();
+    let mut member = broker.subscribe(&group.filter, Subscribe::group(group.name.clone())).await.unwrap();
+    broker.publish(&topic, Message::new("dead").with_key("k")).await.unwrap();
+    within("receiving", member.next()).await.unwrap().unwrap().reject("no use").await.unwrap();
+    assert_eq!(broker.redrive(&group, 10).await.unwrap(), 1);
+    let again = within("receiving", member.next()).await.unwrap().unwrap();
+    assert_eq!((again.message().payload().as_ref(), again.attempt()), (&b"dead"[..], 1));
+    again.ack().await.unwrap();
+    member.close().await.unwrap();
+    broker.publish(&topic, Message::new("left").with_key("k")).await.unwrap();
+    assert_eq!(broker.purge_group(&group).await.unwrap(), 1);
+    assert!(broker.delete_group(&group).await.unwrap());
+    assert!(!broker.delete_group(&group).await.unwrap());
+    broker.purge_dead_letters(&group).await.unwrap();
+    broker.close(PATIENCE).await;
+    if ours() {
+        let left = ctl(&["list_queues", "name"]) + &ctl(&["list_exchanges", "name"]);
+        assert!(!left.contains(group.to_string().as_str()), "{left}");
+    }
+}
+
+/// What each key has come to, and what each member has received.
+type Seen = Arc<Mutex<(BTreeMap<u32, u32>, [u32; 2])>>;
+
+async fn receive_in_order(number: usize, mut member: Subscription, seen: Seen) {
+    while let Some(delivery) = member.next().await.unwrap() {
+        let body = delivery.message().payload();
+        let part = |range: std::ops::Range<usize>| u32::from_be_bytes(body[range].try_into().unwrap());
+        let (key, place) = (part(0..4), part(4..8));
+        {
+            let mut seen = seen.lock();
+            let next = seen.0.entry(key).or_insert(0);
+            assert_eq!(place, *next, "key {key} is out of order at member {number}");
+            *next += 1;
+            seen.1[number] += 1;
+        }
+        delivery.ack().await.unwrap();
+    }
+}
+
+/// A queue of another kind of consumers is in the count: what they hold unacked, the management API tells.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_management_api_tells_what_others_hold() {
+    let _turn = TURN.lock().await;
+    let Some(management) = printed("AMQP_MANAGEMENT") else {
+        println!("no control: the management API of the server at AMQP_URL is not known");
+        return;
+    };
+    let topic = topic("managed");
+    let group = group("managed", &topic);
+    let broker = open(&format!("{}?management={management}", server())).unwrap();
+    broker.create_group(&group, GroupOptions::new()).await.unwrap();
+    for _ in 0..5 {
+        broker.publish(&topic, Message::new("x")).await.unwrap();
+    }
+    // Somebody who is not of this broker.
+    let (connection, channel) = raw().await;
+    for _ in 0..3 {
+        let queue = group.to_string();
+        channel.basic_get(queue.as_str().into(), BasicGetOptions::default()).await.unwrap().unwrap();
+    }
+    within("the server's statistics", async {
+        loop {
+            let status = broker.status().await.unwrap();
+            let status = status.group(&group).unwrap();
+            if (status.lag, status.in_flight) == (Some(5), Some(3)) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    })
+    .await;
+    let alone = open(server()).unwrap();
+    assert!(!alone.create_group(&group, GroupOptions::new()).await.unwrap());
+    let status = alone.status().await.unwrap();
+    assert_eq!(status.group(&group).unwrap().in_flight, Some(0), "without it only our own are known");
+    connection.close(200, "OK".into()).await.unwrap();
+
+    // Where it cannot be asked, status says so and tells what it knows.
+    let lame = open(&format!("{}?management=http://127.0.0.1:1", server())).unwrap();
+    assert!(!lame.create_group(&group, GroupOptions::new()).await.unwrap());
+    let status = lame.status().await.unwrap();
+    let status = status.group(&group).unwrap();
+    assert_eq!((status.lag, status.in_flight), (Some(5), Some(0)), "{status:?}");
+    assert!(status.last_error.as_ref().is_some_and(|error| error.contains("management")), "{status:?}");
+    assert!(broker.delete_group(&group).await.unwrap());
+    for broker in [broker, alone, lame] {
+        broker.close(PATIENCE).await;
+    }
 }

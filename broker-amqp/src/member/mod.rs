@@ -38,6 +38,8 @@ pub(crate) struct Inbound {
 #[derive(Debug)]
 pub(crate) struct Known {
     pub(crate) names: GroupNames,
+    /// Its queue; several, of an ordered group that has been given several.
+    pub(crate) queues: Vec<ShortString>,
     pub(crate) settings: GroupSettings,
     pub(crate) counts: Mutex<Counts>,
     pub(crate) last_error: Mutex<Option<String>>,
@@ -48,6 +50,8 @@ pub(crate) struct Member {
     pub(crate) group: Option<Group>,
     pub(crate) known: Arc<Known>,
     pub(crate) filter: TopicFilter,
+    /// The queue of its group that it consumes.
+    pub(crate) queue: ShortString,
     pub(crate) prefetch: u16,
     /// Whether retries wait here rather than on the server.
     held_here: bool,
@@ -58,6 +62,8 @@ pub(crate) struct Member {
     pub(crate) full: Notify,
     /// A delivery was settled.
     pub(crate) settled: Notify,
+    /// Another member is to have its turn.
+    pub(crate) step_back: Notify,
     /// The subscription is to end.
     pub(crate) stop: CancellationToken,
 }
@@ -70,6 +76,11 @@ pub(crate) struct State {
     acks: Acks,
     nacks: Vec<u64>,
     lanes: Lanes<Inbound>,
+    /// Whether anything came on this channel: of several members of a queue one is active, and nothing
+    /// else tells which.
+    active: bool,
+    /// Nothing is handed out.
+    paused: bool,
     /// Handed out and unsettled, on this channel.
     pub(crate) handed: usize,
     remembered: HashMap<MessageId, Remembered>,
@@ -97,6 +108,7 @@ impl Member {
         group: Option<Group>,
         known: Arc<Known>,
         filter: TopicFilter,
+        queue: ShortString,
         prefetch: u16,
     ) -> Self {
         let ordered = known.settings.ordered;
@@ -107,6 +119,7 @@ impl Member {
             group,
             known,
             filter,
+            queue,
             prefetch,
             state: Mutex::new(State {
                 epoch: 0,
@@ -115,6 +128,8 @@ impl Member {
                 acks: Acks::new(),
                 nacks: Vec::new(),
                 lanes: Lanes::new(ordered),
+                active: false,
+                paused: false,
                 handed: 0,
                 remembered: HashMap::new(),
                 kept: false,
@@ -127,6 +142,7 @@ impl Member {
             wire: Notify::new(),
             full: Notify::new(),
             settled: Notify::new(),
+            step_back: Notify::new(),
             stop,
         }
     }
@@ -147,6 +163,8 @@ impl Member {
         state.acks = Acks::new();
         state.nacks.clear();
         state.lanes = Lanes::new(self.known.settings.ordered);
+        state.active = false;
+        state.paused = false;
         state.handed = 0;
         state.kept = false;
         state.telling = false;
@@ -179,6 +197,39 @@ impl Member {
         (state.handed + state.lanes.len()) as u64
     }
 
+    /// Whether it is the one that receives from its queue, as far as it can know.
+    pub(crate) fn is_active(&self) -> bool {
+        self.state.lock().active
+    }
+
+    /// Waits until it is asked to step back, and until nothing is in anybody's hands: then another member
+    /// may go on without overtaking this one. While retries are held here it stays: their count would be
+    /// lost.
+    pub(crate) async fn stepped_back(&self) {
+        loop {
+            self.step_back.notified().await;
+            self.state.lock().paused = true;
+            loop {
+                let settled = self.settled.notified();
+                if self.handed() == 0 {
+                    break;
+                }
+                settled.await;
+            }
+            let waker = {
+                let mut state = self.state.lock();
+                if state.remembered.is_empty() {
+                    return;
+                }
+                state.paused = false;
+                state.waker.take()
+            };
+            if let Some(waker) = waker {
+                waker.wake();
+            }
+        }
+    }
+
     pub(crate) fn handed(&self) -> u64 {
         self.state.lock().handed as u64
     }
@@ -190,6 +241,7 @@ impl Member {
         let mut aside = Vec::new();
         {
             let mut state = self.state.lock();
+            state.active |= !batch.is_empty();
             for (tag, arrived) in batch {
                 state.acks.delivered(tag);
                 match arrived {
@@ -258,6 +310,9 @@ impl Member {
 
     /// Hands out up to `limit` deliveries. What has expired is discarded, and counted.
     pub(crate) fn hand_out(self: &Arc<Self>, state: &mut State, batch: &mut Vec<Delivery>, limit: usize) -> usize {
+        if state.paused {
+            return 0;
+        }
         let mut items = Vec::new();
         let mut now = None;
         let mut expired = 0;

@@ -1,9 +1,10 @@
 //! Publishes under way: each is handed to lapin, and then waits for its confirmation.
 //!
 //! A task woken by each of them, twice (written, confirmed) and from lapin's thread, spends more on being
-//! woken than on publishing. So of many only one has a waker, a quarter of the way: when it is confirmed, about
-//! a quarter of them are, all are looked at, and the server still has enough to do while more are sent. Nobody waits much longer for that than he would have:
-//! after a moment all are looked at anyway. Of a few every one has a waker.
+//! woken than on publishing. So of many only one has a waker, a quarter of the way: when it is confirmed,
+//! about a quarter of them are, all are looked at, and the server still has enough to do while more are
+//! sent. Nobody waits much longer for that than he would have: after a moment all are looked at anyway. Of
+//! a few every one has a waker.
 
 use std::pin::Pin;
 use std::sync::Arc;

@@ -37,6 +37,8 @@ pub(crate) enum Route {
     Topic(Topic),
     /// To one queue alone.
     Queue(ShortString),
+    /// To the exchange before a group's several queues.
+    Lanes(ShortString),
 }
 
 /// A message to publish.

@@ -266,7 +266,10 @@ impl Task {
                 (short("exchange", &options.exchange)?, short("topic", topic.as_str())?, Leads::ToTopic)
             }
             Route::Queue(queue) => (ShortString::default(), queue.clone(), Leads::ToQueue),
+            Route::Lanes(exchange) => (exchange.clone(), ShortString::default(), Leads::ToQueue),
         };
+        // No delay queue leads to several.
+        let wait = wait.filter(|_| !matches!(route, Route::Lanes(_)));
         // A millisecond more: times are cut to whole ones.
         let rung = wait.map(|wait| Rung::of(leads, wait + Duration::from_millis(1)));
         let exchange = match rung {
@@ -297,10 +300,16 @@ impl Task {
         while !resolved.is_empty() {
             // lapin resolves all that one ack confirms under a lock; this takes it once, so that all
             // are resolved that could bring a return of these.
-            if let Some(Ok(dropped)) = channel.wait_for_confirms().now_or_never() {
-                dropped.iter().for_each(|message| returns.seen(identity(message)));
-            }
-            let later = flight.drain();
+            // With nothing else under way all are here already.
+            let later = match flight.len() {
+                0 => Vec::new(),
+                _ => {
+                    if let Some(Ok(dropped)) = channel.wait_for_confirms().now_or_never() {
+                        dropped.iter().for_each(|message| returns.seen(identity(message)));
+                    }
+                    flight.drain()
+                }
+            };
             resolved.iter().chain(&later).filter_map(|(_, result)| carried(result)).for_each(|one| returns.seen(one));
             let mut batch = Vec::new();
             for (number, result) in std::mem::take(&mut resolved) {
