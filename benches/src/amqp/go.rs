@@ -1,4 +1,4 @@
-//! Go's amqp091 client: a small program in `benches/peers/go`, built when it is asked for.
+//! Go's clients: small programs in `benches/peers/go`, each built when it is asked for.
 
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -11,9 +11,9 @@ use super::{Scene, bounded};
 use crate::Result;
 use crate::sample::Sample;
 
-/// The program, built.
+/// A program, built.
 #[derive(Debug)]
-pub(super) struct Amqp091(PathBuf);
+pub(super) struct Program(PathBuf);
 
 /// What it prints.
 #[derive(Deserialize)]
@@ -22,14 +22,14 @@ struct Printed {
     cpu_micros: f64,
 }
 
-impl Amqp091 {
-    /// Builds the program in `benches/peers/go/amqp091`; its modules come from Go's proxy.
+impl Program {
+    /// Builds the program `benches/peers/go/NAME`; its modules come from Go's proxy.
     ///
     /// # Errors
     ///
     /// Where there is no Go, and what its compiler says.
-    pub(super) async fn build() -> Result<Self> {
-        build("amqp091").await.map(Self)
+    pub(super) async fn build(name: &str) -> Result<Self> {
+        build(name).await.map(Self)
     }
 
     async fn run(&self, arguments: &[String]) -> Result<Sample> {
@@ -56,7 +56,7 @@ async fn build(name: &str) -> Result<PathBuf> {
 }
 
 /// A round.
-pub(super) async fn publish(go: Arc<Amqp091>, scene: Arc<Scene>, messages: u64, window: usize) -> Result<Sample> {
+pub(super) async fn publish(go: Arc<Program>, scene: Arc<Scene>, messages: u64, window: usize) -> Result<Sample> {
     scene.purge().await?;
     let arguments = [
         format!("{}/%2f", scene.url),

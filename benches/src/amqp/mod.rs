@@ -1,4 +1,4 @@
-//! The RabbitMQ adapter beside raw lapin and Go's amqp091, on one server, with messages that are the
+//! The RabbitMQ adapter beside raw lapin, Go's amqp091 and Watermill, on one server, with messages that are the
 //! same on the wire; throughput and client CPU.
 //!
 //! A name says what the queue and its messages are, how large a payload is, and what is done:
@@ -18,7 +18,7 @@ mod publish;
 mod raw;
 mod scene;
 
-use go::Amqp091;
+use go::Program;
 use scene::Scene;
 pub use scene::{Kind, Load};
 
@@ -41,8 +41,10 @@ fn of(load: Load) -> Vec<Comparison> {
     for window in [64, 1_000] {
         let bar = if load.is_bound_by_server() { 0.97 } else { 1.3 };
         comparisons.push(publish(load, window, MANY, bar).with_cpu_at_most(0.6));
-        comparisons.push(publish_beside_go(load, window));
+        comparisons.push(publish_beside(load, window, "go", "amqp091"));
     }
+    // For the reader: its messages are its own, with other headers.
+    comparisons.push(publish_beside(load, 64, "watermill", "watermill"));
     comparisons.push(consume(load, "single", 1, 2.5));
     comparisons.push(consume(load, "multiple", 64, 0.9));
     comparisons
@@ -61,11 +63,12 @@ fn publish(load: Load, window: usize, messages: u64, bar: f64) -> Comparison {
     })
 }
 
-fn publish_beside_go(load: Load, window: usize) -> Comparison {
-    let name = load.name(&format!("publish_{window}_go"));
+/// Ours beside a program in Go.
+fn publish_beside(load: Load, window: usize, peer: &str, program: &'static str) -> Comparison {
+    let name = load.name(&format!("publish_{window}_{peer}"));
     Comparison::new(name, Unit::MessagesPerSecond, 1.0, async move || {
         let scene = Arc::new(Scene::open(load).await?);
-        let go = Arc::new(Amqp091::build().await?);
+        let go = Arc::new(Program::build(program).await?);
         let theirs = Arc::clone(&scene);
         let ours = move || publish::ours(Arc::clone(&scene), MANY, window);
         Ok(Pair::new(ours, move || go::publish(Arc::clone(&go), Arc::clone(&theirs), MANY, window)))
