@@ -48,7 +48,9 @@ impl Harness for RabbitMq {
     }
 
     fn timing(&self) -> Timing {
-        Timing { lease: Duration::ZERO, ..Timing::default() }
+        let timing = Timing { lease: Duration::ZERO, ..Timing::default() };
+        // A real restart takes the server a quarter of a minute, with the management API and on a busy machine more.
+        if self.alone { Timing { patience: Duration::from_secs(120), ..timing } } else { timing }
     }
 
     fn link(&self) -> BoxFuture<'_, Result<Option<Arc<dyn Link>>>> {
