@@ -135,6 +135,7 @@ _amqp_env() {
         # shellcheck disable=SC2154
         exec env \
             HOME="$AMQP_DIR" \
+            ERL_CRASH_DUMP="$AMQP_DIR/log/erl_crash.dump" \
             RABBITMQ_NODENAME="suite-$port@localhost" \
             RABBITMQ_MNESIA_BASE="$AMQP_DIR/data" \
             RABBITMQ_LOG_BASE="$AMQP_DIR/log" \
