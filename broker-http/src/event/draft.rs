@@ -133,7 +133,11 @@ impl<'a> Draft<'a> {
         self.test |= options.test;
         // A structured event pushed to us and published again says its headers twice.
         let own = self.headers.clone().unwrap_or_default();
-        let is_attribute = |header: &str| self.attributes.iter().any(|(name, _)| header_name(name) == header);
+        // And an attribute that its topic gives an event anyway says nothing of a header of that name.
+        let is_default = |name: &str, value: &str| self.topic.as_ref().is_some_and(|on| is_default(on, name, value));
+        let said = self.attributes.iter().filter(|(name, value)| !is_default(name, value));
+        let said: Vec<String> = said.map(|(name, _)| header_name(name).to_string()).collect();
+        let is_attribute = |header: &str| said.iter().any(|name| name == header);
         for (name, value) in options.headers.iter() {
             if own.get(name.as_str()).is_none() && !is_attribute(name.as_str()) {
                 self.headers.get_or_insert_default().push(name.clone(), value.clone());
