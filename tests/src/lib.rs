@@ -30,6 +30,7 @@
 //! ```
 
 // Running the suite.
+mod column;
 mod harness;
 mod report;
 mod runner;
@@ -48,6 +49,7 @@ mod verdict;
 pub mod doubles;
 mod wrapper;
 
+pub use column::{from_json, keep_column};
 pub use harness::{Harness, InProcess, Link, Place, Secret, Timing};
 pub use inbox::Inbox;
 pub use messages::{numbered, same_message, same_set, sent, shown};

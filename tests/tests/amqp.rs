@@ -11,7 +11,7 @@ use broker_amqp::{AmqpBroker, AmqpOptions, lapin};
 use broker_core::{
     BoxFuture, Broker, BrokerExt, BrokerUrl, Error, ErrorKind, Group, Message, Result, Subscribe, Topic,
 };
-use broker_tests::{Fault, Harness, Link, Proxy, Report, Secret, Suite, Timing, summary};
+use broker_tests::{Fault, Harness, Link, Proxy, Report, Secret, Suite, Timing, keep_column, summary};
 use lapin::options::{
     BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions, QueueBindOptions,
     QueueDeclareOptions, QueueDeleteOptions,
@@ -172,6 +172,9 @@ async fn run(queue_type: &'static str) {
         reports.extend(faults.run(|report| println!("restarted: {report} ({} ms)", report.millis)).await);
     }
     println!("{}", summary(&name, &reports));
+    if wanted.is_none() && queue_type == "quorum" {
+        keep_column(env!("CARGO_TARGET_TMPDIR"), "amqp", &reports).unwrap();
+    }
     let bad: Vec<String> = reports.iter().filter(|report| !report.is_good()).map(Report::to_string).collect();
     assert!(bad.is_empty(), "{}", bad.join("\n"));
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use broker_core::Connectors;
 use broker_http::{Server, ServerOptions};
-use broker_tests::{Form, Report, summary, url};
+use broker_tests::{Form, Report, keep_column, summary, url};
 
 async fn every_check(form: Form) -> Result<(), Box<dyn Error>> {
     // A daemon of its own: what one form leaves behind is none of the others' business.
@@ -22,6 +22,9 @@ async fn every_check(form: Form) -> Result<(), Box<dyn Error>> {
     let suite = url::suite(&connectors, &url)?.form(form).parallel(8);
     let reports = suite.run(|report| println!("{report} ({} ms)", report.millis)).await;
     println!("{}", summary(suite.name(), &reports));
+    if form == Form::Shared {
+        keep_column(env!("CARGO_TARGET_TMPDIR"), "http", &reports)?;
+    }
     server.drain(Duration::from_secs(1)).await;
     let bad: Vec<String> = reports.iter().filter(|report| !report.is_good()).map(Report::to_string).collect();
     if bad.is_empty() { Ok(()) } else { Err(bad.join("\n").into()) }

@@ -2,13 +2,16 @@
 
 use std::sync::Arc;
 
-use broker_tests::{Form, InProcess, Report, Suite, summary};
+use broker_tests::{Form, InProcess, Report, Suite, keep_column, summary};
 
 async fn every_check(form: Form) {
     let name = format!("memory: ({form})");
     let suite = Suite::new(name.clone(), || Arc::new(InProcess::new())).form(form).parallel(8);
     let reports = suite.run(|report| println!("{report} ({} ms)", report.millis)).await;
     println!("{}", summary(&name, &reports));
+    if form == Form::Shared {
+        keep_column(env!("CARGO_TARGET_TMPDIR"), "memory", &reports).unwrap();
+    }
     let bad: Vec<String> = reports.iter().filter(|report| !report.is_good()).map(Report::to_string).collect();
     assert!(bad.is_empty(), "{}", bad.join("\n"));
 }

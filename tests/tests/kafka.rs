@@ -14,7 +14,7 @@ use broker_core::{
 use broker_kafka::KafkaBroker;
 use broker_kafka::rdkafka::message::{Header, OwnedHeaders};
 use broker_kafka::rdkafka::producer::BaseRecord;
-use broker_tests::{Fault, Harness, Link, Proxy, Report, Secret, Suite, Timing, summary};
+use broker_tests::{Fault, Harness, Link, Proxy, Report, Secret, Suite, Timing, keep_column, summary};
 use kafka_server::{run, server};
 use tokio_util::sync::CancellationToken;
 
@@ -191,6 +191,9 @@ async fn every_check() {
         reports.extend(part.run(|report| println!("{report} ({} ms)", report.millis)).await);
     }
     println!("{}", summary("kafka:", &reports));
+    if wanted().is_none() {
+        keep_column(env!("CARGO_TARGET_TMPDIR"), "kafka", &reports).unwrap();
+    }
     let bad: Vec<String> = reports.iter().filter(|report| !report.is_good()).map(Report::to_string).collect();
     assert!(bad.is_empty(), "{}", bad.join("\n"));
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use broker_core::Connectors;
-use broker_tests::{CHECKS, Form, Report, Suite, json, markdown, summary, url};
+use broker_tests::{CHECKS, Form, Report, Suite, from_json, json, markdown, summary, url};
 use clap::Parser;
 
 /// Shows whether a broker keeps the contract: runs every check against each URL.
@@ -17,8 +17,11 @@ use clap::Parser;
 #[command(name = "conformance")]
 struct Arguments {
     /// Brokers, as in memory: or http://127.0.0.1:2757; NAME=URL gives one another name in the table.
-    #[arg(required_unless_present = "list", value_name = "URL")]
+    #[arg(required_unless_present_any = ["list", "from"], value_name = "URL")]
     urls: Vec<String>,
+    /// Runs nothing: what --json wrote earlier, one file after another.
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with = "urls")]
+    from: Vec<PathBuf>,
     /// Only these checks: ids or letters, as in A1,B.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
@@ -106,6 +109,10 @@ async fn run(arguments: &Arguments) -> Result<bool, String> {
         suites.push(if arguments.only.is_empty() { suite } else { suite.only(&arguments.only) });
     }
     let mut reports = Vec::new();
+    for file in &arguments.from {
+        let text = std::fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()))?;
+        reports.extend(from_json(&text).map_err(|error| format!("{}: {error}", file.display()))?);
+    }
     for suite in &suites {
         for form in &forms {
             reports.extend(run_suite(&suite.clone().form(*form), arguments.stress).await);
