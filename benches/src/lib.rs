@@ -1,11 +1,13 @@
 #![doc = include_str!("../README.md")]
 
+pub mod adapters;
 pub mod amqp;
 pub mod cli;
 pub mod comparison;
 pub mod footprint;
 pub mod http;
 pub mod in_process;
+pub mod kafka;
 pub mod measure;
 pub mod peers;
 pub mod report;
@@ -23,7 +25,8 @@ pub type Result<T> = std::result::Result<T, Failure>;
 
 /// Every comparison of this package, in the order they are listed and run.
 pub fn comparisons() -> Vec<Comparison> {
-    [in_process::comparisons(), http::comparisons(), amqp::comparisons()].into_iter().flatten().collect()
+    let groups = [in_process::comparisons(), http::comparisons(), kafka::comparisons(), amqp::comparisons()];
+    groups.into_iter().flatten().chain(adapters::comparisons()).collect()
 }
 
 /// The code of the project's README runs as a doctest of this package, which may know every broker.

@@ -1,5 +1,6 @@
 //! A message on its way to a subscriber, to be settled once.
 
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -136,6 +137,13 @@ impl Delivery {
     #[inline]
     pub fn attempt(&self) -> u32 {
         self.received.attempt()
+    }
+
+    /// For adapters: the batch it came in, and its index there, if that batch is a `B`: for what only the
+    /// adapter can do with deliveries of its own.
+    pub fn batch<B: Deliveries>(&self) -> Option<(&B, u32)> {
+        let batch: &dyn Any = &*self.received.batch;
+        Some((batch.downcast_ref()?, self.received.index))
     }
 
     /// What was received, without the right to settle it; cheap to clone and to send on.
@@ -316,7 +324,7 @@ impl fmt::Debug for Received {
 /// drop(delivery); // comes back
 /// # Ok::<(), broker_core::Error>(())
 /// ```
-pub trait Deliveries: Send + Sync + 'static {
+pub trait Deliveries: Any + Send + Sync {
     /// The message of delivery `index`.
     fn message(&self, index: u32) -> &Message;
 

@@ -107,6 +107,10 @@ pub struct GroupStatus {
     pub in_flight: Option<u64>,
     /// Members subscribed.
     pub members: Option<u64>,
+    /// Partitions that members of this broker value read, `TOPIC/PARTITION` each, where the broker assigns
+    /// such.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub assignment: Option<Vec<String>>,
     /// Dead letters kept for it.
     pub dead_letters: Option<u64>,
     /// What was counted.
@@ -125,6 +129,7 @@ impl GroupStatus {
             lag_bytes: None,
             in_flight: None,
             members: None,
+            assignment: None,
             dead_letters: None,
             counts: Counts::default(),
             last_error: None,
@@ -150,6 +155,9 @@ pub struct SubscriptionStatus {
     pub lag: Option<u64>,
     /// Deliveries handed out and not settled.
     pub in_flight: Option<u64>,
+    /// Partitions that it reads, `TOPIC/PARTITION` each, where the broker has such.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub assignment: Option<Vec<String>>,
     /// What was counted.
     pub counts: Counts,
     /// The last failure of a delivery, or error of the connection.
@@ -159,7 +167,15 @@ pub struct SubscriptionStatus {
 impl SubscriptionStatus {
     /// A subscription to `filter` in `state`, nothing else known.
     pub fn new(filter: TopicFilter, state: State) -> Self {
-        Self { filter, state, lag: None, in_flight: None, counts: Counts::default(), last_error: None }
+        Self {
+            filter,
+            state,
+            lag: None,
+            in_flight: None,
+            assignment: None,
+            counts: Counts::default(),
+            last_error: None,
+        }
     }
 }
 

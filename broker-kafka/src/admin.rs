@@ -6,16 +6,17 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use broker_core::{Error, ErrorKind, Result, Topic, TopicFilter};
+use broker_core::{Error, ErrorKind, Group, Result, Topic, TopicFilter};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::error::RDKafkaErrorCode;
 use rdkafka::groups::GroupInfo;
-use rdkafka::metadata::MetadataTopic;
+use rdkafka::metadata::{Metadata, MetadataTopic};
 use rdkafka::{Offset, TopicPartitionList};
 
 use crate::client::{self, Context, Health, MAX_RECORD_BYTES, Role, rest};
+use crate::retry_topics::{self, RetryTopics};
 use crate::{KafkaConfig, check_collision, error};
 
 /// A partition of a topic.
@@ -105,11 +106,7 @@ impl Admin {
 
     /// The partitions of `topic`; `None` if there is no such topic.
     pub(crate) fn partitions(&self, topic: &Topic) -> Result<Option<Vec<i32>>> {
-        let client = self.asking()?;
-        let metadata = client.fetch_metadata(Some(topic.as_str()), self.timeout());
-        self.listen(client);
-        let metadata = metadata.map_err(|error| self.health.explain(error::failed("ask for the topic", &error)))?;
-        self.health.recovered();
+        let metadata = self.metadata(Some(topic))?;
         let Some(found) = metadata.topics().iter().find(|found| found.name() == topic.as_str()) else {
             return Ok(None);
         };
@@ -138,12 +135,58 @@ impl Admin {
         Ok(matching)
     }
 
+    /// The partitions that a group reads: those its filter matches, and its retry topics'.
+    pub(crate) fn of_group(&self, group: &Group) -> Result<Vec<Partition>> {
+        let mut partitions = self.matching(&group.filter)?;
+        partitions.extend(self.retry_partitions(group)?);
+        Ok(partitions)
+    }
+
+    fn retry_partitions(&self, group: &Group) -> Result<Vec<Partition>> {
+        let Some(threshold) = self.config.retry_topics else { return Ok(Vec::new()) };
+        let topics = RetryTopics::new(group, threshold)?;
+        let mut partitions = Vec::new();
+        self.every_topic(|found| {
+            if topics.contains(found.name())
+                && let Ok(topic) = Topic::new(found.name())
+            {
+                partitions.extend(numbers(found).into_iter().map(|partition| (topic.clone(), partition)));
+            }
+        })?;
+        Ok(partitions)
+    }
+
+    /// Deletes a group's retry topics, and what waits there.
+    pub(crate) fn delete_retry_topics(&self, group: &Group) -> Result<()> {
+        let mut topics: Vec<Topic> = self.retry_partitions(group)?.into_iter().map(|(topic, _)| topic).collect();
+        topics.dedup();
+        if topics.is_empty() {
+            return Ok(());
+        }
+        let names: Vec<&str> = topics.iter().map(Topic::as_str).collect();
+        let deleted = pollster::block_on(self.making()?.delete_topics(&names, &self.options()));
+        let deleted = deleted.map_err(|error| error::failed("delete retry topics", &error))?;
+        match deleted.into_iter().find_map(Result::err) {
+            None | Some((_, RDKafkaErrorCode::UnknownTopicOrPartition)) => Ok(()),
+            Some((topic, code)) => Err(error::coded(format_args!("delete topic {topic}"), code)),
+        }
+    }
+
     fn every_topic(&self, mut seen: impl FnMut(&MetadataTopic)) -> Result<()> {
-        let client = self.asking()?;
-        let metadata = client.fetch_metadata(None, self.timeout());
-        let metadata = metadata.map_err(|error| self.health.explain(error::failed("ask for the topics", &error)))?;
-        metadata.topics().iter().for_each(&mut seen);
+        self.metadata(None)?.topics().iter().for_each(&mut seen);
         Ok(())
+    }
+
+    /// What the server says of a topic, or of all. A server that restarts is waited for.
+    fn metadata(&self, topic: Option<&Topic>) -> Result<Metadata> {
+        let client = self.asking()?;
+        let metadata = self.patiently(|left| {
+            let metadata = client.fetch_metadata(topic.map(Topic::as_str), left);
+            self.listen(client);
+            metadata.map_err(|error| self.health.explain(error::failed("ask for topics", &error)))
+        })?;
+        self.health.recovered();
+        Ok(metadata)
     }
 
     /// Finds `topic`, or creates it where that is allowed.
@@ -177,6 +220,11 @@ impl Admin {
         let new = NewTopic::new(topic.as_str(), partitions, TopicReplication::Fixed(-1))
             // The server's default is a little less than a message of 1 MiB takes.
             .set("max.message.bytes", MAX_RECORD_BYTES);
+        let retention = retry_topics::retention(topic).map(|kept| kept.as_millis().to_string());
+        let new = match &retention {
+            Some(millis) => new.set("retention.ms", millis),
+            None => new,
+        };
         let created = pollster::block_on(self.making()?.create_topics([&new], &self.options()));
         let created = created.map_err(|error| error::failed(format_args!("create topic {topic}"), &error))?;
         match created.into_iter().next() {
@@ -187,10 +235,12 @@ impl Admin {
 
     /// Asks again, within the connect timeout, while the answer is one that passes by itself: a topic
     /// just made has no leader yet, a group's coordinator is just being loaded.
-    pub(crate) fn patiently<T>(&self, mut ask: impl FnMut() -> Result<T>) -> Result<T> {
+    /// `ask` is told how long it may take.
+    pub(crate) fn patiently<T>(&self, mut ask: impl FnMut(Duration) -> Result<T>) -> Result<T> {
         let deadline = Instant::now() + self.timeout();
         loop {
-            match ask() {
+            let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(100));
+            match ask(left) {
                 Err(error) if error.kind() == ErrorKind::Unavailable && Instant::now() < deadline => {
                     rest(Duration::from_millis(20));
                 }
@@ -201,10 +251,10 @@ impl Admin {
 
     /// Offsets of `partitions`: the end, the beginning, or the first record of a time or later.
     pub(crate) fn offsets(&self, partitions: &[Partition], at: At) -> Result<Vec<(Partition, i64)>> {
-        self.patiently(|| self.ask_offsets(partitions, at))
+        self.patiently(|left| self.ask_offsets(partitions, at, left))
     }
 
-    fn ask_offsets(&self, partitions: &[Partition], at: At) -> Result<Vec<(Partition, i64)>> {
+    fn ask_offsets(&self, partitions: &[Partition], at: At, timeout: Duration) -> Result<Vec<(Partition, i64)>> {
         if partitions.is_empty() {
             return Ok(Vec::new());
         }
@@ -214,7 +264,7 @@ impl Admin {
             At::Time(millis) => Offset::Offset(millis.max(0)),
         };
         let list = list(partitions.iter().map(|partition| (partition, asked)))?;
-        let answer = self.asking()?.offsets_for_times(list, self.timeout());
+        let answer = self.asking()?.offsets_for_times(list, timeout);
         let answer = answer.map_err(|error| self.health.explain(error::failed("ask for offsets", &error)))?;
         let mut offsets = Vec::with_capacity(partitions.len());
         let mut beyond = Vec::new();

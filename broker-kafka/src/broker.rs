@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use broker_core::{
     BoxFuture, Broker, BrokerUrl, Capabilities, Connector, DeadLetter, DrainReport, Error, Group, GroupOptions,
-    GroupSettings, GroupStatus, Publisher, PublisherOptions, Result, State, Status, Subscribe, Subscription,
+    GroupSettings, GroupStatus, Publisher, PublisherOptions, Receipt, Result, State, Status, Subscribe, Subscription,
     SubscriptionStatus, Topic, TopicFilter,
 };
 use tokio::sync::{OnceCell, oneshot};
 
-use crate::admin::{Admin, At};
+use crate::admin::{Admin, At, Partition};
 use crate::capabilities::capabilities;
 use crate::client::rest;
 use crate::consumer::Source;
@@ -21,11 +21,12 @@ use crate::dead::Grave;
 use crate::delivery::Reader;
 use crate::group::{self, GroupClient, Stored};
 use crate::member::Member;
-use crate::poller;
 use crate::producer::{KafkaProducer, Publishing, RawProducer};
 use crate::progress::Progress;
 use crate::registry::{Entry, Registry};
-use crate::{KafkaConfig, check_options};
+use crate::retry_topics::RetryTopics;
+use crate::{KafkaConfig, Transaction, check_options};
+use crate::{poller, process};
 
 /// A [`Broker`] on Apache Kafka.
 ///
@@ -88,6 +89,38 @@ impl KafkaBroker {
     /// [`Invalid`](broker_core::ErrorKind::Invalid) if librdkafka does not take a setting of the URL.
     pub fn raw_producer(&self) -> Result<Arc<RawProducer>> {
         self.shared.publishing.client().cloned()
+    }
+
+    /// Publishes messages and acks deliveries, all or nothing: consume, process, produce. Whoever reads what
+    /// is committed (`isolation.level=read_committed`, the default here) sees all of it or none, and the group
+    /// goes on behind what it acked even if this process dies at once. Receipts are in the order of the
+    /// messages. Once begun it ends by itself, whether or not the future is waited for.
+    ///
+    /// ```no_run
+    /// # async fn example() -> broker_core::Result<()> {
+    /// use broker_core::{Broker, BrokerUrl, GroupName, Message, Subscribe, Topic};
+    /// use broker_kafka::{KafkaBroker, KafkaConfig, Transaction};
+    ///
+    /// let url = BrokerUrl::parse("kafka://127.0.0.1:9092?transactional_id=invoices-1")?;
+    /// let broker = KafkaBroker::new(KafkaConfig::from_url(url)?);
+    /// let billing = Subscribe::group(GroupName::new("billing")?);
+    /// let mut orders = broker.subscribe(&"orders.created".parse()?, billing).await?;
+    /// while let Some(order) = orders.next().await? {
+    ///     let invoice = Message::new(order.message().payload().clone());
+    ///     broker.transact(Transaction::new().publish(Topic::new("invoices")?, invoice).ack(order)).await?;
+    /// }
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](broker_core::ErrorKind::Unsupported) without `transactional_id`;
+    /// [`Invalid`](broker_core::ErrorKind::Invalid) for a delivery that came to no group's member of this
+    /// broker; [`Unavailable`](broker_core::ErrorKind::Unavailable) if a delivery's partition has moved;
+    /// [`Conflict`](broker_core::ErrorKind::Conflict) if another producer has taken the `transactional_id`;
+    /// and what publishing says. After an error nothing of it has happened, and the deliveries come again.
+    pub fn transact(&self, transaction: Transaction) -> BoxFuture<'static, Result<Vec<Receipt>>> {
+        self.blocking(|shared| shared.transact(transaction))
     }
 
     /// Runs what waits for the server on a thread of its own.
@@ -158,10 +191,14 @@ impl Shared {
                 (Arc::new(Entry::new(settings)), Source::Alone(offsets))
             }
         };
+        let threshold = self.admin.config().retry_topics;
+        let retry_topics = group.as_ref().zip(threshold).map(|(group, threshold)| RetryTopics::new(group, threshold));
+        let retry_topics = retry_topics.transpose()?;
         let wake = crossbeam_channel::bounded(1);
-        let member = Member::new(filter.clone(), group, entry, options.max_in_flight(), wake.0.clone());
-        let member = Arc::new(member);
-        self.registry.add(Arc::clone(&member));
+        let (max_in_flight, rouse) = (options.max_in_flight(), wake.0.clone());
+        let make =
+            |number| Member::new(filter.clone(), group.clone(), number, entry, retry_topics, max_in_flight, rouse);
+        let member = self.registry.add(group.as_ref(), make);
         let (admin, publishing) = (Arc::clone(&self.admin), Arc::clone(&self.publishing));
         if let Err(error) = poller::start(Arc::clone(&member), admin, publishing, source, wake) {
             member.finish();
@@ -179,6 +216,14 @@ impl Shared {
         // A close that came meanwhile has not seen this member.
         self.open()?;
         Ok(Subscription::new(reader))
+    }
+
+    fn transact(&self, transaction: Transaction) -> Result<Vec<Receipt>> {
+        self.open()?;
+        if self.admin.config().transactional_id.is_none() {
+            return Err(Error::unsupported("transactions: the broker's URL names no transactional_id"));
+        }
+        process::run(&self.publishing, &self.registry.members(), transaction)
     }
 
     fn alter(&self, group: &Group, options: &GroupOptions) -> Result<()> {
@@ -229,16 +274,17 @@ impl Shared {
         }
         let known = self.registry.group(group).is_some();
         let deleted = self.admin.delete_group(&self.group_id(group))?;
+        self.admin.delete_retry_topics(group)?;
         self.registry.forget(group);
         Ok(deleted || known)
     }
 
     fn purge(&self, group: &Group) -> Result<u64> {
         let settings = self.settings(group)?;
-        let partitions = self.admin.matching(&group.filter)?;
+        let partitions = self.admin.of_group(group)?;
         let end = self.admin.offsets(&partitions, At::End)?;
         let client = GroupClient::new(&self.admin, &self.group_id(group))?;
-        let lag = lag(&client.committed(&partitions)?, &end);
+        let lag = lag(committed_of(&client.committed(&partitions)?), &end);
         let offsets: Vec<_> = end
             .into_iter()
             .map(|(partition, watermark)| (partition, Progress { watermark, ..Progress::default() }))
@@ -261,14 +307,26 @@ impl Shared {
         for member in members.iter().filter(|member| member.group.is_none() && member.is_open()) {
             let mut alone = SubscriptionStatus::new(member.filter.clone(), State::Active);
             alone.in_flight = Some(member.in_flight());
+            let progress = member.state(|state| state.progress());
+            alone.assignment = Some(assignment(progress.iter().map(|(partition, _)| partition)));
+            if !closed {
+                let partitions: Vec<_> = progress.iter().map(|(partition, _)| partition.clone()).collect();
+                let end = self.admin.offsets(&partitions, At::End)?;
+                alone.lag = Some(lag(progress.iter().map(|(partition, progress)| (partition, Some(progress))), &end));
+            }
             alone.counts = member.entry.counts.counts();
             alone.last_error = member.entry.last_error();
             status.subscriptions.push(alone);
         }
         for (group, entry) in self.registry.groups() {
             let mut one = GroupStatus::new(group.clone(), status.state);
-            let own = members.iter().filter(|member| member.group.as_ref() == Some(&group));
-            one.in_flight = Some(own.map(|member| member.in_flight()).sum());
+            let own: Vec<_> = members.iter().filter(|member| member.group.as_ref() == Some(&group)).collect();
+            one.in_flight = Some(own.iter().map(|member| member.in_flight()).sum());
+            let partitions: Vec<Partition> = own
+                .iter()
+                .flat_map(|member| member.state(|state| state.partitions().cloned().collect::<Vec<_>>()))
+                .collect();
+            one.assignment = Some(assignment(&partitions));
             one.counts = entry.counts.counts();
             one.last_error = entry.last_error();
             if !closed {
@@ -281,10 +339,10 @@ impl Shared {
 
     fn ask_server(&self, group: &Group, status: &mut GroupStatus) -> Result<()> {
         let id = self.group_id(group);
-        let partitions = self.admin.matching(&group.filter)?;
+        let partitions = self.admin.of_group(group)?;
         let end = self.admin.offsets(&partitions, At::End)?;
         let committed = GroupClient::new(&self.admin, &id)?.committed(&partitions)?;
-        status.lag = Some(lag(&committed, &end));
+        status.lag = Some(lag(committed_of(&committed), &end));
         status.members = Some(self.admin.members(&id)?.unwrap_or(0));
         Ok(())
     }
@@ -312,10 +370,24 @@ impl Shared {
 /// How long subscribing waits for a partition, which the other members may have to give up first.
 const TAKING_PART: Duration = Duration::from_secs(3);
 
-/// Messages between what is committed and the end, what is settled beyond the commit not counted.
-fn lag(committed: &[group::Committed], end: &[(crate::admin::Partition, i64)]) -> u64 {
-    let of_partition = |(partition, end): &(crate::admin::Partition, i64)| {
-        let progress = committed.iter().find(|one| one.partition == *partition)?.progress.as_ref();
+/// Partitions as a status names them, in order.
+fn assignment<'a>(partitions: impl IntoIterator<Item = &'a Partition>) -> Vec<String> {
+    let mut names: Vec<_> = partitions.into_iter().map(|(topic, number)| (topic.to_string(), *number)).collect();
+    names.sort();
+    names.into_iter().map(|(topic, number)| format!("{topic}/{number}")).collect()
+}
+
+fn committed_of(committed: &[group::Committed]) -> impl Iterator<Item = (&Partition, Option<&Progress>)> + Clone {
+    committed.iter().map(|one| (&one.partition, one.progress.as_ref()))
+}
+
+/// Messages between how far a reader is in each partition and its end, what is settled beyond not counted.
+fn lag<'a>(
+    progress: impl Iterator<Item = (&'a Partition, Option<&'a Progress>)> + Clone,
+    end: &[(Partition, i64)],
+) -> u64 {
+    let of_partition = |(partition, end): &(Partition, i64)| {
+        let (_, progress) = progress.clone().find(|(one, _)| *one == partition)?;
         let behind = end.saturating_sub(progress.map_or(0, |progress| progress.watermark));
         let done: i64 = progress.map_or(0, |progress| progress.done.iter().map(|range| range.end - range.start).sum());
         u64::try_from(behind.saturating_sub(done)).ok()
@@ -350,8 +422,12 @@ impl Broker for KafkaBroker {
         self.shared.open()?;
         check_options(&options)?;
         let publishing = Arc::clone(&self.shared.publishing);
-        let producer = KafkaProducer { topic: publishing.topic(topic), publishing };
-        Publisher::new(topic.clone(), self.capabilities().max_message_bytes, Arc::new(producer))
+        let max_message_bytes = self.capabilities().max_message_bytes;
+        let topic_queue = publishing.topic(topic);
+        // Where a batch is atomic, what is too large fails the batch: the producer has to see it.
+        let checked = if self.config().transactional_id.is_some() { usize::MAX } else { max_message_bytes };
+        let producer = KafkaProducer { topic: topic_queue, max_message_bytes, publishing };
+        Publisher::new(topic.clone(), checked, Arc::new(producer))
     }
 
     fn subscribe(&self, filter: &TopicFilter, options: Subscribe) -> BoxFuture<'_, Result<Subscription>> {

@@ -127,9 +127,13 @@ impl Health {
         *self.last.lock() = None;
     }
 
-    /// Something failed.
+    /// Something failed. That a connection is down is what follows from being refused, and tells less.
     pub(crate) fn failed(&self, error: Error) {
-        *self.last.lock() = Some(error);
+        let mut last = self.last.lock();
+        let refused = last.as_ref().is_some_and(|last| last.kind() == ErrorKind::Unauthorized);
+        if !(refused && error.kind() == ErrorKind::Unavailable) {
+            *last = Some(error);
+        }
     }
 
     /// `error`, or what the clients know better: that the credentials are wrong shows only in the log

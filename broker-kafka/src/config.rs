@@ -51,6 +51,14 @@ pub struct KafkaConfig {
     pub drain_timeout: Duration,
     /// How often topics and partitions that are new are looked for.
     pub metadata_refresh: Duration,
+    /// How messages are written, and what is understood of those that others wrote.
+    pub format: Format,
+    /// The wait from which on a retry goes to a topic of its own instead of being held; `None` holds all.
+    pub retry_topics: Option<Duration>,
+    /// The `group.instance.id` of members, which makes their membership static.
+    pub instance_id: Option<String>,
+    /// The `transactional.id` of publishing, which is in transactions then.
+    pub transactional_id: Option<String>,
     /// `group.id`s that are not `NAME@FILTER`.
     pub group_ids: BTreeMap<Group, String>,
     /// Settings of librdkafka that are handed on as they are.
@@ -62,7 +70,7 @@ const MAX_PARTITIONS: usize = 10_000;
 const MAX_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// What the adapter's promises stand on.
-const NOT_SETTABLE: [&str; 8] = [
+const NOT_SETTABLE: [&str; 9] = [
     "bootstrap.servers",
     "metadata.broker.list",
     "group.id",
@@ -71,6 +79,7 @@ const NOT_SETTABLE: [&str; 8] = [
     "auto.offset.reset",
     "allow.auto.create.topics",
     "transactional.id",
+    "group.instance.id",
 ];
 
 impl KafkaConfig {
@@ -116,6 +125,10 @@ impl KafkaConfig {
             commit_interval: timeout(&mut url, "commit_interval", Duration::from_secs(1))?,
             drain_timeout: timeout(&mut url, "drain_timeout", Duration::from_secs(30))?,
             metadata_refresh: timeout(&mut url, "metadata_refresh", Duration::from_secs(10))?,
+            format: format(&mut url)?,
+            retry_topics: retry_topics(&mut url)?,
+            instance_id: id(&mut url, "instance_id")?,
+            transactional_id: id(&mut url, "transactional_id")?,
             group_ids: group_ids(&mut url)?,
             librdkafka: librdkafka(&mut url)?,
         };
@@ -148,7 +161,7 @@ impl KafkaConfig {
         self.hosts.join(",")
     }
 
-    /// The `group.id` of a group: `NAME@FILTER` unless the URL gave another.
+    /// The `group.id` of a group: `NAME@FILTER`, with `preset=go-micro` `NAME`, unless the URL gave another.
     ///
     /// ```
     /// use broker_core::BrokerUrl;
@@ -161,7 +174,11 @@ impl KafkaConfig {
     /// # Ok::<(), broker_core::Error>(())
     /// ```
     pub fn group_id(&self, group: &Group) -> String {
-        self.group_ids.get(group).cloned().unwrap_or_else(|| group.to_string())
+        match (self.group_ids.get(group), self.format) {
+            (Some(id), _) => id.clone(),
+            (None, Format::GoMicro) => group.name.to_string(),
+            (None, _) => group.to_string(),
+        }
     }
 }
 
@@ -179,6 +196,37 @@ fn credentials(url: &BrokerUrl) -> Result<Option<Credentials>> {
         }
         _ => Err(Error::invalid("broker URL: it takes a user and a password, as in kafka://user:password@host")),
     }
+}
+
+fn format(url: &mut BrokerUrl) -> Result<Format> {
+    let preset: Option<Preset> = url.parameter("preset")?;
+    let format: Option<Format> = url.parameter("format")?;
+    match (preset, format) {
+        (Some(Preset::GoMicro), Some(_)) => {
+            Err(Error::invalid("broker URL parameter format: preset=go-micro says what it is"))
+        }
+        (Some(Preset::GoMicro), None) => Ok(Format::GoMicro),
+        (None, format) => Ok(format.unwrap_or_default()),
+    }
+}
+
+fn retry_topics(url: &mut BrokerUrl) -> Result<Option<Duration>> {
+    let threshold = url.duration("retry_topics")?;
+    if threshold.is_some_and(|threshold| threshold.is_zero() || threshold > MAX_TIMEOUT) {
+        return Err(Error::invalid("broker URL parameter retry_topics: it is more than 0s and at most 1h"));
+    }
+    Ok(threshold)
+}
+
+/// An id that we hand on to the server.
+fn id(url: &mut BrokerUrl, name: &str) -> Result<Option<String>> {
+    let id: Option<String> = url.parameter(name)?;
+    if id.as_ref().is_some_and(|id| id.is_empty() || id.len() > 200 || id.chars().any(char::is_control)) {
+        return Err(Error::invalid(format!(
+            "broker URL parameter {name}: it has 1 to 200 bytes, no control characters"
+        )));
+    }
+    Ok(id)
 }
 
 fn client_id(url: &mut BrokerUrl) -> Result<String> {
@@ -329,6 +377,47 @@ impl FromStr for Compression {
     }
 }
 
+/// How messages are written, and what is understood of those that others wrote. Dead letters, and what
+/// waits in retry topics, are always written natively.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Format {
+    /// Key, payload, headers and time as Kafka's own; the rest in headers of ours.
+    #[default]
+    Native,
+    /// CloudEvents' Kafka protocol binding 1.0: written in binary mode, read in binary and structured mode.
+    CloudEvents,
+    /// What Go Micro's Kafka plugin writes and reads (`preset=go-micro`).
+    GoMicro,
+}
+
+impl FromStr for Format {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> std::result::Result<Self, Self::Err> {
+        match text {
+            "native" => Ok(Self::Native),
+            "cloudevents" => Ok(Self::CloudEvents),
+            _ => Err("it is native or cloudevents"),
+        }
+    }
+}
+
+/// Settings that belong together.
+enum Preset {
+    GoMicro,
+}
+
+impl FromStr for Preset {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> std::result::Result<Self, Self::Err> {
+        match text {
+            "go-micro" => Ok(Self::GoMicro),
+            _ => Err("it is go-micro"),
+        }
+    }
+}
+
 /// How a client proves who it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sasl {
@@ -371,6 +460,13 @@ mod tests {
     }
 
     #[test]
+    fn go_micros_group_is_its_queue() {
+        let group: Group = "billing@orders.created".parse().unwrap();
+        let config = read("kafka://host?preset=go-micro").unwrap();
+        assert_eq!((config.format, config.group_id(&group)), (Format::GoMicro, "billing".to_owned()));
+    }
+
+    #[test]
     fn every_host_has_a_port() {
         let config = read("kafka://a,b:9094,[::1],[::1]:9095").unwrap();
         assert_eq!(config.hosts, ["a:9092", "b:9094", "[::1]:9092", "[::1]:9095"]);
@@ -407,6 +503,13 @@ mod tests {
             ("kafka://u:hunter2@h?group_id.billing=x", "group_id.billing"),
             ("kafka://u:hunter2@h?group_id.billing@a=", "group.id"),
             ("kafka://u:hunter2@h?group_id.b@a=x&group_id.b@a=y", "twice"),
+            ("kafka://u:hunter2@h?preset=nats", "go-micro"),
+            ("kafka://u:hunter2@h?format=avro", "cloudevents"),
+            ("kafka://u:hunter2@h?format=native&preset=go-micro", "preset"),
+            ("kafka://u:hunter2@h?retry_topics=0s", "retry_topics"),
+            ("kafka://u:hunter2@h?instance_id=", "instance_id"),
+            ("kafka://u:hunter2@h?librdkafka.group.instance.id=x", "group.instance.id"),
+            ("kafka://u:hunter2@h?librdkafka.transactional.id=x", "transactional.id"),
         ] {
             let error = read(url).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Invalid, "{url}");

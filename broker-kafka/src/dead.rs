@@ -17,6 +17,7 @@ use rustc_hash::FxHashMap;
 
 use crate::admin::{Admin, At, Partition, list};
 use crate::client::{self, Context, Role};
+use crate::config::Format;
 use crate::group::{GroupClient, Stored};
 use crate::producer::Publishing;
 use crate::progress::Progress;
@@ -68,7 +69,7 @@ impl Grave {
         let mut publishes = Vec::with_capacity(letters.len());
         for Kept { partition, offset, letter } in letters {
             let topic = publishing.topic(&letter.topic);
-            publishes.push((partition, offset, publishing.publish(&topic, letter.message, Some(&group))));
+            publishes.push((partition, offset, publishing.publish_for(&topic, letter.message, &group)));
         }
         let (mut redriven, mut failed) = (0, None);
         let mut forgotten: FxHashMap<i32, i64> = FxHashMap::default();
@@ -172,7 +173,7 @@ impl Grave {
 
     /// The dead letter that a record is, if it is one of the group's.
     fn letter(&self, record: &rdkafka::message::BorrowedMessage<'_>) -> Option<DeadLetter> {
-        let decoded = record::decode(record);
+        let decoded = record::decode(record, Format::Native);
         let letter = DeadLetter::from_message(decoded.message).ok()?;
         (decoded.problem.is_none() && letter.group.as_ref() == Some(&self.group)).then_some(letter)
     }

@@ -12,15 +12,15 @@ use crate::member::{Member, Settled};
 use crate::state::Item;
 
 /// Deliveries handed out in one go.
-struct Batch {
-    member: Arc<Member>,
+pub(crate) struct Batch {
+    pub(crate) member: Arc<Member>,
     items: Vec<Item>,
 }
 
 impl Batch {
     // An index is one that was given to `Delivery::new`.
     #[allow(clippy::indexing_slicing)]
-    fn item(&self, index: u32) -> &Item {
+    pub(crate) fn item(&self, index: u32) -> &Item {
         &self.items[index as usize]
     }
 }

@@ -22,6 +22,8 @@ pub fn error_kind(code: i16) -> ErrorKind {
         19 | 20 => ErrorKind::Unavailable,
         // ILLEGAL_GENERATION, UNKNOWN_MEMBER_ID, REBALANCE_IN_PROGRESS: the group moves on by itself
         22 | 25 | 27 => ErrorKind::Unavailable,
+        // CONCURRENT_TRANSACTIONS: the one before is just being ended
+        51 => ErrorKind::Unavailable,
         // KAFKA_STORAGE_ERROR, FENCED_LEADER_EPOCH, UNKNOWN_LEADER_EPOCH, OFFSET_NOT_AVAILABLE,
         // UNSTABLE_OFFSET_COMMIT, THROTTLING_QUOTA_EXCEEDED
         56 | 74 | 75 | 78 | 88 | 89 => ErrorKind::Unavailable,
@@ -33,12 +35,13 @@ pub fn error_kind(code: i16) -> ErrorKind {
         // INVALID_REPLICA_ASSIGNMENT, INVALID_CONFIG, INVALID_RECORD
         17 | 37..=40 | 87 => ErrorKind::Invalid,
         // TOPIC_, GROUP_ and CLUSTER_AUTHORIZATION_FAILED, UNSUPPORTED_SASL_MECHANISM,
-        // ILLEGAL_SASL_STATE, SASL_AUTHENTICATION_FAILED
-        29..=31 | 33 | 34 | 58 => ErrorKind::Unauthorized,
+        // ILLEGAL_SASL_STATE, TRANSACTIONAL_ID_AUTHORIZATION_FAILED, SASL_AUTHENTICATION_FAILED
+        29..=31 | 33 | 34 | 53 | 58 => ErrorKind::Unauthorized,
         // UNSUPPORTED_VERSION
         35 => ErrorKind::Unsupported,
-        // TOPIC_ALREADY_EXISTS, NON_EMPTY_GROUP
-        36 | 68 => ErrorKind::Conflict,
+        // TOPIC_ALREADY_EXISTS, NON_EMPTY_GROUP; another has the same transactional.id or group.instance.id:
+        // INVALID_PRODUCER_EPOCH, FENCED_INSTANCE_ID, PRODUCER_FENCED
+        36 | 68 | 47 | 82 | 90 => ErrorKind::Conflict,
         _ => ErrorKind::Backend,
     }
 }
@@ -56,7 +59,9 @@ pub(crate) fn code_kind(code: RDKafkaErrorCode) -> ErrorKind {
         | RDKafkaErrorCode::State
         | RDKafkaErrorCode::NoOffset
         | RDKafkaErrorCode::AssignmentLost => ErrorKind::Unavailable,
-        RDKafkaErrorCode::Authentication => ErrorKind::Unauthorized,
+        // No trust between us and the server: its certificate, or what we prove.
+        RDKafkaErrorCode::Authentication | RDKafkaErrorCode::SSL => ErrorKind::Unauthorized,
+        RDKafkaErrorCode::Fenced => ErrorKind::Conflict,
         RDKafkaErrorCode::UnknownTopic | RDKafkaErrorCode::UnknownPartition | RDKafkaErrorCode::UnknownGroup => {
             ErrorKind::NotFound
         }

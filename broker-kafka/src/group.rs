@@ -7,6 +7,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use broker_core::{Error, Group, GroupOptions, GroupSettings, Result, RetryPolicy, StartAt, Topic};
 use rdkafka::config::FromClientConfigAndContext;
@@ -141,12 +142,12 @@ impl GroupClient {
         if partitions.is_empty() {
             return Ok(Vec::new());
         }
-        self.admin.patiently(|| self.ask_committed(partitions))
+        self.admin.patiently(|left| self.ask_committed(partitions, left))
     }
 
-    fn ask_committed(&self, partitions: &[Partition]) -> Result<Vec<Committed>> {
+    fn ask_committed(&self, partitions: &[Partition], timeout: Duration) -> Result<Vec<Committed>> {
         let list = list(partitions.iter().map(|partition| (partition, Offset::Invalid)))?;
-        let answer = self.consumer()?.committed_offsets(list, self.admin.config().connect_timeout);
+        let answer = self.consumer()?.committed_offsets(list, timeout);
         let explain = |error| self.admin.health().explain(error::failed("ask for the group's offsets", &error));
         read(&answer.map_err(explain)?)
     }
@@ -157,7 +158,7 @@ impl GroupClient {
         if list.count() == 0 {
             return Ok(());
         }
-        self.admin.patiently(|| self.send(&list))
+        self.admin.patiently(|_| self.send(&list))
     }
 
     fn send(&self, list: &TopicPartitionList) -> Result<()> {

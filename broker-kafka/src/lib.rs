@@ -17,10 +17,13 @@ mod client;
 mod dead;
 mod group;
 mod record;
+mod retry_topics;
 
 // Publishing.
+mod process;
 mod producer;
 mod tickets;
+mod transaction;
 
 // Receiving: the state machines, then what drives them.
 mod lot;
@@ -35,11 +38,12 @@ mod poller;
 
 pub use broker::{KafkaBroker, connector};
 pub use capabilities::capabilities;
-pub use config::{Compression, Credentials, KafkaConfig, Sasl, Security};
+pub use config::{Compression, Credentials, Format, KafkaConfig, Sasl, Security};
 pub use error::error_kind;
 pub use pattern::topic_pattern;
 pub use producer::{Callbacks, RawProducer};
 pub use refusal::{check_collision, check_message, check_options};
+pub use transaction::Transaction;
 
 /// The client underneath, in the version this crate uses.
 pub use rdkafka;

@@ -3,12 +3,13 @@
 
 use std::collections::VecDeque;
 
-use broker_core::{Message, Timestamp};
+use broker_core::{Message, Timestamp, Topic};
 use bytes::Bytes;
 use rustc_hash::FxHashMap;
 
 use crate::admin::Partition;
 use crate::progress::Progress;
+use crate::record::Retried;
 use crate::tracker::{Admission, Tracker};
 
 /// A record to be delivered.
@@ -19,8 +20,10 @@ pub(crate) struct Entry {
     pub(crate) message: Message,
     /// Attempts that failed.
     pub(crate) failed: u32,
-    /// When it was first handed out by this member.
+    /// When it was first handed out, as far as is known.
     pub(crate) first: Option<Timestamp>,
+    /// Where it was published, of a record in a retry topic.
+    pub(crate) origin: Option<Topic>,
 }
 
 #[derive(Debug)]
@@ -36,8 +39,11 @@ pub(crate) struct Lot {
     lanes: Option<FxHashMap<Bytes, VecDeque<Entry>>>,
     /// Handed out and not settled.
     pub(crate) out: usize,
-    /// On the way to the dead-letter topic.
-    pub(crate) burying: usize,
+    /// On the way to another topic: the dead letters', a retry topic.
+    pub(crate) moving: usize,
+    /// Transactions under way that settle some of it: until they end no other commit speaks of it, which
+    /// would count over what they say.
+    pub(crate) transactions: usize,
     /// Bytes of messages held.
     pub(crate) bytes: usize,
     /// It goes to another member: nothing is handed out any more.
@@ -63,7 +69,8 @@ impl Lot {
             ready: VecDeque::new(),
             lanes: ordered.then(FxHashMap::default),
             out: 0,
-            burying: 0,
+            moving: 0,
+            transactions: 0,
             bytes: 0,
             leaving: false,
             dirty: false,
@@ -83,7 +90,7 @@ impl Lot {
             return None;
         }
         self.bytes += message.size();
-        let entry = Entry { seq, message, failed, first: None };
+        let entry = Entry { seq, message, failed, first: None, origin: None };
         let lane = self.lanes.as_mut().zip(entry.message.key());
         match lane.map(|(lanes, key)| (lanes.get_mut(key), key.clone())) {
             Some((Some(waiting), _)) => waiting.push_back(entry),
@@ -98,11 +105,29 @@ impl Lot {
         Some(seq)
     }
 
+    /// A record of a retry topic has arrived. `None` if it was settled before; otherwise it is for the caller
+    /// to make it ready when it is due.
+    pub(crate) fn admit_retried(&mut self, offset: i64, message: Message, retried: Retried) -> Option<Entry> {
+        let Admission::Take { seq, failed } = self.tracker.admit(offset) else {
+            self.dirty = true;
+            return None;
+        };
+        self.bytes += message.size();
+        let failed = retried.failed.saturating_add(failed);
+        Some(Entry { seq, message, failed, first: Some(retried.first), origin: Some(retried.topic) })
+    }
+
+    /// Whether the order of its key depends on this message.
+    pub(crate) fn keeps_order(&self, message: &Message) -> bool {
+        self.lanes.is_some() && message.key().is_some()
+    }
+
     /// A record is settled for good; the next of its key is ready.
     pub(crate) fn finish(&mut self, seq: u64, message: &Message) {
         self.tracker.finish(seq);
         self.dirty = true;
         self.bytes = self.bytes.saturating_sub(message.size());
+        // What came through a retry topic has no lane here: it has no key, or its group no order.
         let Some((lanes, key)) = self.lanes.as_mut().zip(message.key()) else { return };
         match lanes.get_mut(key).map(VecDeque::pop_front) {
             Some(Some(next)) => self.ready.push_back(next),
@@ -136,6 +161,6 @@ impl Lot {
 
     /// Whether it can be let go: nothing of it is anywhere else.
     pub(crate) fn is_quiet(&self) -> bool {
-        self.out == 0 && self.burying == 0
+        self.out == 0 && self.moving == 0
     }
 }

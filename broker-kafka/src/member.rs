@@ -2,10 +2,10 @@
 
 use std::cmp::Reverse;
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll, Waker};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use broker_core::{
     DeadLetter, Error, Failure, Group, GroupSettings, Message, Result, Settlement, Timestamp, Topic, TopicFilter,
@@ -14,15 +14,26 @@ use crossbeam_channel::Sender;
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
+use crate::admin::Partition;
+use crate::consumer::Client;
 use crate::lot::Entry;
+use crate::progress::Progress;
+use crate::record::{Retried, Travel};
 use crate::registry::Entry as GroupEntry;
-use crate::state::{Burial, Ending, Item, Place, State, Timer};
+use crate::retry_topics::RetryTopics;
+use crate::state::{Ending, Item, Place, State, Timer, Transfer, TransferKind};
 
 pub(crate) struct Member {
     pub(crate) filter: TopicFilter,
     pub(crate) group: Option<Group>,
+    /// Which of the group's members in this broker value it is, from 0.
+    pub(crate) number: usize,
     /// What the members of the group in this process share.
     pub(crate) entry: Arc<GroupEntry>,
+    /// Where a retry goes that waits for long.
+    retry_topics: Option<RetryTopics>,
+    /// Who speaks to the group's coordinator, once it was made; its thread ends it.
+    pub(crate) consumer: OnceLock<Weak<Client>>,
     max_in_flight: usize,
     state: Mutex<State>,
     /// Rouses the polling thread.
@@ -45,6 +56,9 @@ pub(crate) enum Settled {
     Refused(Error),
 }
 
+/// What a commit says.
+pub(crate) type Commits = Vec<(Partition, Progress)>;
+
 /// A record that was read, for [`Member::admit`].
 pub(crate) struct Arrival {
     pub(crate) offset: i64,
@@ -55,11 +69,18 @@ impl Member {
     pub(crate) fn new(
         filter: TopicFilter,
         group: Option<Group>,
+        number: usize,
         entry: Arc<GroupEntry>,
+        retry_topics: Option<RetryTopics>,
         max_in_flight: usize,
         wake: Sender<()>,
     ) -> Self {
-        Self { filter, group, entry, max_in_flight, state: Mutex::default(), wake }
+        let consumer = OnceLock::new();
+        Self { filter, group, number, entry, retry_topics, consumer, max_in_flight, state: Mutex::default(), wake }
+    }
+
+    pub(crate) fn retry_topics(&self) -> Option<&RetryTopics> {
+        self.retry_topics.as_ref()
     }
 
     fn settings(&self) -> GroupSettings {
@@ -74,7 +95,7 @@ impl Member {
         if let Some(ending) = &state.ending {
             return Poll::Ready(ending.error.clone().map_or_else(|| Ok(Vec::new()), Err));
         }
-        let room = limit.min(self.max_in_flight.saturating_sub(state.out));
+        let room = if state.held_back { 0 } else { limit.min(self.max_in_flight.saturating_sub(state.out)) };
         let items = state.hand_out(room, &self.entry);
         if items.is_empty() {
             match &mut state.reader {
@@ -129,7 +150,15 @@ impl Member {
                         self.entry.failed(failure.reason());
                     }
                     let wait = after.unwrap_or_else(|| settings.retry.backoff(item.attempt()));
+                    let held = lot.keeps_order(&item.entry.message);
+                    let topic = self.retry_topics.as_ref().filter(|_| !held).and_then(|topics| topics.topic(wait));
                     let entry = Entry { failed: item.entry.failed.saturating_add(1), ..item.entry.clone() };
+                    if let Some(topic) = topic {
+                        self.set_aside(&mut state, item, entry, topic, wait);
+                        state.out -= 1;
+                        self.after_settling(&mut state);
+                        return Settled::Done;
+                    }
                     let soonest = state.timers.peek().map(|Reverse(timer)| timer.due);
                     let due = Instant::now() + wait;
                     state.timers.push(Reverse(Timer { due, lot: item.place, entry }));
@@ -155,9 +184,33 @@ impl Member {
         if deleted {
             return Settled::Done;
         }
-        Settled::Refused(Error::unavailable(
-            "the partition has moved to another member, or the subscription has ended; the message comes back",
-        ))
+        Settled::Refused(moved())
+    }
+
+    /// Sends a retry to where it does not take room from the others.
+    fn set_aside(&self, state: &mut State, item: &Item, entry: Entry, topic: Topic, wait: Duration) {
+        let now = Timestamp::now();
+        let retried = Retried {
+            topic: item.topic.clone(),
+            failed: entry.failed,
+            due: now.after(wait),
+            first: entry.first.unwrap_or(now),
+        };
+        let travel = Travel { for_group: None, retried: Some(Box::new(retried)) };
+        let kind = TransferKind::Retry(travel);
+        let message = entry.message;
+        let (copy, seq) = (message.clone(), entry.seq);
+        self.transfer(state, Transfer { place: item.place, seq, message: Some(message), topic, copy, kind });
+    }
+
+    /// A message goes to another topic; the polling thread publishes it.
+    fn transfer(&self, state: &mut State, transfer: Transfer) {
+        if let Some(lot) = state.lot(transfer.place) {
+            lot.moving += 1;
+            state.moving += 1;
+            state.transfers.push(transfer);
+            self.rouse();
+        }
     }
 
     fn bury(&self, state: &mut State, item: &Item, settings: &GroupSettings, failure: Failure) -> Settled {
@@ -206,15 +259,12 @@ impl Member {
             tracing::warn!(topic = %letter.topic, id = %message.id(), reason, "a message failed for good and is discarded");
             return false;
         };
-        lot.burying += 1;
-        state.burying += 1;
-        let letter = letter.into_message();
+        let copy = letter.into_message();
         let (message, reply) = match origin {
             Origin::Delivery(reply) => (Some(message), Some(reply)),
             Origin::Apart => (None, None),
         };
-        state.burials.push(Burial { place, seq, message, topic, letter, reply });
-        self.rouse();
+        self.transfer(state, Transfer { place, seq, message, topic, copy, kind: TransferKind::Dead(reply) });
         true
     }
 
@@ -243,6 +293,18 @@ impl Member {
         let _ = self.wake.try_send(());
     }
 
+    /// Hands out nothing, or goes on.
+    pub(crate) fn hold_back(&self, held_back: bool) {
+        let mut state = self.state.lock();
+        if std::mem::replace(&mut state.held_back, held_back)
+            && !held_back
+            && let Some(reader) = state.reader.take()
+        {
+            drop(state);
+            reader.wake();
+        }
+    }
+
     pub(crate) fn state<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         change(&mut self.state.lock())
     }
@@ -262,8 +324,20 @@ impl Member {
                 }
                 continue;
             }
-            let wanted = decoded.for_group.is_none() || decoded.for_group == own;
-            lot.admit(offset, decoded.message, wanted);
+            match decoded.travel.retried.filter(|_| lot.partition.0.is_reserved()) {
+                Some(retried) => {
+                    let due = retried.due;
+                    if let Some(entry) = lot.admit_retried(offset, decoded.message, *retried) {
+                        let due = Instant::now() + due.since(Timestamp::now());
+                        state.timers.push(Reverse(Timer { due, lot: place, entry }));
+                    }
+                }
+                None => {
+                    let for_group = decoded.travel.for_group;
+                    let wanted = for_group.is_none() || for_group == own;
+                    lot.admit(offset, decoded.message, wanted);
+                }
+            }
         }
         if state.has_ready()
             && let Some(reader) = state.reader.take()
@@ -302,33 +376,82 @@ impl Member {
         next
     }
 
-    /// A letter has arrived, or not.
-    pub(crate) fn buried(&self, burial: Burial, result: Result<()>) -> Option<Burial> {
+    /// A message has arrived where it was sent, or not: then it is to be sent again.
+    pub(crate) fn transferred(&self, transfer: Transfer, result: Result<()>) -> Option<Transfer> {
         let mut state = self.state.lock();
-        let Some(lot) = state.lot(burial.place) else {
-            state.burying -= 1;
-            if let Some(reply) = burial.reply {
+        let Some(lot) = state.lot(transfer.place) else {
+            state.moving -= 1;
+            if let TransferKind::Dead(Some(reply)) = transfer.kind {
                 let _ = reply.send(result);
             }
             return None;
         };
         if let Err(error) = result {
-            self.entry.failed(&format!("dead letter: {error}"));
-            return Some(burial);
+            self.entry.failed(&format!("publish to {}: {error}", transfer.topic));
+            return Some(transfer);
         }
-        lot.burying -= 1;
-        match &burial.message {
-            Some(message) => lot.finish(burial.seq, message),
-            None => lot.finish_apart(burial.seq),
+        lot.moving -= 1;
+        match &transfer.message {
+            Some(message) => lot.finish(transfer.seq, message),
+            None => lot.finish_apart(transfer.seq),
         }
-        state.burying -= 1;
-        self.entry.counts.dead_lettered.fetch_add(1, Ordering::Relaxed);
+        state.moving -= 1;
+        if matches!(transfer.kind, TransferKind::Dead(_)) {
+            self.entry.counts.dead_lettered.fetch_add(1, Ordering::Relaxed);
+        }
         self.after_settling(&mut state);
         drop(state);
-        if let Some(reply) = burial.reply {
+        if let TransferKind::Dead(Some(reply)) = transfer.kind {
             let _ = reply.send(Ok(()));
         }
         None
+    }
+
+    // --- transactions -------------------------------------------------------------------------------
+
+    /// What a commit says when these deliveries are settled, too, and the partitions that they are of, for
+    /// which other commits are held back until [`end_transaction`](Self::end_transaction).
+    pub(crate) fn begin_transaction(&self, items: &[&Item]) -> Result<(Commits, Vec<Place>)> {
+        let mut state = self.state.lock();
+        if state.closed {
+            return Err(Error::closed("the broker is closed; the messages come back"));
+        }
+        let (mut places, mut settling): (Vec<Place>, Vec<Vec<u64>>) = (Vec::new(), Vec::new());
+        for item in items {
+            if state.lot(item.place).is_none() {
+                return Err(moved());
+            }
+            let known = places.iter().position(|place| *place == item.place);
+            match known.and_then(|known| settling.get_mut(known)) {
+                Some(seqs) => seqs.push(item.entry.seq),
+                None => {
+                    places.push(item.place);
+                    settling.push(vec![item.entry.seq]);
+                }
+            }
+        }
+        let mut commits = Vec::with_capacity(places.len());
+        for (place, mut seqs) in places.iter().zip(settling) {
+            seqs.sort_unstable();
+            if let Some(lot) = state.lot(*place) {
+                lot.transactions += 1;
+                commits.extend(lot.tracker.progress_with(&seqs).map(|progress| (lot.partition.clone(), progress)));
+            }
+        }
+        Ok((commits, places))
+    }
+
+    /// The transaction has ended, one way or the other, and its deliveries are settled.
+    pub(crate) fn end_transaction(&self, places: &[Place]) {
+        let mut state = self.state.lock();
+        for place in places {
+            if let Some(lot) = state.lot(*place) {
+                lot.transactions = lot.transactions.saturating_sub(1);
+                lot.dirty = true;
+            }
+        }
+        drop(state);
+        self.rouse();
     }
 
     // --- the end ------------------------------------------------------------------------------------
@@ -353,7 +476,7 @@ impl Member {
     pub(crate) fn close(&self) -> usize {
         let mut state = self.state.lock();
         state.closed = true;
-        state.out + state.burying
+        state.out + state.moving
     }
 
     /// The polling thread is gone.
@@ -382,13 +505,19 @@ impl Member {
 
     pub(crate) fn in_flight(&self) -> u64 {
         let state = self.state.lock();
-        (state.out + state.burying) as u64
+        (state.out + state.moving) as u64
     }
 
     /// Whether it still takes part.
     pub(crate) fn is_open(&self) -> bool {
         self.state.lock().ending.is_none()
     }
+}
+
+fn moved() -> Error {
+    Error::unavailable(
+        "the partition has moved to another member, or the subscription has ended; the message comes back",
+    )
 }
 
 impl fmt::Debug for Member {

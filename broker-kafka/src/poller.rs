@@ -23,13 +23,16 @@ use rdkafka::{Offset, TopicPartitionList};
 use rustc_hash::FxHashMap;
 
 use crate::admin::{Admin, Partition, list};
+use crate::config::Format;
 use crate::consumer::{Callbacks, Client, Source, assign, make, unassign};
 use crate::group::{self, Stored};
 use crate::lot::Lot;
 use crate::member::{Arrival, Member};
 use crate::producer::Publishing;
 use crate::progress::Progress;
-use crate::state::{Burial, Place};
+use crate::record::Travel;
+use crate::retry_topics::RetryTopics;
+use crate::state::{Place, Transfer, TransferKind};
 use crate::{error, record, topic_pattern};
 
 /// How long the thread waits at most where it has nothing to do: everything else rouses it.
@@ -37,6 +40,9 @@ const IDLE: Duration = Duration::from_millis(200);
 
 /// Records read from one partition before the next has its turn.
 const TURN: usize = 512;
+
+/// Intervals that a commit may be without an answer before nothing more is handed out.
+const PATIENCE: u32 = 2;
 
 /// Between tries of what the server did not take.
 const AGAIN: Duration = Duration::from_millis(500);
@@ -61,9 +67,9 @@ pub(crate) struct Poller {
     /// Partitions whose committed offsets could not be read yet.
     assigning: Vec<TopicPartitionList>,
     leaving: Vec<Leaving>,
-    burying: Vec<(Burial, Publish)>,
-    /// Letters the dead-letter topic did not take, and when to try again.
-    refused: Vec<Burial>,
+    moving: Vec<(Transfer, Publish)>,
+    /// Messages that were not taken where they were sent, and when to try again.
+    refused: Vec<Transfer>,
     try_again: Instant,
     next_commit: Instant,
     /// Without group: when to look for new partitions, and what was found.
@@ -80,8 +86,11 @@ pub(crate) fn start(
     wake: (Sender<()>, Receiver<()>),
 ) -> Result<()> {
     let (rouse, roused) = wake;
-    let consumer = Arc::new(make(&admin, &source, &rouse)?);
+    let consumer = Arc::new(make(&admin, &source, member.number, &rouse)?);
+    // Set once: a member has one client.
+    let _ = member.consumer.set(Arc::downgrade(&consumer));
     let pattern = topic_pattern(&member.filter);
+    let retries = member.retry_topics().map(RetryTopics::pattern);
     let now = Instant::now();
     let refresh = admin.config().metadata_refresh;
     let mut poller = Poller {
@@ -95,7 +104,7 @@ pub(crate) fn start(
         rouse,
         assigning: Vec::new(),
         leaving: Vec::new(),
-        burying: Vec::new(),
+        moving: Vec::new(),
         refused: Vec::new(),
         try_again: now,
         next_commit: now,
@@ -104,7 +113,8 @@ pub(crate) fn start(
     };
     match source {
         Source::Group(_) => {
-            let joined = poller.consumer.subscribe(&[pattern.as_str()]);
+            let topics: Vec<&str> = std::iter::once(pattern.as_str()).chain(retries.as_deref()).collect();
+            let joined = poller.consumer.subscribe(&topics);
             joined.map_err(|error| error::failed("subscribe", &error))?;
         }
         Source::Alone(offsets) => poller.take_alone(offsets)?,
@@ -137,7 +147,7 @@ impl Poller {
         if self.member.is_open() {
             busy = self.read();
         }
-        self.bury();
+        self.transfer();
         self.commit();
         self.refresh();
         busy
@@ -195,7 +205,7 @@ impl Poller {
     fn admit_stray(&mut self, record: &BorrowedMessage<'_>) {
         let Ok(topic) = Topic::new(record.topic()) else { return };
         if let Some(place) = self.places.get(&(topic, record.partition())) {
-            self.member.admit(*place, vec![arrival(record)]);
+            self.member.admit(*place, vec![arrival(record, self.admin.config().format)]);
         }
     }
 
@@ -344,6 +354,7 @@ impl Poller {
 
     fn read(&mut self) -> bool {
         let mut busy = false;
+        let format = self.admin.config().format;
         for (place, queue) in &self.queues {
             if !self.member.state(|state| state.has_room(*place)) {
                 continue;
@@ -351,7 +362,7 @@ impl Poller {
             let mut arrivals = Vec::new();
             while arrivals.len() < TURN {
                 match queue.poll(Duration::ZERO) {
-                    Some(Ok(record)) => arrivals.push(arrival(&record)),
+                    Some(Ok(record)) => arrivals.push(arrival(&record, format)),
                     Some(Err(error)) => self.failed(&error),
                     None => break,
                 }
@@ -364,30 +375,34 @@ impl Poller {
         busy
     }
 
-    // --- dead letters -------------------------------------------------------------------------------
+    // --- to other topics ----------------------------------------------------------------------------
 
-    fn bury(&mut self) {
+    fn transfer(&mut self) {
         let now = Instant::now();
-        let mut fresh = self.member.state(|state| state.take_burials());
+        let mut fresh = self.member.state(|state| state.take_transfers());
         if now >= self.try_again {
             fresh.append(&mut self.refused);
         }
-        for burial in fresh {
-            let topic = self.publishing.topic(&burial.topic);
-            let publish = self.publishing.publish_late(&topic, burial.letter.clone());
-            self.burying.push((burial, publish));
+        for transfer in fresh {
+            let topic = self.publishing.topic(&transfer.topic);
+            let travel = match &transfer.kind {
+                TransferKind::Dead(_) => Travel::default(),
+                TransferKind::Retry(travel) => travel.clone(),
+            };
+            let publish = self.publishing.publish_late(&topic, transfer.copy.clone(), travel);
+            self.moving.push((transfer, publish));
         }
-        if self.burying.is_empty() {
+        if self.moving.is_empty() {
             return;
         }
         let waker = Waker::from(Arc::new(Rouse(self.rouse.clone())));
         let mut cx = TaskContext::from_waker(&waker);
-        for (burial, mut publish) in std::mem::take(&mut self.burying) {
+        for (transfer, mut publish) in std::mem::take(&mut self.moving) {
             match std::pin::Pin::new(&mut publish).poll(&mut cx) {
-                Poll::Pending => self.burying.push((burial, publish)),
+                Poll::Pending => self.moving.push((transfer, publish)),
                 Poll::Ready(result) => {
-                    if let Some(burial) = self.member.buried(burial, result.map(drop)) {
-                        self.refused.push(burial);
+                    if let Some(transfer) = self.member.transferred(transfer, result.map(drop)) {
+                        self.refused.push(transfer);
                         self.try_again = now + AGAIN;
                     }
                 }
@@ -406,12 +421,20 @@ impl Poller {
             self.member.state(|state| state.not_committed());
         }
         let now = Instant::now();
+        let interval = self.admin.config().commit_interval;
+        // While a rebalance waits for a member that has died, the server answers no commit: it reads nothing
+        // from a connection whose joining it holds back. What is acked meanwhile would come again if this
+        // member died, too; so there is not to be more of it than a few intervals' worth.
+        let unanswered = self.consumer.context().unanswered.lock().since();
+        self.member.hold_back(unanswered.is_some_and(|since| now > since + PATIENCE * interval));
         if now < self.next_commit {
             return;
         }
-        self.next_commit = now + self.admin.config().commit_interval;
+        self.next_commit = now + interval;
         let commits = self.member.state(|state| state.commits());
-        self.send_commit(&commits, CommitMode::Async);
+        if !commits.is_empty() && self.send_commit(&commits, CommitMode::Async) {
+            self.consumer.context().unanswered.lock().sent(now);
+        }
     }
 
     /// Commits, and waits until the server has it; false if it may have it a moment later.
@@ -487,11 +510,11 @@ impl Poller {
 /// How long a member that goes waits for a rebalance under way.
 const REBALANCE: Duration = Duration::from_secs(5);
 
-fn arrival(record: &BorrowedMessage<'_>) -> Arrival {
-    Arrival { offset: record.offset(), decoded: record::decode(record) }
+fn arrival(record: &BorrowedMessage<'_>, format: Format) -> Arrival {
+    Arrival { offset: record.offset(), decoded: record::decode(record, format) }
 }
 
-/// Rouses the polling thread when a dead letter has arrived.
+/// Rouses the polling thread when a message has arrived where it was sent.
 struct Rouse(Sender<()>);
 
 impl Wake for Rouse {

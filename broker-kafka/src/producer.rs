@@ -22,7 +22,9 @@ use rustc_hash::FxHashMap;
 
 use crate::admin::Admin;
 use crate::client::{self, Health, Role, millis, rest};
+use crate::record::Travel;
 use crate::tickets::Tickets;
+use crate::transaction::{self, Outgoing, Transactions};
 use crate::{KafkaConfig, check_message, error, record};
 
 /// The raw client of librdkafka that publishes.
@@ -36,6 +38,8 @@ pub(crate) struct Publishing {
     admin: Arc<Admin>,
     tickets: Arc<Tickets>,
     client: OnceLock<Result<Arc<RawProducer>>>,
+    /// Where publishes go that are in transactions.
+    transactions: OnceLock<Result<Transactions>>,
     topics: RwLock<FxHashMap<Topic, Arc<TopicQueue>>>,
     /// Messages in the topics' queues.
     queued: AtomicUsize,
@@ -52,6 +56,7 @@ impl Publishing {
             admin,
             tickets: Arc::default(),
             client: OnceLock::new(),
+            transactions: OnceLock::new(),
             topics: RwLock::default(),
             queued: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
@@ -75,30 +80,68 @@ impl Publishing {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// Publishes; `for_group` says that it is for that group alone.
-    pub(crate) fn publish(&self, topic: &TopicQueue, message: Message, for_group: Option<&str>) -> Publish {
+    /// Publishes.
+    fn publish(&self, topic: &TopicQueue, message: Message) -> Publish {
         if self.is_closed() {
             return Operation::from(closed());
         }
-        self.begin(topic, message, for_group)
-    }
-
-    /// Publishes what the broker itself has to say, while it closes, too: dead letters.
-    pub(crate) fn publish_late(&self, topic: &TopicQueue, message: Message) -> Publish {
-        if self.ended.load(Ordering::Acquire) {
-            return Operation::from(closed());
+        if self.config.transactional_id.is_some() {
+            return self
+                .publish_together(vec![(topic.topic.clone(), message)], false)
+                .pop()
+                .unwrap_or_else(|| closed().into());
         }
         self.begin(topic, message, None)
     }
 
-    fn begin(&self, topic: &TopicQueue, message: Message, for_group: Option<&str>) -> Publish {
+    /// Publishes for one group alone.
+    pub(crate) fn publish_for(&self, topic: &TopicQueue, message: Message, group: &str) -> Publish {
+        if self.is_closed() {
+            return Operation::from(closed());
+        }
+        self.begin(topic, message, Some(Travel { for_group: Some(group.to_owned()), retried: None }))
+    }
+
+    /// Publishes what the broker itself has to say, while it closes, too: dead letters, retries.
+    pub(crate) fn publish_late(&self, topic: &TopicQueue, message: Message, travel: Travel) -> Publish {
+        if self.ended.load(Ordering::Acquire) {
+            return Operation::from(closed());
+        }
+        self.begin(topic, message, Some(travel))
+    }
+
+    /// Publishes in a transaction: all of them in one of their own if `alone`, else with others that wait.
+    fn publish_together(&self, messages: Vec<(Topic, Message)>, alone: bool) -> Vec<Publish> {
+        let transactions = match self.transactions() {
+            Ok(transactions) => transactions,
+            Err(error) => return messages.iter().map(|_| Operation::from(error.clone())).collect(),
+        };
+        let (mut outgoing, mut publishes) = (Vec::with_capacity(messages.len()), Vec::with_capacity(messages.len()));
+        for (topic, message) in messages {
+            let (ticket, publish) = self.tickets.issue(message.id().clone());
+            self.tickets.queued(ticket);
+            outgoing.push(Outgoing { ticket, topic, message });
+            publishes.push(publish);
+        }
+        transactions.publish(outgoing, alone);
+        publishes
+    }
+
+    /// The thread that publishes in transactions, started when it is first needed.
+    pub(crate) fn transactions(&self) -> Result<&Transactions> {
+        let start = || Transactions::start(&self.config, &self.admin, &self.tickets);
+        self.transactions.get_or_init(start).as_ref().map_err(Clone::clone)
+    }
+
+    /// `travel` is what it takes along, if it is one of ours and written natively.
+    fn begin(&self, topic: &TopicQueue, message: Message, travel: Option<Travel>) -> Publish {
         let client = match self.client() {
             Ok(client) => client,
             Err(error) => return Operation::from(error),
         };
         let (ticket, publish) = self.tickets.issue(message.id().clone());
         if topic.direct.load(Ordering::Acquire) {
-            match send(client, &topic.topic, &message, for_group, ticket) {
+            match self.send(client, &topic.topic, &message, travel.as_ref(), ticket) {
                 Ok(()) => return publish,
                 Err(Refused::Full) => {}
                 Err(Refused::Failed(error)) => {
@@ -108,7 +151,7 @@ impl Publishing {
             }
         }
         self.tickets.queued(ticket);
-        self.enqueue(topic, Queued { ticket, message, for_group: for_group.map(str::to_owned) });
+        self.enqueue(topic, Queued { ticket, message, travel });
         publish
     }
 
@@ -180,7 +223,8 @@ impl Publishing {
         let Ok(client) = self.client() else { return };
         while let Some(queued) = waiting.messages.pop_front() {
             if self.tickets.take(queued.ticket) {
-                match send(client, &topic.topic, &queued.message, queued.for_group.as_deref(), queued.ticket) {
+                let travel = queued.travel.as_ref();
+                match self.send(client, &topic.topic, &queued.message, travel, queued.ticket) {
                     Ok(()) => {}
                     Err(Refused::Full) => {
                         self.tickets.queued(queued.ticket);
@@ -193,6 +237,27 @@ impl Publishing {
             self.queued.fetch_sub(1, Ordering::AcqRel);
         }
         topic.direct.store(true, Ordering::Release);
+    }
+
+    fn send(
+        &self,
+        client: &RawProducer,
+        topic: &Topic,
+        message: &Message,
+        travel: Option<&Travel>,
+        ticket: usize,
+    ) -> std::result::Result<(), Refused> {
+        let encoded = record::encode(topic, message, travel, self.config.format).map_err(Refused::Failed)?;
+        let mut record = BaseRecord::<[u8], [u8], usize>::with_opaque_to(topic.as_str(), ticket);
+        record.payload = encoded.payload.as_deref();
+        record.key = encoded.key;
+        record.timestamp = encoded.timestamp;
+        record.headers = encoded.headers;
+        match client.send(record) {
+            Ok(()) => Ok(()),
+            Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), _)) => Err(Refused::Full),
+            Err((error, _)) => Err(Refused::Failed(error::failed(format_args!("publish to {topic}"), &error))),
+        }
     }
 
     /// Room was made in librdkafka's queue.
@@ -274,6 +339,9 @@ impl Publishing {
             // The callbacks of what is purged complete the futures.
             client.purge(PurgeConfig::default().queue().inflight());
         }
+        if left > 0 && self.config.transactional_id.is_some() {
+            self.tickets.give_up(&closed());
+        }
         left
     }
 
@@ -320,32 +388,13 @@ enum Lookup {
 struct Queued {
     ticket: usize,
     message: Message,
-    for_group: Option<String>,
+    travel: Option<Travel>,
 }
 
 enum Refused {
     /// Librdkafka's queue is full.
     Full,
     Failed(Error),
-}
-
-fn send(
-    client: &RawProducer,
-    topic: &Topic,
-    message: &Message,
-    for_group: Option<&str>,
-    ticket: usize,
-) -> Result<(), Refused> {
-    let mut record = BaseRecord::<[u8], [u8], usize>::with_opaque_to(topic.as_str(), ticket);
-    record.payload = (!message.is_tombstone()).then(|| &message.payload()[..]);
-    record.key = message.key().map(|key| &key[..]);
-    record.timestamp = record::field_timestamp(message);
-    record.headers = Some(record::headers(message, for_group));
-    match client.send(record) {
-        Ok(()) => Ok(()),
-        Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), _)) => Err(Refused::Full),
-        Err((error, _)) => Err(Refused::Failed(error::failed(format_args!("publish to {topic}"), &error))),
-    }
 }
 
 /// What librdkafka calls back for.
@@ -391,14 +440,40 @@ impl ProducerContext for Callbacks {
 pub(crate) struct KafkaProducer {
     pub(crate) publishing: Arc<Publishing>,
     pub(crate) topic: Arc<TopicQueue>,
+    pub(crate) max_message_bytes: usize,
 }
 
 impl KafkaProducer {
     fn start(&self, message: Message) -> Publish {
-        match check_message(&message) {
-            Ok(()) => self.publishing.publish(&self.topic, message, None),
+        match self.check(&message) {
+            Ok(()) => self.publishing.publish(&self.topic, message),
             Err(error) => Operation::from(error),
         }
+    }
+
+    fn check(&self, message: &Message) -> Result<()> {
+        check_message(message)?;
+        // Of a batch that is atomic, the publisher must not take some and leave others.
+        if message.size() > self.max_message_bytes {
+            let (size, max) = (message.size(), self.max_message_bytes);
+            return Err(Error::new(
+                ErrorKind::TooLarge,
+                format!("message {}: {size} bytes, of {max} at most", message.id()),
+            ));
+        }
+        Ok(())
+    }
+
+    /// One transaction: all of them or none.
+    fn publish_atomically(&self, messages: Vec<Message>) -> Vec<Publish> {
+        let checks: Vec<Result<()>> = messages.iter().map(|message| self.check(message)).collect();
+        let Some(first) = checks.iter().find_map(|check| check.as_ref().err().cloned()) else {
+            let topic = &self.topic.topic;
+            let messages = messages.into_iter().map(|message| (topic.clone(), message)).collect();
+            return self.publishing.publish_together(messages, true);
+        };
+        let with_it = |check: Result<()>| check.err().unwrap_or_else(|| transaction::with_others(&first));
+        checks.into_iter().map(|check| Operation::from(with_it(check))).collect()
     }
 }
 
@@ -411,7 +486,10 @@ impl Producer for KafkaProducer {
         if self.publishing.is_closed() {
             return Operation::from(closed());
         }
-        let publishes: Vec<Publish> = messages.into_iter().map(|message| self.start(message)).collect();
+        let publishes: Vec<Publish> = match self.publishing.config.transactional_id {
+            Some(_) => self.publish_atomically(messages),
+            None => messages.into_iter().map(|message| self.start(message)).collect(),
+        };
         Operation::boxed(async move {
             let mut results = Vec::with_capacity(publishes.len());
             for publish in publishes {

@@ -89,10 +89,17 @@ impl Registry {
         self.groups.lock().remove(group);
     }
 
-    pub(crate) fn add(&self, member: Arc<Member>) {
+    /// Adds a member, made with its number: the lowest that no other member of its group has here, so that a
+    /// process that starts again gives the same numbers.
+    pub(crate) fn add(&self, group: Option<&Group>, make: impl FnOnce(usize) -> Member) -> Arc<Member> {
         let mut members = self.members.lock();
         members.retain(|member| !member.is_finished());
-        members.push(member);
+        let taken =
+            |number: &usize| members.iter().any(|member| member.group.as_ref() == group && member.number == *number);
+        let number = (0..).find(|number| !taken(number)).unwrap_or_default();
+        let member = Arc::new(make(number));
+        members.push(Arc::clone(&member));
+        member
     }
 
     /// Members whose thread still runs.

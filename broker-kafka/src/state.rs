@@ -13,6 +13,7 @@ use tokio::sync::oneshot;
 use crate::admin::Partition;
 use crate::lot::{Entry, Lot};
 use crate::progress::Progress;
+use crate::record::Travel;
 use crate::registry::Entry as GroupEntry;
 
 #[derive(Default)]
@@ -22,10 +23,10 @@ pub(crate) struct State {
     rotation: usize,
     /// Handed out and not settled.
     pub(crate) out: usize,
-    /// Letters on their way, of lots that are here or gone.
-    pub(crate) burying: usize,
+    /// Messages on their way to other topics, of lots that are here or gone.
+    pub(crate) moving: usize,
     pub(crate) timers: BinaryHeap<Reverse<Timer>>,
-    pub(crate) burials: Vec<Burial>,
+    pub(crate) transfers: Vec<Transfer>,
     pub(crate) ending: Option<Ending>,
     /// The polling thread is gone, and has committed what was settled.
     pub(crate) finished: bool,
@@ -35,6 +36,8 @@ pub(crate) struct State {
     pub(crate) takes_part: bool,
     pub(crate) reader: Option<Waker>,
     pub(crate) closers: Vec<Waker>,
+    /// The server has not answered commits for a while: nothing is handed out until it does.
+    pub(crate) held_back: bool,
     /// The polling thread stopped reading because too much was held.
     pub(crate) starved: bool,
 }
@@ -81,15 +84,23 @@ pub(crate) struct Place {
     id: u64,
 }
 
-/// A message on its way to the dead-letter topic: its record is settled when it has arrived.
-pub(crate) struct Burial {
+/// A message on its way to another topic: its record is settled when it has arrived.
+pub(crate) struct Transfer {
     pub(crate) place: Place,
     pub(crate) seq: u64,
     /// The original, if it was one that could be delivered.
     pub(crate) message: Option<Message>,
     pub(crate) topic: Topic,
-    pub(crate) letter: Message,
-    pub(crate) reply: Option<oneshot::Sender<Result<()>>>,
+    /// What arrives there.
+    pub(crate) copy: Message,
+    pub(crate) kind: TransferKind,
+}
+
+pub(crate) enum TransferKind {
+    /// To the dead-letter topic; whoever settled it may wait to hear.
+    Dead(Option<oneshot::Sender<Result<()>>>),
+    /// To a retry topic.
+    Retry(Travel),
 }
 
 /// A delivery handed out.
@@ -143,7 +154,8 @@ impl State {
                 lot.out += 1;
                 next.first.get_or_insert(now);
                 let place = Place { index: *index, id: lot.id };
-                items.push(Item { place, topic: lot.partition.0.clone(), entry: next });
+                let topic = next.origin.as_ref().unwrap_or(&lot.partition.0).clone();
+                items.push(Item { place, topic, entry: next });
             }
         }
         self.out += items.len();
@@ -192,7 +204,7 @@ impl State {
 
     /// What is to be committed: what changed since the last commit, of all partitions.
     pub(crate) fn commits(&mut self) -> Vec<(Partition, Progress)> {
-        let changed = self.lots.iter_mut().filter(|(_, lot)| lot.dirty);
+        let changed = self.lots.iter_mut().filter(|(_, lot)| lot.dirty && lot.transactions == 0);
         changed.filter_map(|(_, lot)| lot.commit()).collect()
     }
 
@@ -201,7 +213,9 @@ impl State {
     pub(crate) fn last_commits(&mut self, places: Option<&[Place]>) -> Vec<(Partition, Progress)> {
         let gone = |place: Place| places.is_none_or(|places| places.contains(&place));
         let last = self.lots.iter_mut().filter(|(index, lot)| gone(Place { index: *index, id: lot.id }));
-        last.filter(|(_, lot)| lot.dirty || lot.sent).filter_map(|(_, lot)| lot.commit()).collect()
+        last.filter(|(_, lot)| (lot.dirty || lot.sent) && lot.transactions == 0)
+            .filter_map(|(_, lot)| lot.commit())
+            .collect()
     }
 
     /// A commit was not taken: what it said is to be said again.
@@ -209,8 +223,19 @@ impl State {
         self.lots.iter_mut().for_each(|(_, lot)| lot.dirty = true);
     }
 
-    pub(crate) fn take_burials(&mut self) -> Vec<Burial> {
-        std::mem::take(&mut self.burials)
+    pub(crate) fn take_transfers(&mut self) -> Vec<Transfer> {
+        std::mem::take(&mut self.transfers)
+    }
+
+    /// The partitions that are here.
+    pub(crate) fn partitions(&self) -> impl Iterator<Item = &Partition> {
+        self.lots.iter().map(|(_, lot)| &lot.partition)
+    }
+
+    /// How far each of them is.
+    pub(crate) fn progress(&self) -> Vec<(Partition, Progress)> {
+        let progress = |lot: &Lot| Some((lot.partition.clone(), lot.tracker.progress()?));
+        self.lots.iter().filter_map(|(_, lot)| progress(lot)).collect()
     }
 
     /// Until when deliveries are waited for, if it ends.
@@ -236,6 +261,6 @@ impl State {
 
     /// Whether nothing is in flight.
     pub(crate) fn is_settled(&self) -> bool {
-        self.out == 0 && self.burying == 0
+        self.out == 0 && self.moving == 0
     }
 }

@@ -92,6 +92,12 @@ impl Tickets {
         }
     }
 
+    /// Nobody will tell what became of those under way.
+    pub(crate) fn give_up(&self, error: &Error) {
+        let tickets: Vec<usize> = self.slots.lock().iter().map(|(ticket, _)| ticket).collect();
+        tickets.into_iter().for_each(|ticket| self.complete(ticket, Err(error.clone())));
+    }
+
     /// Publishes whose outcome is not known.
     pub(crate) fn pending(&self) -> usize {
         self.slots.lock().iter().filter(|(_, slot)| !matches!(slot.state, State::Done(_) | State::Withdrawn)).count()

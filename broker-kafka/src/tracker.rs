@@ -160,10 +160,18 @@ impl Tracker {
 
     /// What a commit must carry.
     pub(crate) fn progress(&self) -> Option<Progress> {
-        let mut progress = Progress { watermark: self.watermark()?, ..Progress::default() };
+        self.progress_with(&[])
+    }
+
+    /// What it must carry when `settling` (sorted) are settled, too.
+    pub(crate) fn progress_with(&self, settling: &[u64]) -> Option<Progress> {
+        let is_done = |(seq, slot): &(u64, &Slot)| slot.state == State::Done || settling.binary_search(seq).is_ok();
+        let mut slots = (self.first..).zip(&self.slots).skip_while(is_done).peekable();
+        let watermark = slots.peek().map(|(_, slot)| slot.offset).or(self.position)?;
+        let mut progress = Progress { watermark, ..Progress::default() };
         let mut after_done = false;
-        for slot in &self.slots {
-            let done = slot.state == State::Done;
+        for (seq, slot) in slots {
+            let done = is_done(&(seq, slot));
             if !done && slot.failed > 0 {
                 progress.attempts.push_back((slot.offset, slot.failed.min(MAX_ATTEMPTS)));
             }
@@ -230,6 +238,22 @@ mod tests {
         }
         assert!(out > 5, "{out}");
         assert!(tracker.progress().unwrap().encode().len() <= 64 * 4 / 3 + 1);
+    }
+
+    #[test]
+    fn what_is_about_to_be_settled_is_told_without_settling_it() {
+        let mut tracker = Tracker::new(None, CAPACITY);
+        let seqs: Vec<_> = (10..15).map(|offset| taken(&mut tracker, offset)).collect();
+        assert!(seqs.iter().all(|seq| tracker.hand_out(*seq)));
+        tracker.finish(seqs[1]);
+        let before = tracker.progress();
+        let told = tracker.progress_with(&[seqs[0], seqs[3]]).unwrap();
+        assert_eq!((told.watermark, told.done.into_iter().collect::<Vec<_>>()), (12, vec![13..14]));
+        assert_eq!(tracker.progress_with(&seqs).unwrap(), Progress { watermark: 15, ..Progress::default() });
+        assert_eq!(tracker.progress(), before);
+        tracker.finish(seqs[0]);
+        tracker.finish(seqs[3]);
+        assert_eq!(tracker.progress().unwrap().watermark, 12);
     }
 
     #[derive(Clone, Debug)]

@@ -11,11 +11,17 @@
 # Besides the plain listener the node has LINKS listeners that tell their clients another port to come
 # back to: a test puts a proxy on that port and has a connection that it can cut. They are printed as
 # KAFKA_LINKS=ADVERTISED:LISTENING,…
+#
+# Three more listeners want TLS, a password, or both: KAFKA_TLS, KAFKA_SASL, KAFKA_SASL_TLS, each HOST:PORT. KAFKA_CA
+# is the certificate to trust, KAFKA_LOGIN=USER:PASSWORD who is let in, by PLAIN and by SCRAM.
 
 KAFKA_VERSION=4.3.0
 KAFKA_HOME_DIR="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/.servers/kafka"
 KAFKA_CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/broker-tests/kafka-$KAFKA_VERSION"
 KAFKA_LINK_COUNT=4
+# Good for this server alone, which listens on loopback.
+KAFKA_LOGIN_USER=suite
+KAFKA_LOGIN_PASSWORD=suite-own
 
 kafka_up() {
     if [ -n "${KAFKA_URL:-}" ]; then
@@ -59,10 +65,16 @@ _kafka_prepare() {
     mkdir -p "$KAFKA_HOME_DIR"
     local ports=() port links="" advertised="" listeners="" protocols="" n
     # Free ports that stay ours: bound to be known, all at once so that they differ.
-    read -r -a ports < <(_kafka_free_ports $((2 + 2 * KAFKA_LINK_COUNT)))
-    [ "${#ports[@]}" -eq $((2 + 2 * KAFKA_LINK_COUNT)) ] || { echo "kafka: no free ports" >&2; return 1; }
+    read -r -a ports < <(_kafka_free_ports $((5 + 2 * KAFKA_LINK_COUNT)))
+    [ "${#ports[@]}" -eq $((5 + 2 * KAFKA_LINK_COUNT)) ] || { echo "kafka: no free ports" >&2; return 1; }
+    local secure=("TLS:SSL:${ports[2]}" "SASL:SASL_PLAINTEXT:${ports[3]}" "SASLTLS:SASL_SSL:${ports[4]}")
+    for n in "${secure[@]}"; do
+        listeners+=",${n%%:*}://127.0.0.1:${n##*:}"
+        advertised+=",${n%%:*}://127.0.0.1:${n##*:}"
+        protocols+=",${n%:*}"
+    done
     for ((n = 0; n < KAFKA_LINK_COUNT; n++)); do
-        local told=${ports[2 + 2 * n]} listening=${ports[3 + 2 * n]}
+        local told=${ports[5 + 2 * n]} listening=${ports[6 + 2 * n]}
         listeners+=",LINK$n://127.0.0.1:$listening"
         advertised+=",LINK$n://127.0.0.1:$told"
         protocols+=",LINK$n:PLAINTEXT"
@@ -88,7 +100,21 @@ _kafka_prepare() {
 		group.initial.rebalance.delay.ms=0
 		num.partitions=3
 		auto.create.topics.enable=false
+		ssl.keystore.location=$KAFKA_HOME_DIR/server.p12
+		ssl.keystore.type=PKCS12
+		ssl.keystore.password=$KAFKA_LOGIN_PASSWORD
+		sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512
 	PROPERTIES
+    _kafka_certify || return
+    local listener mechanism module
+    for listener in sasl sasltls; do
+        module="org.apache.kafka.common.security.plain.PlainLoginModule required user_$KAFKA_LOGIN_USER=\"$KAFKA_LOGIN_PASSWORD\";"
+        echo "listener.name.$listener.plain.sasl.jaas.config=$module"
+        for mechanism in scram-sha-256 scram-sha-512; do
+            module="org.apache.kafka.common.security.scram.ScramLoginModule required;"
+            echo "listener.name.$listener.$mechanism.sasl.jaas.config=$module"
+        done
+    done >>"$KAFKA_HOME_DIR/server.properties"
     cat >"$KAFKA_HOME_DIR/log4j2.properties" <<-PROPERTIES
 		rootLogger.level=WARN
 		rootLogger.appenderRef.stdout.ref=out
@@ -97,10 +123,29 @@ _kafka_prepare() {
 		appender.stdout.layout.type=PatternLayout
 		appender.stdout.layout.pattern=%d %p %c %m%n
 	PROPERTIES
-    printf 'KAFKA_URL=kafka://127.0.0.1:%s\nKAFKA_LINKS=%s\n' "${ports[0]}" "$links" >"$KAFKA_HOME_DIR/environment"
+    cat >"$KAFKA_HOME_DIR/environment" <<-ENVIRONMENT
+		KAFKA_URL=kafka://127.0.0.1:${ports[0]}
+		KAFKA_LINKS=$links
+		KAFKA_TLS=127.0.0.1:${ports[2]}
+		KAFKA_SASL=127.0.0.1:${ports[3]}
+		KAFKA_SASL_TLS=127.0.0.1:${ports[4]}
+		KAFKA_CA=$KAFKA_HOME_DIR/ca.pem
+		KAFKA_LOGIN=$KAFKA_LOGIN_USER:$KAFKA_LOGIN_PASSWORD
+	ENVIRONMENT
+    local login="name=$KAFKA_LOGIN_USER,password=$KAFKA_LOGIN_PASSWORD"
     java -Xmx256m -cp "$KAFKA_CACHE/libs/*" kafka.tools.StorageTool format -t broker-tests-cluster-00 \
+        --add-scram "SCRAM-SHA-256=[$login]" --add-scram "SCRAM-SHA-512=[$login]" \
         -c "$KAFKA_HOME_DIR/server.properties" >"$KAFKA_HOME_DIR/format.log" 2>&1 ||
         { cat "$KAFKA_HOME_DIR/format.log" >&2; rm -rf "$KAFKA_HOME_DIR"; return 1; }
+}
+
+# A key of its own and a certificate that signs itself; keytool comes with every Java.
+_kafka_certify() {
+    local store=(-keystore "$KAFKA_HOME_DIR/server.p12" -storetype PKCS12 -storepass "$KAFKA_LOGIN_PASSWORD" -alias server)
+    keytool -genkeypair "${store[@]}" -keyalg EC -groupname secp256r1 -dname CN=localhost -validity 3650 \
+        -ext san=ip:127.0.0.1,dns:localhost -ext bc=ca:true >"$KAFKA_HOME_DIR/keytool.log" 2>&1 &&
+        keytool -exportcert -rfc "${store[@]}" -file "$KAFKA_HOME_DIR/ca.pem" >>"$KAFKA_HOME_DIR/keytool.log" 2>&1 ||
+        { cat "$KAFKA_HOME_DIR/keytool.log" >&2; return 1; }
 }
 
 _kafka_fetch() {

@@ -53,14 +53,14 @@ pub fn comparisons() -> Vec<Comparison> {
 }
 
 /// A server as the daemon has it, over a broker in memory.
-struct Ours {
+pub(crate) struct Ours {
     broker: Arc<dyn Broker>,
     _server: Server,
-    address: SocketAddr,
+    pub(crate) address: SocketAddr,
 }
 
 impl Ours {
-    async fn start() -> Result<Self> {
+    pub(crate) async fn start() -> Result<Self> {
         let broker = Connectors::new().open("memory:")?;
         // Development mode allows endpoints on loopback, which is where all of them are.
         let server = Server::new(Arc::clone(&broker), ServerOptions::new().with_development(true));

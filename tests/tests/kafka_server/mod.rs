@@ -2,6 +2,7 @@
 // Each test binary uses a part of this.
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
@@ -13,6 +14,8 @@ pub struct Server {
     pub url: String,
     /// Where a listener tells its clients to come back to, and where it listens; free ones.
     pub links: Mutex<Vec<(String, String)>>,
+    /// Every NAME=VALUE that was printed.
+    pub values: BTreeMap<String, String>,
     /// Whether it is ours to restart.
     pub ours: bool,
 }
@@ -33,10 +36,9 @@ pub fn server() -> &'static Server {
     static SERVER: OnceLock<Server> = OnceLock::new();
     SERVER.get_or_init(|| {
         let printed = run(&["up", "kafka"]).unwrap_or_else(|error| panic!("tests/servers up kafka: {error}"));
-        let value = |name: &str| {
-            let line = printed.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
-            line.map(str::to_owned)
-        };
+        let pair = |line: &str| line.split_once('=').map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let values: BTreeMap<_, _> = printed.lines().filter_map(pair).collect();
+        let value = |name: &str| values.get(name).cloned();
         let link = |pair: &str| {
             let (told, listening) = pair.split_once(':')?;
             Some((format!("127.0.0.1:{told}"), format!("127.0.0.1:{listening}")))
@@ -45,6 +47,7 @@ pub fn server() -> &'static Server {
         Server {
             url: value("KAFKA_URL").unwrap_or_else(|| panic!("no KAFKA_URL in {printed:?}")),
             ours: links.is_some(),
+            values: values.clone(),
             links: Mutex::new(links.iter().flat_map(|links| links.split(',')).filter_map(link).collect()),
         }
     })

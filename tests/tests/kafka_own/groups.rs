@@ -1,52 +1,6 @@
-//! What is Kafka's own and no broker's in common: what a commit carries from one member to the next,
-//! names that collide, topics that must exist, records of others.
+//! What a group keeps on the server: progress, settings, names.
 
-mod kafka_server;
-
-use std::sync::Arc;
-use std::time::Duration;
-
-use broker_core::{
-    Broker, BrokerExt, Delivery, ErrorKind, Group, GroupOptions, Message, Result, RetryPolicy, Subscribe, Topic,
-};
-use broker_kafka::rdkafka::message::{Header, OwnedHeaders};
-use broker_kafka::rdkafka::producer::BaseRecord;
-use broker_kafka::{KafkaBroker, KafkaConfig};
-use kafka_server::server;
-
-fn broker(parameters: &str) -> Result<KafkaBroker> {
-    let url = format!("{}?partitions=1{parameters}", server().url);
-    Ok(KafkaBroker::new(KafkaConfig::from_url(broker_core::BrokerUrl::parse(&url)?)?))
-}
-
-fn topic(name: &str) -> Result<Topic> {
-    Topic::new(format!("own.{:x}.{name}", fastrand::u64(..)))
-}
-
-async fn join(broker: &KafkaBroker, group: &Group, options: GroupOptions) -> Result<broker_core::Subscription> {
-    broker.subscribe(&group.filter, Subscribe::group(group.name.clone()).with_options(options)).await
-}
-
-async fn take(subscription: &mut broker_core::Subscription, count: usize) -> Result<Vec<Delivery>> {
-    let mut taken = Vec::new();
-    while taken.len() < count {
-        let next = tokio::time::timeout(Duration::from_secs(30), subscription.next()).await;
-        taken.extend(next.unwrap_or_else(|_| panic!("{} of {count} deliveries came", taken.len()))?);
-    }
-    Ok(taken)
-}
-
-async fn is_quiet(subscription: &mut broker_core::Subscription) -> bool {
-    tokio::time::timeout(Duration::from_millis(500), subscription.next()).await.is_err()
-}
-
-async fn close(broker: &KafkaBroker) {
-    assert!(broker.close(Duration::from_secs(20)).await.complete);
-}
-
-fn payload(delivery: &Delivery) -> String {
-    String::from_utf8_lossy(delivery.message().payload()).into_owned()
-}
+use super::*;
 
 /// Acks around one that is held, and an attempt that failed: the next member knows both.
 #[tokio::test(flavor = "multi_thread")]
@@ -128,48 +82,5 @@ async fn names_that_kafka_confuses_are_refused_and_topics_that_must_exist_are_no
     strict.publish(&topic, Message::new("2")).await?;
     close(&open).await;
     close(&strict).await;
-    Ok(())
-}
-
-/// A record that this crate did not write.
-#[tokio::test(flavor = "multi_thread")]
-async fn records_of_others_are_read() -> Result<()> {
-    let (broker, topic) = (broker("")?, topic("foreign")?);
-    let mut inbox = broker.subscribe(&(&topic).into(), Subscribe::new()).await?;
-    let producer = broker.raw_producer()?;
-    let headers = OwnedHeaders::new()
-        .insert(Header { key: "content-type", value: Some("application/json") })
-        .insert(Header { key: "x", value: Some("1") })
-        .insert(Header::<&str> { key: "none", value: None });
-    let record = BaseRecord::with_opaque_to(topic.as_str(), usize::MAX).key("k").payload("{}").headers(headers);
-    producer.send(record).unwrap_or_else(|(error, _)| panic!("{error}"));
-    let delivery = take(&mut inbox, 1).await?.remove(0);
-    let message = delivery.message();
-    assert_eq!((message.content_type(), message.payload().as_ref()), (Some("application/json"), &b"{}"[..]));
-    assert_eq!(message.headers().get_str("x"), Some("1"));
-    assert_eq!(message.id().to_string(), format!("{topic}-0-0"), "its id is its place");
-    delivery.ack().await?;
-    close(&broker).await;
-    Ok(())
-}
-
-/// More than librdkafka's queue holds: publishes wait in the order of the calls, and none fails.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_full_queue_waits_in_order() -> Result<()> {
-    let (broker, topic) = (Arc::new(broker("&librdkafka.queue.buffering.max.messages=100")?), topic("full")?);
-    let mut inbox = broker.subscribe(&(&topic).into(), Subscribe::new().with_max_in_flight(5_000)?).await?;
-    let messages: Vec<_> = (0..3_000).map(|n| Message::new(n.to_string()).with_key("one")).collect();
-    for result in broker.publish_batch(&topic, messages).await? {
-        result?;
-    }
-    let mut received = Vec::new();
-    while received.len() < 3_000 {
-        for delivery in take(&mut inbox, 100).await? {
-            received.push(payload(&delivery));
-            delivery.ack().await?;
-        }
-    }
-    assert!(received.iter().map(|text| text.parse::<u32>().unwrap()).is_sorted(), "out of order");
-    close(&broker).await;
     Ok(())
 }

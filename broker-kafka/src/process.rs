@@ -1,0 +1,84 @@
+//! Consume, process, produce: deliveries acked in the transaction that publishes what came of them.
+//!
+//! The transaction commits the progress that its partitions have when its deliveries are settled. Until it
+//! has ended the members' own commits say nothing of these partitions: one that the server takes in between
+//! would count over it, and what the transaction acked would come again after a crash (in Kafka the later
+//! of two commits stands, whatever it says).
+
+use std::sync::Arc;
+
+use broker_core::{Error, Receipt, Result};
+use rdkafka::consumer::Consumer as _;
+
+use crate::delivery::Batch;
+use crate::group::{self, Stored};
+use crate::member::Member;
+use crate::producer::Publishing;
+use crate::state::{Item, Place};
+use crate::transaction::Offsets;
+use crate::{Transaction, check_message};
+
+/// Runs a transaction, whose deliveries came to one of `members`.
+pub(crate) fn run(publishing: &Publishing, members: &[Arc<Member>], transaction: Transaction) -> Result<Vec<Receipt>> {
+    let (messages, deliveries) = transaction.into_parts();
+    for (topic, message) in &messages {
+        if topic.is_reserved() {
+            return Err(Error::invalid(format!("topic {topic}: it is the broker's own; publish to another")));
+        }
+        check_message(message)?;
+    }
+    let mut by_member: Vec<(&Arc<Member>, Vec<&Item>)> = Vec::new();
+    for delivery in &deliveries {
+        let Some((batch, index)) = delivery.batch::<Batch>() else { return Err(strange()) };
+        let ours = members.iter().find(|member| Arc::ptr_eq(member, &batch.member) && member.group.is_some());
+        let member = ours.ok_or_else(strange)?;
+        match by_member.iter_mut().find(|(known, _)| Arc::ptr_eq(known, member)) {
+            Some((_, items)) => items.push(batch.item(index)),
+            None => by_member.push((member, vec![batch.item(index)])),
+        }
+    }
+    let (mut offsets, mut held) = (Vec::new(), Vec::new());
+    for (member, items) in by_member {
+        let (said, guard) = begin(member, &items)?;
+        offsets.push(said);
+        held.push(guard);
+    }
+    let outcome = publishing.transactions()?.process(messages, offsets);
+    let outcome =
+        pollster::block_on(outcome).map_err(|_| Error::backend("a transaction ended without an answer")).flatten();
+    for delivery in deliveries {
+        // In memory, as the server was told: it has the acks already, or none of them.
+        let _ = pollster::block_on(if outcome.is_ok() { delivery.ack() } else { delivery.release() });
+    }
+    drop(held);
+    outcome
+}
+
+fn strange() -> Error {
+    Error::invalid("transactions: a delivery came to no group's member of this broker")
+}
+
+/// Holds back the members' own commits of some partitions.
+struct Held {
+    member: Arc<Member>,
+    places: Vec<Place>,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.member.end_transaction(&self.places);
+    }
+}
+
+fn begin(member: &Arc<Member>, items: &[&Item]) -> Result<(Offsets, Held)> {
+    let consumer = member.consumer.get().and_then(std::sync::Weak::upgrade);
+    let consumer = consumer.ok_or_else(|| Error::unavailable("the subscription has ended; the message comes back"))?;
+    // Before the partitions are looked at: should one of them move in between, this is of a generation that
+    // the server takes no offsets from.
+    let generation = consumer.group_metadata();
+    let generation = generation.ok_or_else(|| Error::unavailable("the member is in no group yet"))?;
+    let (commits, places) = member.begin_transaction(items)?;
+    let held = Held { member: Arc::clone(member), places };
+    let list = group::commit_list(&Stored::new(&member.entry.settings()), &commits)?;
+    Ok(((list, generation), held))
+}

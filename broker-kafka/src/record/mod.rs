@@ -1,0 +1,184 @@
+//! A message as a Kafka record, and back.
+//!
+//! | | |
+//! |---|---|
+//! | [`native`] | key, payload, headers, time as Kafka's own; the rest in headers of ours, the last of them `broker-id` |
+//! | [`event`] | the same, and the headers of CloudEvents' Kafka binding among ours |
+//! | [`go_micro`] | the JSON of Go Micro's Kafka plugin as the value, and nothing else |
+//!
+//! A record with our `broker-id` is read as our own whatever the format is, so that dead letters,
+//! retries and redriven messages, always written natively, reach everybody who has this crate.
+
+mod event;
+mod go_micro;
+mod native;
+
+use std::borrow::Cow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use broker_core::{Message, MessageId, Result, Timestamp, Topic};
+use bytes::Bytes;
+use rdkafka::message::{BorrowedMessage, Header, Headers as _, Message as _, OwnedHeaders};
+
+use crate::config::Format;
+
+/// What a message takes along besides itself.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Travel {
+    /// The one group that it is for.
+    pub(crate) for_group: Option<String>,
+    /// What is known of it, where it waits in a retry topic.
+    pub(crate) retried: Option<Box<Retried>>,
+}
+
+/// A message in a retry topic.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Retried {
+    /// Where it was published.
+    pub(crate) topic: Topic,
+    /// Attempts that failed.
+    pub(crate) failed: u32,
+    /// When it is to be delivered again.
+    pub(crate) due: Timestamp,
+    /// When it was first delivered.
+    pub(crate) first: Timestamp,
+}
+
+/// A record to send.
+pub(crate) struct Encoded<'a> {
+    pub(crate) key: Option<&'a [u8]>,
+    pub(crate) payload: Option<Cow<'a, [u8]>>,
+    pub(crate) headers: Option<OwnedHeaders>,
+    pub(crate) timestamp: Option<i64>,
+}
+
+/// The record of a message published to `topic`.
+///
+/// # Errors
+///
+/// [`Unsupported`](broker_core::ErrorKind::Unsupported) for what the format cannot say.
+pub(crate) fn encode<'a>(
+    topic: &Topic,
+    message: &'a Message,
+    travel: Option<&Travel>,
+    format: Format,
+) -> Result<Encoded<'a>> {
+    let headers = match (format, travel) {
+        (Format::GoMicro, None) => return go_micro::encode(message),
+        (Format::CloudEvents, None) => event::headers(topic, message),
+        (_, travel) => native::headers(message, travel),
+    };
+    Ok(Encoded {
+        key: message.key().map(|key| &key[..]),
+        payload: (!message.is_tombstone()).then(|| Cow::Borrowed(&message.payload()[..])),
+        headers: Some(headers),
+        timestamp: field_timestamp(message),
+    })
+}
+
+/// The time that Kafka's own field carries: librdkafka reads 0 as the present, Kafka has no time
+/// before 1970.
+fn field_timestamp(message: &Message) -> Option<i64> {
+    Some(message.timestamp().as_millis()).filter(|millis| *millis > 0)
+}
+
+/// What a record says.
+#[derive(Debug)]
+pub(crate) struct Decoded {
+    /// The message; of what could not be decoded, as much as there is.
+    pub(crate) message: Message,
+    /// Why it could not be decoded.
+    pub(crate) problem: Option<String>,
+    pub(crate) travel: Travel,
+}
+
+/// Reads a record.
+pub(crate) fn decode(record: &BorrowedMessage<'_>, format: Format) -> Decoded {
+    let mut message = match record.payload() {
+        Some(payload) => Message::new(Bytes::copy_from_slice(payload)),
+        None => Message::tombstone(),
+    };
+    if let Some(key) = record.key() {
+        message = message.with_key(Bytes::copy_from_slice(key));
+    }
+    message = message.with_timestamp(Timestamp::from_millis(record.timestamp().to_millis().unwrap_or(0)));
+    let mut headers = Vec::with_capacity(record.headers().map_or(0, |headers| headers.count()));
+    // rdkafka panics at a name that is not UTF-8; there is no other way to read one.
+    let read = catch_unwind(AssertUnwindSafe(|| {
+        for header in record.headers().into_iter().flat_map(|headers| headers.iter()) {
+            headers.push((header.key, header.value.unwrap_or_default()));
+        }
+    }));
+    let place = || place(record.topic(), record.partition(), record.offset());
+    let mut decoded = from_headers(message, &headers, format, place);
+    if read.is_err() && decoded.problem.is_none() {
+        decoded.problem = Some("the name of a header is not UTF-8; it and those after it are left out".to_owned());
+    }
+    decoded
+}
+
+/// The id of a record that has none: where it lies.
+fn place(topic: &str, partition: i32, offset: i64) -> Option<MessageId> {
+    let full = format!("{topic}-{partition}-{offset}");
+    if full.len() <= 255 { full.parse().ok() } else { format!("{partition}-{offset}").parse().ok() }
+}
+
+/// A header as it was read.
+type Field<'a> = (&'a str, &'a [u8]);
+
+fn from_headers(
+    message: Message,
+    headers: &[Field<'_>],
+    format: Format,
+    place: impl FnOnce() -> Option<MessageId>,
+) -> Decoded {
+    let placed = |message: Message| match place() {
+        Some(id) => message.with_id(id),
+        None => message,
+    };
+    let (message, error) = match native::our_headers(headers) {
+        Some(end) => match native::read(message.clone(), headers, end) {
+            Ok((message, travel)) => return Decoded { message, problem: None, travel },
+            Err(error) => (placed(message), error),
+        },
+        None => {
+            let message = placed(message);
+            let read = match format {
+                Format::GoMicro => go_micro::read(message.clone(), headers),
+                Format::CloudEvents if event::is_event(headers) => event::read(message.clone(), headers),
+                _ => native::read_foreign(message.clone(), headers),
+            };
+            match read {
+                Ok(message) => return Decoded { message, problem: None, travel: Travel::default() },
+                Err(error) => (message, error),
+            }
+        }
+    };
+    let message = message.with_headers(native::raw(headers));
+    Decoded { message, problem: Some(error.message().to_owned()), travel: Travel::default() }
+}
+
+/// Headers under construction.
+struct Writer(OwnedHeaders);
+
+impl Writer {
+    fn with_capacity(capacity: usize) -> Self {
+        Self(OwnedHeaders::new_with_capacity(capacity))
+    }
+
+    fn put(&mut self, name: &str, value: &[u8]) {
+        let headers = std::mem::take(&mut self.0);
+        self.0 = headers.insert(Header { key: name, value: Some(value) });
+    }
+
+    /// The text of `value`, which has 255 bytes at most, without an allocation.
+    fn put_text(&mut self, name: &str, value: impl std::fmt::Display) {
+        let mut buffer = [0_u8; 255];
+        let mut rest = &mut buffer[..];
+        // What does not fit is cut; ids, times and counts are shorter.
+        let _ = std::io::Write::write_fmt(&mut rest, format_args!("{value}"));
+        let left = rest.len();
+        let written = buffer.len() - left;
+        self.put(name, buffer.get(..written).unwrap_or_default());
+    }
+}

@@ -1,0 +1,439 @@
+//! Publishing in transactions, where a `transactional_id` asks for it.
+//!
+//! One thread has the transactional producer, which can be in one transaction at a time. Publishes that
+//! wait share the next one; a batch, and a [`Transaction`], has one of its own. So the order of the calls
+//! stays, and the cost of a commit is shared where nothing asks for its own.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use broker_core::{Delivery, Error, ErrorKind, Message, Receipt, Result, Topic};
+use crossbeam_channel::{Receiver, Sender};
+use parking_lot::Mutex;
+use rdkafka::TopicPartitionList;
+use rdkafka::client::ClientContext;
+use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
+use rdkafka::consumer::ConsumerGroupMetadata;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::{DeliveryResult, Message as _};
+use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProducer};
+use rustc_hash::FxHashSet;
+use tokio::sync::oneshot;
+
+use crate::admin::Admin;
+use crate::client::{self, Health, Role, millis, rest};
+use crate::tickets::Tickets;
+use crate::{KafkaConfig, error, record};
+
+/// What is to happen wholly or not at all: messages published, deliveries acked. For
+/// [`KafkaBroker::transact`](crate::KafkaBroker::transact).
+///
+/// ```
+/// use broker_core::{Message, Topic};
+/// use broker_kafka::Transaction;
+///
+/// let invoice = Topic::new("invoices.written")?;
+/// let transaction = Transaction::new().publish(invoice, Message::new("42"));
+/// assert_eq!(transaction.messages().len(), 1);
+/// # Ok::<(), broker_core::Error>(())
+/// ```
+#[derive(Debug, Default)]
+#[must_use = "hand it to KafkaBroker::transact"]
+pub struct Transaction {
+    messages: Vec<(Topic, Message)>,
+    deliveries: Vec<Delivery>,
+}
+
+impl Transaction {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Publishes `message` to `topic`.
+    pub fn publish(mut self, topic: Topic, message: Message) -> Self {
+        self.messages.push((topic, message));
+        self
+    }
+
+    /// Acks `delivery`, which came to a group's member of the same broker. If the transaction fails it is
+    /// given back untried, and comes again.
+    pub fn ack(mut self, delivery: Delivery) -> Self {
+        self.deliveries.push(delivery);
+        self
+    }
+
+    /// The messages to be published.
+    pub fn messages(&self) -> &[(Topic, Message)] {
+        &self.messages
+    }
+
+    pub(crate) fn into_parts(self) -> (Vec<(Topic, Message)>, Vec<Delivery>) {
+        (self.messages, self.deliveries)
+    }
+}
+
+/// Messages that share a transaction at most, where nothing asks for one of its own.
+const TOGETHER: usize = 1_000;
+
+/// The longest that the server lets a transaction be open by default (`transaction.max.timeout.ms`).
+const MAX_TRANSACTION: Duration = Duration::from_secs(15 * 60);
+
+/// The way to the thread.
+pub(crate) struct Transactions {
+    jobs: Sender<Job>,
+}
+
+/// A message on its way.
+pub(crate) struct Outgoing {
+    pub(crate) ticket: usize,
+    pub(crate) topic: Topic,
+    pub(crate) message: Message,
+}
+
+/// What a transaction says of a group: offsets, and who says so.
+pub(crate) type Offsets = (TopicPartitionList, ConsumerGroupMetadata);
+
+enum Job {
+    Together(Outgoing),
+    Alone(Vec<Outgoing>),
+    Process { messages: Vec<(Topic, Message)>, offsets: Vec<Offsets>, reply: oneshot::Sender<Result<Vec<Receipt>>> },
+}
+
+impl Transactions {
+    /// Starts the thread, which ends with the last of what holds this.
+    pub(crate) fn start(config: &Arc<KafkaConfig>, admin: &Arc<Admin>, tickets: &Arc<Tickets>) -> Result<Self> {
+        let (jobs, received) = crossbeam_channel::unbounded();
+        let worker = Worker {
+            config: Arc::clone(config),
+            admin: Arc::clone(admin),
+            tickets: Arc::clone(tickets),
+            outcomes: Arc::default(),
+            client: None,
+            fenced: None,
+            known: FxHashSet::default(),
+        };
+        let spawned =
+            thread::Builder::new().name("broker-kafka-transact".to_owned()).spawn(move || worker.run(&received));
+        spawned.map_err(|error| Error::backend("start a thread").with_source(error))?;
+        Ok(Self { jobs })
+    }
+
+    /// Publishes; whoever holds the tickets hears of it. With `alone` they are one transaction.
+    pub(crate) fn publish(&self, messages: Vec<Outgoing>, alone: bool) {
+        // The thread lives as long as this does.
+        if alone {
+            let _ = self.jobs.send(Job::Alone(messages));
+        } else {
+            messages.into_iter().for_each(|message| drop(self.jobs.send(Job::Together(message))));
+        }
+    }
+
+    /// Publishes, and commits offsets with it.
+    pub(crate) fn process(
+        &self,
+        messages: Vec<(Topic, Message)>,
+        offsets: Vec<Offsets>,
+    ) -> oneshot::Receiver<Result<Vec<Receipt>>> {
+        let (reply, outcome) = oneshot::channel();
+        let _ = self.jobs.send(Job::Process { messages, offsets, reply });
+        outcome
+    }
+}
+
+type Client = ThreadedProducer<Outcomes>;
+
+struct Worker {
+    config: Arc<KafkaConfig>,
+    admin: Arc<Admin>,
+    tickets: Arc<Tickets>,
+    outcomes: Arc<Mutex<Round>>,
+    client: Option<Client>,
+    /// Another producer has taken the transactional id: this one is out for good.
+    fenced: Option<Error>,
+    /// Topics that are there.
+    known: FxHashSet<Topic>,
+}
+
+/// Partition and offset of a record, or why there are none.
+type Outcome = Result<(i32, i64)>;
+
+/// What became of the records of one transaction.
+#[derive(Default)]
+struct Round {
+    /// Told apart from the rounds before: a record that was purged may be heard of late.
+    number: u32,
+    outcomes: Vec<Option<Outcome>>,
+}
+
+impl Round {
+    fn begin(&mut self, records: usize) {
+        self.number = self.number.wrapping_add(1);
+        self.outcomes = vec![None; records];
+    }
+
+    /// What a record takes along, to be known by.
+    fn ticket(&self, index: usize) -> usize {
+        (self.number as usize) << 32 | index
+    }
+
+    fn set(&mut self, ticket: usize, outcome: Outcome) {
+        if ticket >> 32 == self.number as usize
+            && let Some(slot) = self.outcomes.get_mut(ticket & 0xffff_ffff)
+        {
+            *slot = Some(outcome);
+        }
+    }
+}
+
+impl Worker {
+    fn run(mut self, jobs: &Receiver<Job>) {
+        let mut next = None;
+        while let Some(job) = next.take().or_else(|| jobs.recv().ok()) {
+            match job {
+                Job::Together(first) => {
+                    let mut together = vec![first];
+                    while together.len() < TOGETHER {
+                        match jobs.try_recv() {
+                            Ok(Job::Together(message)) => together.push(message),
+                            Ok(other) => {
+                                next = Some(other);
+                                break;
+                            }
+                            Err(_) => break,
+                        }
+                    }
+                    together.retain(|message| self.tickets.take(message.ticket));
+                    self.publish(&together);
+                }
+                Job::Alone(batch) => {
+                    // Whoever dropped the batch dropped all of it, the first message first.
+                    if batch.first().is_none_or(|first| self.tickets.take(first.ticket)) {
+                        self.publish(&batch);
+                    } else {
+                        let withdrawn = Error::closed("the batch was withdrawn");
+                        batch.iter().skip(1).for_each(|one| self.tickets.complete(one.ticket, Err(withdrawn.clone())));
+                    }
+                }
+                Job::Process { messages, offsets, reply } => {
+                    let borrowed: Vec<_> = messages.iter().map(|(topic, message)| (topic, message)).collect();
+                    let outcome = self.transact(&borrowed, &offsets).and_then(all);
+                    let receipt = |((_, message), (partition, offset)): (&(Topic, Message), (i32, i64))| {
+                        let mut receipt = Receipt::new(message.id().clone());
+                        receipt.partition = Some(partition);
+                        receipt.offset = Some(offset).filter(|offset| *offset >= 0);
+                        receipt
+                    };
+                    let _ = reply.send(outcome.map(|places| messages.iter().zip(places).map(receipt).collect()));
+                }
+            }
+        }
+    }
+
+    fn publish(&mut self, messages: &[Outgoing]) {
+        let borrowed: Vec<_> = messages.iter().map(|outgoing| (&outgoing.topic, &outgoing.message)).collect();
+        if borrowed.is_empty() {
+            return;
+        }
+        match self.transact(&borrowed, &[]) {
+            Ok(outcomes) => {
+                messages
+                    .iter()
+                    .zip(outcomes)
+                    .for_each(|(message, outcome)| self.tickets.complete(message.ticket, outcome));
+            }
+            Err(error) => messages.iter().for_each(|message| self.tickets.complete(message.ticket, Err(error.clone()))),
+        }
+    }
+
+    /// One transaction. `Ok` tells what became of each record: all of them have a place, or none has and
+    /// each says why.
+    fn transact(&mut self, messages: &[(&Topic, &Message)], offsets: &[Offsets]) -> Result<Vec<Outcome>> {
+        for (topic, _) in messages {
+            if !self.known.contains(*topic) {
+                self.admin.ensure_topic(topic).map_err(|error| error.context(format_args!("publish to {topic}")))?;
+                self.known.insert((*topic).clone());
+            }
+        }
+        self.outcomes.lock().begin(messages.len());
+        let client = self.client()?;
+        client.begin_transaction().map_err(|error| error::failed("begin a transaction", &error))?;
+        let committed = self.fill(messages, offsets).and_then(|()| self.commit());
+        let outcomes = std::mem::take(&mut self.outcomes.lock().outcomes);
+        match committed {
+            Ok(()) => Ok(outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(|| Err(unknown()))).collect()),
+            Err(error) => {
+                self.abort(&error);
+                // What failed by itself says how; what was purged, or had been written, failed with it.
+                let own = |outcome: Option<Outcome>| outcome?.err().filter(|own| own.kind() != ErrorKind::Closed);
+                let own: Vec<Option<Error>> = outcomes.into_iter().map(own).collect();
+                let others = with_others(own.iter().flatten().next().unwrap_or(&error));
+                match own.is_empty() {
+                    true => Err(error),
+                    false => Ok(own.into_iter().map(|own| Err(own.unwrap_or_else(|| others.clone()))).collect()),
+                }
+            }
+        }
+    }
+
+    fn fill(&self, messages: &[(&Topic, &Message)], offsets: &[Offsets]) -> Result<()> {
+        let Some(client) = &self.client else { return Err(unknown()) };
+        let deadline = Instant::now() + self.config.publish_timeout;
+        for (index, (topic, message)) in messages.iter().enumerate() {
+            let ticket = self.outcomes.lock().ticket(index);
+            let failed = |error: Error| {
+                self.outcomes.lock().set(ticket, Err(error.clone()));
+                error
+            };
+            let encoded = record::encode(topic, message, None, self.config.format).map_err(failed)?;
+            let mut record = BaseRecord::<[u8], [u8], usize>::with_opaque_to(topic.as_str(), ticket);
+            record.payload = encoded.payload.as_deref();
+            record.key = encoded.key;
+            record.timestamp = encoded.timestamp;
+            record.headers = encoded.headers;
+            loop {
+                match client.send(record) {
+                    Ok(()) => break,
+                    Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), again))
+                        if Instant::now() < deadline =>
+                    {
+                        record = again;
+                        rest(Duration::from_millis(1));
+                    }
+                    Err((error, _)) => {
+                        return Err(failed(error::failed(format_args!("publish to {topic}"), &error)));
+                    }
+                }
+            }
+        }
+        let timeout = self.config.publish_timeout;
+        offsets.iter().try_for_each(|(offsets, group)| {
+            let sent = self.patiently(|| client.send_offsets_to_transaction(offsets, group, timeout));
+            sent.map_err(|error| error::failed("commit offsets in a transaction", &error))
+        })
+    }
+
+    fn commit(&self) -> Result<()> {
+        let Some(client) = &self.client else { return Err(unknown()) };
+        let committed = self.patiently(|| client.commit_transaction(self.config.publish_timeout));
+        committed.map_err(|error| error::failed("commit a transaction", &error))?;
+        // A record that failed fails its transaction; should one not, it is said.
+        match self.outcomes.lock().outcomes.iter().flatten().find_map(|outcome| outcome.as_ref().err().cloned()) {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    /// Asks again while librdkafka says that it may be.
+    fn patiently(
+        &self,
+        mut ask: impl FnMut() -> std::result::Result<(), KafkaError>,
+    ) -> std::result::Result<(), KafkaError> {
+        let deadline = Instant::now() + self.config.publish_timeout;
+        loop {
+            match ask() {
+                Err(KafkaError::Transaction(error)) if error.is_retriable() && Instant::now() < deadline => {
+                    rest(Duration::from_millis(20));
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// After this nothing of the transaction is there, for who reads what is committed.
+    fn abort(&mut self, cause: &Error) {
+        if let Some(client) = &self.client {
+            // What it leaves open the next producer with its id aborts.
+            let _ = self.patiently(|| client.abort_transaction(self.config.connect_timeout));
+            if let Some((code, why)) = client.client().fatal_error() {
+                let fenced = error::code_kind(code) == ErrorKind::Conflict;
+                self.fenced =
+                    fenced.then(|| Error::conflict(format!("another producer has the same transactional_id: {why}")));
+            }
+            // Made anew for the next: where the server has refused a batch, librdkafka goes on with sequence
+            // numbers that the server does not expect. Ending it may wait for its connections.
+            tracing::warn!(%cause, "a transaction was aborted");
+            let client = self.client.take();
+            let _ = thread::Builder::new().name("broker-kafka-end".to_owned()).spawn(move || drop(client));
+        }
+    }
+
+    fn client(&mut self) -> Result<&Client> {
+        if let Some(fenced) = &self.fenced {
+            return Err(fenced.clone());
+        }
+        let client = match self.client.take() {
+            Some(client) => client,
+            None => self.make()?,
+        };
+        Ok(self.client.insert(client))
+    }
+
+    fn make(&self) -> Result<Client> {
+        let config = &self.config;
+        let id = config.transactional_id.as_deref().unwrap_or_default();
+        let timeout = config.publish_timeout.min(MAX_TRANSACTION);
+        let open = (timeout + config.connect_timeout).min(MAX_TRANSACTION);
+        let mut settings = client::settings(
+            config,
+            &[
+                ("transactional.id", id),
+                ("linger.ms", "0"),
+                ("compression.type", config.compression.as_str()),
+                ("message.timeout.ms", &millis(timeout)),
+                ("transaction.timeout.ms", &millis(open)),
+                ("partitioner", "murmur2_random"),
+            ],
+        );
+        client::hand_on(&mut settings, config, Role::Producer);
+        let health = Arc::clone(self.admin.health());
+        let context = Outcomes { outcomes: Arc::clone(&self.outcomes), health: Arc::clone(&health) };
+        let client = Client::from_config_and_context(&settings, context).map_err(|error| client::not_made(&error))?;
+        let begun = self.patiently(|| client.init_transactions(config.connect_timeout));
+        begun.map_err(|error| health.explain(error::failed("begin with transactions", &error)))?;
+        Ok(client)
+    }
+}
+
+/// All places, or the first error.
+fn all(outcomes: Vec<Outcome>) -> Result<Vec<(i32, i64)>> {
+    outcomes.into_iter().collect()
+}
+
+/// The error of what failed because something else did.
+pub(crate) fn with_others(cause: &Error) -> Error {
+    Error::new(cause.kind(), format!("the transaction was aborted: {}", cause.message()))
+}
+
+fn unknown() -> Error {
+    Error::unavailable("the transaction was aborted")
+}
+
+/// Takes down what became of each record.
+struct Outcomes {
+    outcomes: Arc<Mutex<Round>>,
+    health: Arc<Health>,
+}
+
+impl ClientContext for Outcomes {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, line: &str) {
+        client::log(level, facility, line);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        self.health.failed(error::failed(reason, &error));
+    }
+}
+
+impl ProducerContext for Outcomes {
+    type DeliveryOpaque = usize;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, ticket: usize) {
+        let outcome = match result {
+            Ok(record) => Ok((record.partition(), record.offset())),
+            Err((error, record)) => Err(error::failed(format_args!("publish to {}", record.topic()), error)),
+        };
+        self.outcomes.lock().set(ticket, outcome);
+    }
+}

@@ -1,0 +1,147 @@
+//! Errors that a real server will not give on demand: librdkafka's mock cluster of three brokers, in this
+//! process.
+
+use std::time::Instant;
+
+use broker_core::Broker as _;
+use broker_kafka::rdkafka::mocking::{MockCluster, MockCoordinator};
+use broker_kafka::rdkafka::producer::DefaultProducerContext;
+use broker_kafka::rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
+
+use super::*;
+
+const TOPIC: &str = "orders";
+
+fn cluster() -> MockCluster<'static, DefaultProducerContext> {
+    let cluster = MockCluster::new(3).unwrap();
+    cluster.create_topic(TOPIC, 1, 3).unwrap();
+    cluster
+}
+
+fn open(cluster: &MockCluster<'static, DefaultProducerContext>, parameters: &str) -> Result<KafkaBroker> {
+    let url = format!("kafka://{}?{parameters}", cluster.bootstrap_servers());
+    Ok(KafkaBroker::new(KafkaConfig::from_url(broker_core::BrokerUrl::parse(&url)?)?))
+}
+
+fn orders() -> Topic {
+    Topic::new(TOPIC).unwrap()
+}
+
+/// Too few replicas in sync, then enough: publishes wait it out, and each is in the log once, in order.
+#[tokio::test(flavor = "multi_thread")]
+async fn too_few_replicas_are_waited_out() -> Result<()> {
+    let cluster = cluster();
+    let broker = open(&cluster, "")?;
+    let mut inbox = broker.subscribe(&(&orders()).into(), Subscribe::new()).await?;
+    broker.publish(&orders(), Message::new("0")).await?;
+    use RDKafkaRespErr::*;
+    let errors = [
+        RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS,
+        RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS_AFTER_APPEND,
+        RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS,
+        RD_KAFKA_RESP_ERR_NOT_LEADER_FOR_PARTITION,
+        RD_KAFKA_RESP_ERR_REQUEST_TIMED_OUT,
+    ];
+    cluster.request_errors(RDKafkaApiKey::Produce, &errors);
+    // One after another: the mock takes a batch though it has refused the one before, which a server does not.
+    for n in 1..20 {
+        broker.publish(&orders(), Message::new(n.to_string())).await?;
+    }
+    let received: Vec<_> = take(&mut inbox, 20).await?.iter().map(payload).collect();
+    assert_eq!(received, (0..20).map(|n| n.to_string()).collect::<Vec<_>>());
+    broker.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+/// Too few replicas for longer than a publish may take: it says so, and does not hang.
+#[tokio::test(flavor = "multi_thread")]
+async fn too_few_replicas_for_too_long_are_an_error() -> Result<()> {
+    let cluster = cluster();
+    let broker = open(&cluster, "publish_timeout=2s")?;
+    broker.publish(&orders(), Message::new("0")).await?;
+    let errors = [RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS; 500];
+    cluster.request_errors(RDKafkaApiKey::Produce, &errors);
+    let began = Instant::now();
+    let error = broker.publish(&orders(), Message::new("1")).await.unwrap_err();
+    assert!(error.is_retryable(), "{error}");
+    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+    cluster.clear_request_errors(RDKafkaApiKey::Produce);
+    broker.publish(&orders(), Message::new("2")).await?;
+    broker.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+/// Answers that come too late: a publish times out, and the broker goes on when they come in time again.
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_time_out_are_errors_and_not_the_end() -> Result<()> {
+    let cluster = cluster();
+    let broker = open(&cluster, "publish_timeout=2s&librdkafka.socket.timeout.ms=1000")?;
+    broker.publish(&orders(), Message::new("0")).await?;
+    cluster.broker_round_trip_time(-1, Duration::from_secs(10)).unwrap();
+    let began = Instant::now();
+    let error = broker.publish(&orders(), Message::new("1")).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+    cluster.broker_round_trip_time(-1, Duration::ZERO).unwrap();
+    let began = Instant::now();
+    while let Err(error) = broker.publish(&orders(), Message::new("2")).await {
+        assert!(error.is_retryable() && began.elapsed() < Duration::from_secs(60), "{error}");
+    }
+    broker.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+/// The server asks to slow down (KIP-599): what was asked of it is asked again.
+#[tokio::test(flavor = "multi_thread")]
+async fn throttling_is_obeyed() -> Result<()> {
+    let cluster = cluster();
+    let broker = open(&cluster, "commit_interval=50ms")?;
+    let group: Group = format!("throttled@{TOPIC}").parse()?;
+    let throttled = [RDKafkaRespErr::RD_KAFKA_RESP_ERR_THROTTLING_QUOTA_EXCEEDED; 3];
+    cluster.request_errors(RDKafkaApiKey::OffsetCommit, &throttled);
+    let mut member = join(&broker, &group, GroupOptions::new()).await?;
+    broker.publish(&orders(), Message::new("1")).await?;
+    cluster.request_errors(RDKafkaApiKey::OffsetCommit, &throttled);
+    take(&mut member, 1).await?.remove(0).ack().await?;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    member.close().await?;
+    // What was acked is committed in the end.
+    let mut next = join(&broker, &group, GroupOptions::new()).await?;
+    broker.publish(&orders(), Message::new("2")).await?;
+    let delivery = take(&mut next, 1).await?.remove(0);
+    assert_eq!(payload(&delivery), "2");
+    delivery.ack().await?;
+    broker.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+/// The group's coordinator moves to another broker, twice, and says so by errors: members find it, commits
+/// arrive, and nothing that was acked comes again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_follows_its_coordinator() -> Result<()> {
+    let cluster = cluster();
+    let broker = open(&cluster, "commit_interval=50ms")?;
+    let group: Group = format!("moving@{TOPIC}").parse()?;
+    cluster.coordinator(MockCoordinator::Group(group.to_string()), 1).unwrap();
+    let mut member = join(&broker, &group, GroupOptions::new()).await?;
+    for coordinator in [2, 3] {
+        broker.publish(&orders(), Message::new(format!("before {coordinator}"))).await?;
+        take(&mut member, 1).await?.remove(0).ack().await?;
+        cluster.coordinator(MockCoordinator::Group(group.to_string()), coordinator).unwrap();
+        use RDKafkaRespErr::*;
+        let moved = [RD_KAFKA_RESP_ERR_NOT_COORDINATOR, RD_KAFKA_RESP_ERR_COORDINATOR_LOAD_IN_PROGRESS];
+        cluster.request_errors(RDKafkaApiKey::OffsetCommit, &moved);
+        cluster.request_errors(RDKafkaApiKey::Heartbeat, &moved);
+        broker.publish(&orders(), Message::new(format!("after {coordinator}"))).await?;
+        let delivery = take(&mut member, 1).await?.remove(0);
+        assert_eq!(payload(&delivery), format!("after {coordinator}"));
+        delivery.ack().await?;
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    member.close().await?;
+    let mut next = join(&broker, &group, GroupOptions::new()).await?;
+    broker.publish(&orders(), Message::new("last")).await?;
+    assert_eq!(payload(&take(&mut next, 1).await?.remove(0)), "last");
+    broker.close(Duration::from_secs(5)).await;
+    Ok(())
+}

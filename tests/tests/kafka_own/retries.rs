@@ -1,0 +1,110 @@
+//! Retry topics.
+
+use broker_core::Broker as _;
+
+use super::*;
+
+const PARAMETERS: &str = "&retry_topics=2s&metadata_refresh=1s&commit_interval=100ms";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_retry_waits_in_a_topic_and_comes_back_as_it_was() -> Result<()> {
+    let (one, topic) = (broker(PARAMETERS)?, topic("aside")?);
+    let group: Group = format!("aside@{topic}").parse()?;
+    let twice = GroupOptions::new().with_retry(RetryPolicy::default().with_max_attempts(3)?);
+    let mut member = join(&one, &group, twice.clone()).await?;
+    let message = Message::new("1").with_key("k").with_header("x", vec![0xff])?.with_content_type("text/plain")?;
+    one.publish(&topic, message.clone()).await?;
+    let began = std::time::Instant::now();
+    take(&mut member, 1).await?.remove(0).retry_after(Duration::from_secs(3)).await?;
+    // Its record is settled: the partition's watermark is beyond it, and it is still the group's.
+    while committed(&group, &topic) != Some(1) {
+        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", committed(&group, &topic));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(one.status().await?.group(&group).and_then(|group| group.lag), Some(1));
+    close(&one).await;
+
+    // Another member finds it, with its attempt, when it is due.
+    let two = broker(PARAMETERS)?;
+    let mut member = join(&two, &group, twice).await?;
+    let again = take(&mut member, 1).await?.remove(0);
+    assert!(began.elapsed() >= Duration::from_secs(3), "too early: {:?}", began.elapsed());
+    assert_eq!((again.attempt(), again.topic()), (2, &topic));
+    assert_eq!(again.message(), &message);
+    // Below the threshold its new member holds it; the attempts add up.
+    again.retry_after(Duration::from_millis(10)).await?;
+    let last = take(&mut member, 1).await?.remove(0);
+    assert_eq!(last.attempt(), 3);
+    last.retry().await?;
+    let letters = wait_for_letters(&two, &group, 1).await?;
+    assert_eq!((&letters[0].topic, letters[0].attempts), (&topic, 3));
+    assert_eq!(letters[0].message.payload(), message.payload());
+
+    assert!(two.delete_group(&group).await?);
+    // Deletion reaches the metadata a moment after it is confirmed.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let left: Vec<String> = topics().into_iter().filter(|name| name.starts_with("broker-retry.aside_a")).collect();
+    assert_eq!(left, Vec::<String>::new(), "the retry topics go with their group");
+    close(&two).await;
+    Ok(())
+}
+
+fn topics() -> Vec<String> {
+    use rdkafka::consumer::Consumer as _;
+    let none = Topic::new("broker-none").unwrap();
+    let metadata = raw_consumer(&none).fetch_metadata(None, Duration::from_secs(10)).unwrap();
+    metadata.topics().iter().map(|topic| topic.name().to_owned()).collect()
+}
+
+/// More retries than a commit has room to speak of: held, they would stall their partition.
+#[tokio::test(flavor = "multi_thread")]
+async fn any_number_of_long_retries_stalls_nobody() -> Result<()> {
+    let (broker, topic) = (broker(PARAMETERS)?, topic("many")?);
+    let group: Group = format!("many@{topic}").parse()?;
+    let options = Subscribe::group(group.name.clone()).with_max_in_flight(500)?;
+    let mut member = broker.subscribe(&group.filter, options).await?;
+    let messages = (0..3_000).map(|n| Message::new(n.to_string())).collect();
+    broker.publish_batch(&topic, messages).await?.into_iter().for_each(|result| drop(result.unwrap()));
+    broker.publish(&topic, Message::new("last")).await?;
+    let mut set_aside = 0;
+    loop {
+        let delivery = take(&mut member, 1).await?.remove(0);
+        if payload(&delivery) == "last" {
+            delivery.ack().await?;
+            break;
+        }
+        assert_eq!(delivery.attempt(), 1);
+        delivery.retry_after(Duration::from_secs(40)).await?;
+        set_aside += 1;
+    }
+    assert_eq!(set_aside, 3_000);
+    assert!(broker.delete_group(&group).await?);
+    broker.close(Duration::from_secs(10)).await;
+    Ok(())
+}
+
+/// In an ordered group a key waits for its message, so that such a message never goes aside.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_ordered_key_waits_for_its_retry_all_the_same() -> Result<()> {
+    let (broker, topic) = (broker(PARAMETERS)?, topic("ordered")?);
+    let group: Group = format!("ordered@{topic}").parse()?;
+    let mut member = join(&broker, &group, GroupOptions::new().with_ordered(true)).await?;
+    for (payload, key) in [("1", "a"), ("2", "a"), ("3", "b")] {
+        broker.publish(&topic, Message::new(payload).with_key(key)).await?;
+    }
+    let mut seen = Vec::new();
+    for _ in 0..4 {
+        let delivery = take(&mut member, 1).await?.remove(0);
+        seen.push((payload(&delivery), delivery.attempt()));
+        if seen.len() == 1 {
+            delivery.retry_after(Duration::from_secs(3)).await?;
+        } else {
+            delivery.ack().await?;
+        }
+    }
+    let expected = [("1", 1), ("3", 1), ("1", 2), ("2", 1)];
+    assert_eq!(seen, expected.map(|(payload, attempt)| (payload.to_owned(), attempt)));
+    assert!(broker.delete_group(&group).await?);
+    close(&broker).await;
+    Ok(())
+}
