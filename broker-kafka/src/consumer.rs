@@ -118,6 +118,13 @@ impl Unanswered {
         }
     }
 
+    /// There is nothing to be said: what was not taken went with its partition, or was said when that left.
+    pub(crate) fn nothing_to_say(&mut self) {
+        if self.sent.is_empty() {
+            self.since = None;
+        }
+    }
+
     pub(crate) fn since(&self) -> Option<Instant> {
         self.since
     }
@@ -184,7 +191,11 @@ mod tests {
         assert_eq!(unanswered.since(), Some(two));
         unanswered.answered(false);
         assert_eq!(unanswered.since(), Some(two));
+        unanswered.nothing_to_say();
+        assert_eq!(unanswered.since(), None, "its partition has gone");
         unanswered.sent(three);
+        unanswered.nothing_to_say();
+        assert_eq!(unanswered.since(), Some(three));
         unanswered.answered(true);
         assert_eq!(unanswered.since(), None);
     }

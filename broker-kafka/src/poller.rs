@@ -432,7 +432,9 @@ impl Poller {
         }
         self.next_commit = now + interval;
         let commits = self.member.state(|state| state.commits());
-        if !commits.is_empty() && self.send_commit(&commits, CommitMode::Async) {
+        if commits.is_empty() {
+            self.consumer.context().unanswered.lock().nothing_to_say();
+        } else if self.send_commit(&commits, CommitMode::Async) {
             self.consumer.context().unanswered.lock().sent(now);
         }
     }

@@ -158,17 +158,20 @@ fn from_headers(
     Decoded { message, problem: Some(error.message().to_owned()), travel: Travel::default() }
 }
 
-/// Headers under construction.
-struct Writer(OwnedHeaders);
+/// Headers under construction; always there between two calls, and taken out without making others.
+struct Writer(Option<OwnedHeaders>);
 
 impl Writer {
     fn with_capacity(capacity: usize) -> Self {
-        Self(OwnedHeaders::new_with_capacity(capacity))
+        Self(Some(OwnedHeaders::new_with_capacity(capacity)))
     }
 
     fn put(&mut self, name: &str, value: &[u8]) {
-        let headers = std::mem::take(&mut self.0);
-        self.0 = headers.insert(Header { key: name, value: Some(value) });
+        self.0 = self.0.take().map(|headers| headers.insert(Header { key: name, value: Some(value) }));
+    }
+
+    fn finish(self) -> OwnedHeaders {
+        self.0.unwrap_or_default()
     }
 
     /// The text of `value`, which has 255 bytes at most, without an allocation.

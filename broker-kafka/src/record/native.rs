@@ -56,7 +56,7 @@ pub(super) fn finish(mut out: Writer, message: &Message) -> OwnedHeaders {
     for (name, value) in message.headers().iter() {
         out.put(name.as_str(), value);
     }
-    out.0
+    out.finish()
 }
 
 /// Where our headers end, of a record that we wrote.
