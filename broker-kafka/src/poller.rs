@@ -44,6 +44,9 @@ const TURN: usize = 512;
 /// Intervals that a commit may be without an answer before nothing more is handed out.
 const PATIENCE: u32 = 2;
 
+/// How long an answer may take in any case, however short the interval is.
+const ROUND_TRIP: Duration = Duration::from_secs(2);
+
 /// Between tries of what the server did not take.
 const AGAIN: Duration = Duration::from_millis(500);
 
@@ -426,7 +429,8 @@ impl Poller {
         // from a connection whose joining it holds back. What is acked meanwhile would come again if this
         // member died, too; so there is not to be more of it than a few intervals' worth.
         let unanswered = self.consumer.context().unanswered.lock().since();
-        self.member.hold_back(unanswered.is_some_and(|since| now > since + PATIENCE * interval));
+        let patience = (PATIENCE * interval).max(ROUND_TRIP);
+        self.member.hold_back(unanswered.is_some_and(|since| now > since + patience));
         if now < self.next_commit {
             return;
         }
