@@ -506,10 +506,36 @@ impl Poller {
                 _ => unassign(&self.consumer, &partitions),
             });
         }
+        self.unsubscribe();
         let Self { member, consumer, .. } = self;
-        // Leaves the group; may take long while the server is away, and nobody waits for this thread.
-        drop(consumer);
+        // Ending a client may take long, or forever; whoever waits for this member does not wait for that.
+        let (ended, end) = crossbeam_channel::bounded(1);
+        let ending = move || {
+            drop(consumer);
+            let _ = ended.send(());
+        };
+        if thread::Builder::new().name("broker-kafka-end".to_owned()).spawn(ending).is_ok() {
+            let _ = end.recv_timeout(REBALANCE);
+        }
         member.finish();
+    }
+
+    /// Leaves the group while the client is as alive as ever: where partitions are taken from one that is being
+    /// closed, librdkafka has been seen to wait for itself forever, still a member, its partitions nobody's.
+    fn unsubscribe(&self) {
+        // A static member does not leave: it is to come back.
+        if self.member.group.is_none() || self.admin.config().instance_id.is_some() {
+            return;
+        }
+        self.consumer.unsubscribe();
+        let deadline = Instant::now() + REBALANCE;
+        while Instant::now() < deadline {
+            // Partitions that are taken are let go in the callback.
+            let _ = self.consumer.poll(Duration::from_millis(5));
+            if self.consumer.assignment().is_ok_and(|assignment| assignment.count() == 0) {
+                break;
+            }
+        }
     }
 }
 
