@@ -248,7 +248,7 @@ mod tests {
         tracker.finish(seqs[1]);
         let before = tracker.progress();
         let told = tracker.progress_with(&[seqs[0], seqs[3]]).unwrap();
-        assert_eq!((told.watermark, told.done.into_iter().collect::<Vec<_>>()), (12, vec![13..14]));
+        assert_eq!((told.watermark, told.done.len(), told.done.front()), (12, 1, Some(&(13..14))));
         assert_eq!(tracker.progress_with(&seqs).unwrap(), Progress { watermark: 15, ..Progress::default() });
         assert_eq!(tracker.progress(), before);
         tracker.finish(seqs[0]);
