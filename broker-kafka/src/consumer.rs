@@ -1,9 +1,7 @@
 //! The client behind a subscription: how it is made, and what it calls back for.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 use broker_core::{Error, Result};
 use crossbeam_channel::Sender;
@@ -71,7 +69,6 @@ pub(crate) fn make(admin: &Admin, source: &Source, number: usize, rouse: &Sender
         rebalances: Mutex::default(),
         closing: AtomicBool::new(false),
         commit_failed: Mutex::default(),
-        unanswered: Mutex::default(),
     };
     let consumer = Client::from_config_and_context(&settings, callbacks);
     let mut consumer = consumer.map_err(|error| client::not_made(&error))?;
@@ -92,42 +89,6 @@ pub(crate) struct Callbacks {
     pub(crate) closing: AtomicBool,
     /// The last commit that the server did not take.
     pub(crate) commit_failed: Mutex<Option<Error>>,
-    /// What was committed and not answered.
-    pub(crate) unanswered: Mutex<Unanswered>,
-}
-
-/// Commits that were sent, and since when the server has not said that it has what they say.
-#[derive(Debug, Default)]
-pub(crate) struct Unanswered {
-    sent: VecDeque<Instant>,
-    since: Option<Instant>,
-}
-
-impl Unanswered {
-    pub(crate) fn sent(&mut self, now: Instant) {
-        self.sent.push_back(now);
-        self.since.get_or_insert(now);
-    }
-
-    /// Answers come in the order of the commits. One that was not taken is said again by the next, and
-    /// counts from when it was first sent.
-    fn answered(&mut self, taken: bool) {
-        self.sent.pop_front();
-        if taken {
-            self.since = self.sent.front().copied();
-        }
-    }
-
-    /// There is nothing to be said: what was not taken went with its partition, or was said when that left.
-    pub(crate) fn nothing_to_say(&mut self) {
-        if self.sent.is_empty() {
-            self.since = None;
-        }
-    }
-
-    pub(crate) fn since(&self) -> Option<Instant> {
-        self.since
-    }
 }
 
 impl ClientContext for Callbacks {
@@ -150,8 +111,6 @@ impl ConsumerContext for Callbacks {
     }
 
     fn commit_callback(&self, result: KafkaResult<()>, _: &TopicPartitionList) {
-        let taken = matches!(result, Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)));
-        self.unanswered.lock().answered(taken);
         match result {
             Ok(()) => self.health.recovered(),
             Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => {}
@@ -171,32 +130,5 @@ pub(crate) fn unassign(consumer: &Client, partitions: &TopicPartitionList) -> Ka
     match consumer.rebalance_protocol() {
         RebalanceProtocol::Eager => consumer.unassign(),
         _ => consumer.incremental_unassign(partitions),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use super::*;
-
-    #[test]
-    fn what_was_not_taken_counts_from_when_it_was_first_said() {
-        let mut unanswered = Unanswered::default();
-        let at = |second| Instant::now() + Duration::from_secs(second);
-        let (one, two, three) = (at(1), at(2), at(3));
-        unanswered.sent(one);
-        unanswered.sent(two);
-        unanswered.answered(true);
-        assert_eq!(unanswered.since(), Some(two));
-        unanswered.answered(false);
-        assert_eq!(unanswered.since(), Some(two));
-        unanswered.nothing_to_say();
-        assert_eq!(unanswered.since(), None, "its partition has gone");
-        unanswered.sent(three);
-        unanswered.nothing_to_say();
-        assert_eq!(unanswered.since(), Some(three));
-        unanswered.answered(true);
-        assert_eq!(unanswered.since(), None);
     }
 }

@@ -95,7 +95,7 @@ impl Member {
         if let Some(ending) = &state.ending {
             return Poll::Ready(ending.error.clone().map_or_else(|| Ok(Vec::new()), Err));
         }
-        let room = if state.held_back { 0 } else { limit.min(self.max_in_flight.saturating_sub(state.out)) };
+        let room = limit.min(self.max_in_flight.saturating_sub(state.out));
         let items = state.hand_out(room, &self.entry);
         if items.is_empty() {
             match &mut state.reader {
@@ -291,18 +291,6 @@ impl Member {
     pub(crate) fn rouse(&self) {
         // Full means that it is roused already.
         let _ = self.wake.try_send(());
-    }
-
-    /// Hands out nothing, or goes on.
-    pub(crate) fn hold_back(&self, held_back: bool) {
-        let mut state = self.state.lock();
-        if std::mem::replace(&mut state.held_back, held_back)
-            && !held_back
-            && let Some(reader) = state.reader.take()
-        {
-            drop(state);
-            reader.wake();
-        }
     }
 
     pub(crate) fn state<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {

@@ -41,12 +41,6 @@ const IDLE: Duration = Duration::from_millis(200);
 /// Records read from one partition before the next has its turn.
 const TURN: usize = 512;
 
-/// Intervals that a commit may be without an answer before nothing more is handed out.
-const PATIENCE: u32 = 2;
-
-/// How long an answer may take in any case, however short the interval is.
-const ROUND_TRIP: Duration = Duration::from_secs(2);
-
 /// Between tries of what the server did not take.
 const AGAIN: Duration = Duration::from_millis(500);
 
@@ -424,23 +418,12 @@ impl Poller {
             self.member.state(|state| state.not_committed());
         }
         let now = Instant::now();
-        let interval = self.admin.config().commit_interval;
-        // While a rebalance waits for a member that has died, the server answers no commit: it reads nothing
-        // from a connection whose joining it holds back. What is acked meanwhile would come again if this
-        // member died, too; so there is not to be more of it than a few intervals' worth.
-        let unanswered = self.consumer.context().unanswered.lock().since();
-        let patience = (PATIENCE * interval).max(ROUND_TRIP);
-        self.member.hold_back(unanswered.is_some_and(|since| now > since + patience));
         if now < self.next_commit {
             return;
         }
-        self.next_commit = now + interval;
+        self.next_commit = now + self.admin.config().commit_interval;
         let commits = self.member.state(|state| state.commits());
-        if commits.is_empty() {
-            self.consumer.context().unanswered.lock().nothing_to_say();
-        } else if self.send_commit(&commits, CommitMode::Async) {
-            self.consumer.context().unanswered.lock().sent(now);
-        }
+        self.send_commit(&commits, CommitMode::Async);
     }
 
     /// Commits, and waits until the server has it; false if it may have it a moment later.

@@ -36,8 +36,6 @@ pub(crate) struct State {
     pub(crate) takes_part: bool,
     pub(crate) reader: Option<Waker>,
     pub(crate) closers: Vec<Waker>,
-    /// The server has not answered commits for a while: nothing is handed out until it does.
-    pub(crate) held_back: bool,
     /// The polling thread stopped reading because too much was held.
     pub(crate) starved: bool,
 }
