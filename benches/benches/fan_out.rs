@@ -1,5 +1,6 @@
-//! Deliveries to 1, 10, 100 and 1,000 subscribers, ours beside tokio's channels. One element is one
-//! message received by one subscriber.
+//! Deliveries to 1, 10, 100 and 1,000 subscribers, ours beside tokio's channels, and to 2 and 16 members
+//! of one group, ours beside channels whose receiver is shared. One element is one message received by
+//! one subscriber.
 
 #![allow(missing_docs, reason = "criterion_group! makes public functions without")]
 #![allow(clippy::expect_used, reason = "a bench that cannot run has nothing better to do than stop")]
@@ -8,7 +9,7 @@ use std::time::Duration;
 
 use broker_benches::Result;
 use broker_benches::in_process::fan_out::{self, LOADS};
-use broker_benches::in_process::{Load, Run};
+use broker_benches::in_process::{Load, Run, group};
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
 use tokio::runtime::Runtime;
 
@@ -20,39 +21,64 @@ fn fan_out(criterion: &mut Criterion) {
         for load in LOADS {
             // Criterion repeats the whole, so a tenth of what `ratios` publishes is enough.
             let load = Load { payload, messages: load.messages / 10, ..load };
-            group.throughput(Throughput::Elements(load.messages * load.receivers as u64));
+            let due = fan_out::due(load);
+            group.throughput(Throughput::Elements(due));
             group.bench_function(BenchmarkId::new("ours", load.receivers), |bencher| {
-                bencher.iter_custom(|times| timed(&runtime, load, times, async |load| fan_out::ours(load).await));
+                bencher.iter_custom(|times| timed(&runtime, load, due, times, async |load| fan_out::ours(load).await));
             });
             group.bench_function(BenchmarkId::new("tokio_mpsc", load.receivers), |bencher| {
-                bencher.iter_custom(|times| timed(&runtime, load, times, async |load| fan_out::mpsc(load).await));
+                bencher.iter_custom(|times| timed(&runtime, load, due, times, async |load| fan_out::mpsc(load).await));
             });
             group.bench_function(BenchmarkId::new("tokio_broadcast", load.receivers), |bencher| {
-                bencher.iter_custom(|times| timed(&runtime, load, times, async |load| fan_out::broadcast(load).await));
+                bencher.iter_custom(|times| {
+                    timed(&runtime, load, due, times, async |load| fan_out::broadcast(load).await)
+                });
             });
         }
         group.finish();
     }
 }
 
-/// Runs `work` so many times, in a task: the thread that blocks on a runtime is a slow place to work.
-/// A run that lost messages counts as long as receiving all of them at its rate would have taken.
-fn timed<F, Fut>(runtime: &Runtime, load: Load, times: u64, work: F) -> Duration
+fn members(criterion: &mut Criterion) {
+    let runtime = Runtime::new().expect("a runtime");
+    let mut bench = criterion.benchmark_group("group/64B");
+    bench.sampling_mode(SamplingMode::Flat).sample_size(10).measurement_time(Duration::from_secs(5));
+    for load in group::LOADS {
+        let load = Load { messages: load.messages / 10, ..load };
+        let due = load.messages;
+        bench.throughput(Throughput::Elements(due));
+        bench.bench_function(BenchmarkId::new("ours", load.receivers), |bencher| {
+            bencher.iter_custom(|times| timed(&runtime, load, due, times, async |load| group::ours(load).await));
+        });
+        bench.bench_function(BenchmarkId::new("flume", load.receivers), |bencher| {
+            bencher.iter_custom(|times| timed(&runtime, load, due, times, async |load| group::flume(load).await));
+        });
+        bench.bench_function(BenchmarkId::new("async_channel", load.receivers), |bencher| {
+            bencher
+                .iter_custom(|times| timed(&runtime, load, due, times, async |load| group::async_channel(load).await));
+        });
+    }
+    bench.finish();
+}
+
+/// Runs `work`, in which `due` messages are to be received, so many times, in a task: the thread that
+/// blocks on a runtime is a slow place to work. A run that lost messages counts as long as receiving all
+/// of them at its rate would have taken.
+fn timed<F, Fut>(runtime: &Runtime, load: Load, due: u64, times: u64, work: F) -> Duration
 where
     F: Fn(Load) -> Fut + Send + Sync + 'static,
     Fut: Future<Output = Result<Run>> + Send + 'static,
 {
     let all = async move {
-        let due = (load.messages * load.receivers as u64) as f64;
         let mut elapsed = Duration::ZERO;
         for _ in 0..times {
             let run = work(load).await.expect("a run whose counts add up");
-            elapsed += Duration::from_secs_f64(due / run.rate());
+            elapsed += Duration::from_secs_f64(due as f64 / run.rate());
         }
         elapsed
     };
     runtime.block_on(async { tokio::spawn(all).await.expect("the work does not panic") })
 }
 
-criterion_group!(benches, fan_out);
+criterion_group!(benches, fan_out, members);
 criterion_main!(benches);

@@ -10,7 +10,8 @@ use super::{BATCH, CAPACITY, Due, Load, Run, open, publish_and_close, receive, r
 use crate::Result;
 use crate::comparison::Comparison;
 
-const LOADS: [Load; 2] = [
+/// The loads that are compared: members of the group.
+pub const LOADS: [Load; 2] = [
     Load { receivers: 2, payload: 64, messages: 400_000, capacity: CAPACITY },
     Load { receivers: 16, payload: 64, messages: 400_000, capacity: CAPACITY },
 ];
