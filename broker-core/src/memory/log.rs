@@ -189,7 +189,10 @@ impl LogState {
         if self.readers.is_empty() {
             return;
         }
-        let scheduled = is_scheduled(&message);
+        if is_scheduled(&message) {
+            // Each group moves it to its timer: shared from the start, it goes there without being copied.
+            return self.append_shared(&Entry::new(topic.clone(), message), wake);
+        }
         match self.filling(false) {
             Some(segment) => segment.push(topic, message, size),
             None => {
@@ -198,7 +201,7 @@ impl LogState {
                 self.add_run(segment);
             }
         }
-        self.appended(size, scheduled, wake);
+        self.appended(size, false, wake);
     }
 
     /// [`append`](Self::append) for a message that is held elsewhere too.
