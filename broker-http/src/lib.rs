@@ -12,6 +12,7 @@ pub mod client;
 pub mod push;
 mod server;
 mod tls;
+mod traces;
 pub mod webhook;
 
 pub use attributes::AttributeFilter;
@@ -21,3 +22,5 @@ pub use server::{
     TopicRule, Topics,
 };
 pub use spec::{Batch, Endpoint, Mode, Secret, Signing, StatusVerdict, SubscriptionSpec};
+#[cfg(feature = "otlp")]
+pub use traces::{OtlpOptions, Traces};

@@ -175,7 +175,7 @@ impl HttpOptions {
     }
 
     /// The URL without credentials.
-    pub(super) fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         let scheme = if self.tls.is_some() { "https" } else { "http" };
         format!("{scheme}://{}{}", self.authority, self.prefix)
     }

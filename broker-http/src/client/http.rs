@@ -26,7 +26,7 @@ const MAX_IDLE: usize = 32;
 const IDLE: Duration = Duration::from_secs(30);
 
 /// The daemon at the other end.
-pub(super) struct Http {
+pub(crate) struct Http {
     options: HttpOptions,
     /// Made with the first connection: root certificates are files.
     tls: OnceCell<TlsConnector>,
@@ -38,27 +38,27 @@ pub(super) struct Http {
 
 /// A request.
 #[derive(Debug)]
-pub(super) struct Call<'a> {
-    pub(super) method: Method,
+pub(crate) struct Call<'a> {
+    pub(crate) method: Method,
     /// Path and query, from `/`.
-    pub(super) path: &'a str,
-    pub(super) headers: HeaderMap,
-    pub(super) body: Bytes,
+    pub(crate) path: &'a str,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
     /// How long it may take.
-    pub(super) within: Duration,
+    pub(crate) within: Duration,
     /// Bytes of the answer's body at most.
-    pub(super) limit: usize,
+    pub(crate) limit: usize,
     /// Ends the request early, where the daemon has not answered.
-    pub(super) finish: Option<&'a CancellationToken>,
+    pub(crate) finish: Option<&'a CancellationToken>,
     /// Whether it waits at the daemon; such a request counts towards no limit of connections.
-    pub(super) waits: bool,
+    pub(crate) waits: bool,
 }
 
 /// Bytes of an answer that is neither a pull's nor a list's.
 const SHORT_ANSWER: usize = 4 << 20;
 
 impl<'a> Call<'a> {
-    pub(super) fn new(method: Method, path: &'a str, within: Duration) -> Self {
+    pub(crate) fn new(method: Method, path: &'a str, within: Duration) -> Self {
         let headers = HeaderMap::new();
         Self { method, path, headers, body: Bytes::new(), within, limit: SHORT_ANSWER, finish: None, waits: false }
     }
@@ -77,10 +77,10 @@ impl<'a> Call<'a> {
 
 /// Why a request has no answer.
 #[derive(Debug)]
-pub(super) struct Fault {
+pub(crate) struct Fault {
     /// Whether the daemon may have seen it: then its outcome is unknown.
-    pub(super) sent: bool,
-    pub(super) error: Error,
+    pub(crate) sent: bool,
+    pub(crate) error: Error,
 }
 
 impl From<Fault> for Error {
@@ -90,7 +90,7 @@ impl From<Fault> for Error {
 }
 
 impl Http {
-    pub(super) fn new(options: HttpOptions) -> Self {
+    pub(crate) fn new(options: HttpOptions) -> Self {
         let permits = Semaphore::new(options.connections.min(Semaphore::MAX_PERMITS));
         Self { options, tls: OnceCell::new(), idle: Mutex::default(), permits, losses: AtomicU64::new(0) }
     }
@@ -100,7 +100,7 @@ impl Http {
     }
 
     /// Sends a request and reads the answer, whatever its status.
-    pub(super) async fn call(&self, call: Call<'_>) -> Result<Answer, Fault> {
+    pub(crate) async fn call(&self, call: Call<'_>) -> Result<Answer, Fault> {
         let result = self.call_once(call).await;
         if result.is_err() {
             self.lost();

@@ -24,3 +24,7 @@ mod tests;
 
 pub use broker::{HttpBroker, connector};
 pub use config::HttpOptions;
+
+// Traces are sent as requests to the daemon are.
+#[cfg(feature = "otlp")]
+pub(crate) use http::{Call, Http};

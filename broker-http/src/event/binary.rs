@@ -258,7 +258,7 @@ pub fn take_trace_context(headers: &HeaderMap, message: &mut Message) -> Result<
     Ok(())
 }
 
-fn is_traceparent(text: &str) -> bool {
+pub(crate) fn is_traceparent(text: &str) -> bool {
     let hex = |text: &str| text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
     let mut parts = text.split('-');
     let mut part = |length: usize| parts.next().is_some_and(|part| part.len() == length && hex(part));
@@ -266,7 +266,7 @@ fn is_traceparent(text: &str) -> bool {
     text.len() <= 255 && part(2) && part(32) && part(16) && part(2)
 }
 
-fn is_tracestate(text: &str) -> bool {
+pub(crate) fn is_tracestate(text: &str) -> bool {
     !text.is_empty()
         && text.len() <= 512
         && text.bytes().all(|byte| (b' '..=b'~').contains(&byte))

@@ -13,6 +13,7 @@ use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 
 use super::{Guard, PushTls};
 use crate::SubscriptionSpec;
+use crate::traces::Traces;
 
 /// How the addresses of a name are found.
 ///
@@ -75,6 +76,7 @@ pub struct PushClient {
     lookups: Arc<Semaphore>,
     resolver: Arc<dyn Resolve>,
     idle_timeout: Duration,
+    traces: Traces,
 }
 
 /// Connections at most, unless it is said otherwise.
@@ -101,6 +103,7 @@ impl PushClient {
             lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)),
             resolver: Arc::new(OfThisMachine),
             idle_timeout: IDLE_TIMEOUT,
+            traces: Traces::default(),
         }
     }
 
@@ -163,6 +166,18 @@ impl PushClient {
     pub fn with_resolver(mut self, resolver: impl Resolve + 'static) -> Self {
         self.resolver = Arc::new(resolver);
         self
+    }
+
+    /// Tells of every push here: a span for the messages, and one for the request.
+    #[cfg(feature = "otlp")]
+    #[must_use]
+    pub fn with_traces(mut self, traces: Traces) -> Self {
+        self.traces = traces;
+        self
+    }
+
+    pub(crate) fn traces(&self) -> &Traces {
+        &self.traces
     }
 
     pub(crate) fn resolver(&self) -> &Arc<dyn Resolve> {

@@ -59,6 +59,10 @@ impl Route {
         Self { client, target, shared: Mutex::default(), asking: tokio::sync::Mutex::default() }
     }
 
+    pub(crate) fn target(&self) -> &Target {
+        &self.target
+    }
+
     pub(crate) fn client(&self) -> &PushClient {
         &self.client
     }

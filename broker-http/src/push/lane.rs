@@ -17,18 +17,24 @@ use super::engine::Engine;
 use super::timer::Timer;
 use super::verdict::{self, Decision, Item, Outcome, Verdict};
 use crate::Mode;
+use crate::traces::Processing;
 
 /// Carries parcels until there has been none for a while.
 pub(crate) async fn run(engine: Arc<Engine>, id: usize, parcel: Parcel) {
     let mut line = Line::new();
     let mut next = Some(parcel);
     while let Some(parcel) = next {
+        let name = engine.name.as_str();
+        let processing = engine.route.client().traces().process(name, &engine.group, &parcel.deliveries);
+        let pushing = processing.push(engine.route.target());
         let encode = || {
-            let name = engine.name.as_str();
-            engine.encoder.encode(parcel.deliveries.iter().map(|delivery| envelope(delivery, name)))
+            let mut content = engine.encoder.encode(parcel.deliveries.iter().map(|delivery| envelope(delivery, name)));
+            pushing.inject(&mut content.headers);
+            content
         };
         let exchange = exchange(&engine, &mut line, encode).await;
-        next = settle(&engine, id, parcel, exchange).await;
+        pushing.over(&exchange.outcome);
+        next = settle(&engine, id, parcel, exchange, processing).await;
         if next.is_none() {
             next = idle(&engine, id, &mut line).await;
         }
@@ -98,8 +104,15 @@ pub(crate) async fn exchange(engine: &Engine, line: &mut Line, encode: impl Fn()
 }
 
 /// Settles what was pushed, and asks for more.
-async fn settle(engine: &Arc<Engine>, id: usize, parcel: Parcel, exchange: Exchange) -> Option<Parcel> {
+async fn settle(
+    engine: &Arc<Engine>,
+    id: usize,
+    parcel: Parcel,
+    exchange: Exchange,
+    mut processing: Processing,
+) -> Option<Parcel> {
     let verdict = verdict::judge(&exchange.outcome, &engine.spec.verdicts, SystemTime::now);
+    processing.judged(&verdict);
     let items = judge_items(engine, &parcel, &exchange.outcome, &verdict);
     let disabled = {
         let mut state = engine.lock();
@@ -148,6 +161,7 @@ async fn settle(engine: &Arc<Engine>, id: usize, parcel: Parcel, exchange: Excha
             tracing::debug!(subscription = %engine.name, %error, "a push was not settled; its message comes back");
         }
     }
+    drop(processing);
     let mut state = engine.lock();
     state.core.settled(count, kept);
     engine.next_for(id, state)

@@ -36,3 +36,8 @@ pub use client::{PushClient, Resolve};
 pub use guard::{Allowed, Guard};
 pub use handle::{Push, PushObserver, PushOptions, PushState, PushStatus};
 pub use trust::PushTls;
+
+// What traces tell of.
+pub(crate) use target::Target;
+#[cfg_attr(not(feature = "otlp"), allow(unused_imports, reason = "spans tell the decision"))]
+pub(crate) use verdict::{Decision, Outcome, Verdict};

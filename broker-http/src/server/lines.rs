@@ -19,6 +19,7 @@ use super::publish::{Outgoing, ends_stream, publish_all, write_problem, write_re
 use super::publishers::Published;
 use super::{Shared, body};
 use crate::event::{LINES_TYPE, Options, ndjson};
+use crate::traces::Parent;
 
 /// Lines published in one go.
 pub(crate) const AT_ONCE: usize = 256;
@@ -71,6 +72,7 @@ pub(crate) async fn stream(
         published,
         options,
         caller,
+        parent: shared.traces().parent(headers),
         body,
         reservation: shared.ledger.reserve(0)?,
         buffer: BytesMut::new(),
@@ -89,6 +91,7 @@ struct Lines {
     published: Arc<Published>,
     options: Options,
     caller: Option<Caller>,
+    parent: Parent,
     body: Body,
     reservation: Reservation,
     /// What was read and is no whole line yet.
@@ -145,10 +148,11 @@ impl Lines {
             }
             return false;
         }
-        let results = match publish_all(shared, published, &self.options, self.caller.as_ref(), messages).await {
-            Ok(results) => results,
-            Err(error) => vec![Err(error); count],
-        };
+        let results =
+            match publish_all(shared, published, &self.options, self.caller.as_ref(), &self.parent, messages).await {
+                Ok(results) => results,
+                Err(error) => vec![Err(error); count],
+            };
         let mut ends = false;
         for result in results {
             ends |= result.as_ref().is_err_and(ends_stream);

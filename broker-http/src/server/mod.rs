@@ -59,6 +59,7 @@ pub use tls::{Tls, TlsFiles};
 pub use topics::{TopicRule, Topics};
 
 use crate::push::{Push, PushClient, PushObserver, PushOptions, consent};
+use crate::traces::Traces;
 use crate::{Endpoint, SubscriptionSpec};
 use access::Gate;
 use idempotency::Answers;
@@ -277,6 +278,10 @@ impl Server {
 impl Shared {
     pub(crate) fn limits(&self) -> &Limits {
         self.options.limits()
+    }
+
+    pub(crate) fn traces(&self) -> &Traces {
+        self.options.traces()
     }
 
     pub(crate) fn is_draining(&self) -> bool {

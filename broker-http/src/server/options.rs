@@ -10,6 +10,7 @@ use http::HeaderValue;
 use super::access::Access;
 use super::topics::Topics;
 use crate::push::{Guard, PushClient, PushTls};
+use crate::traces::Traces;
 use crate::{Limits, SubscriptionSpec};
 
 /// How a [`Server`](crate::Server) is set up.
@@ -32,6 +33,7 @@ pub struct ServerOptions {
     push_tls: PushTls,
     subscriptions: BTreeMap<GroupName, SubscriptionSpec>,
     topics: Topics,
+    traces: Traces,
 }
 
 impl ServerOptions {
@@ -147,6 +149,18 @@ impl ServerOptions {
         self
     }
 
+    /// Tells of every publish and push here: one trace from the publisher to the endpoint.
+    #[cfg(feature = "otlp")]
+    #[must_use]
+    pub fn with_traces(mut self, traces: Traces) -> Self {
+        self.traces = traces;
+        self
+    }
+
+    pub(crate) fn traces(&self) -> &Traces {
+        &self.traces
+    }
+
     pub(crate) fn subscriptions(&self) -> &BTreeMap<GroupName, SubscriptionSpec> {
         &self.subscriptions
     }
@@ -181,6 +195,8 @@ impl ServerOptions {
 
     pub(crate) fn push_client(&self) -> PushClient {
         let client = PushClient::new(self.guard.clone().with_development(self.development));
+        #[cfg(feature = "otlp")]
+        let client = client.with_traces(self.traces.clone());
         // It was checked when it was set.
         client.clone().with_trust(self.push_tls.clone()).unwrap_or(client)
     }

@@ -20,6 +20,7 @@ use super::publishers::Published;
 use super::query::name_in_path;
 use super::{Shared, body, lines};
 use crate::event::{Decoded, Format, Options, binary, json, ndjson};
+use crate::traces::Parent;
 
 #[derive(Serialize)]
 struct Refused<'a> {
@@ -118,10 +119,11 @@ async fn publish_body(
             let mut outgoing = Outgoing::default();
             decoded.into_iter().for_each(|decoded| outgoing.push(decoded.map(|decoded| decoded.message)));
             let mut answer = Results::new(outgoing.len());
-            answer.extend(topic, publish_all(shared, published, options, caller, outgoing).await?);
+            let parent = shared.traces().parent(headers);
+            answer.extend(topic, publish_all(shared, published, options, caller, &parent, outgoing).await?);
             Ok(answer.finish())
         }
-        Format::Lines => collected(shared, published, options, caller, &body).await,
+        Format::Lines => collected(shared, published, options, caller, &shared.traces().parent(headers), &body).await,
     }
 }
 
@@ -141,6 +143,7 @@ async fn collected(
     published: &Published,
     options: &Options,
     caller: Option<&Caller>,
+    parent: &Parent,
     body: &[u8],
 ) -> Answer {
     options.check_many()?;
@@ -156,7 +159,7 @@ async fn collected(
         let mut outgoing = Outgoing::default();
         lines.by_ref().take(lines::AT_ONCE).for_each(|line| outgoing.push(ndjson::decode(line, options)));
         let count = outgoing.len();
-        let results = match publish_all(shared, published, options, caller, outgoing).await {
+        let results = match publish_all(shared, published, options, caller, parent, outgoing).await {
             Err(error) if answer.is_empty() => return Err(error.into()),
             Err(error) => vec![Err(error); count],
             Ok(results) => results,
@@ -168,7 +171,9 @@ async fn collected(
 
 async fn one(shared: &Shared, published: &Published, options: &Options, decoded: Decoded) -> Answer {
     let publisher = published.publisher(&*shared.broker, options.require_route)?;
-    let receipt = publisher.publish(published.charge(decoded.message)?).await?;
+    let mut message = decoded.message;
+    let mut span = shared.traces().publish(published.topic(), &mut message);
+    let receipt = publisher.publish(published.charge(message)?).await.inspect_err(|error| span.failed(error))?;
     published.published(1);
     shared.metrics.accepted(1);
     let mut json = Vec::with_capacity(128);
@@ -216,15 +221,24 @@ pub(crate) async fn publish_all(
     published: &Published,
     options: &Options,
     caller: Option<&Caller>,
-    outgoing: Outgoing,
+    parent: &Parent,
+    mut outgoing: Outgoing,
 ) -> Result<Vec<Result<Receipt, Error>>, Error> {
     let publisher = published.publisher(&*shared.broker, options.require_route)?;
+    let mut span = shared.traces().publish_many(published.topic(), parent, &mut outgoing.messages);
     let Outgoing { messages, unread } = outgoing.charged(published);
     if let Some(caller) = caller {
         caller.overdraw(messages.len());
     }
-    let mut results = if messages.is_empty() { Vec::new() } else { publisher.publish_batch(messages).await? };
+    let mut results = if messages.is_empty() {
+        Vec::new()
+    } else {
+        publisher.publish_batch(messages).await.inspect_err(|error| span.failed(error))?
+    };
     let accepted = results.iter().filter(|result| result.is_ok()).count() as u64;
+    if let Some(Err(error)) = results.iter().find(|result| result.is_err()) {
+        span.failed(error);
+    }
     published.published(accepted);
     shared.metrics.accepted(accepted);
     if unread.is_empty() {

@@ -22,7 +22,7 @@ pub(crate) fn command(args: &[&str]) -> Command {
     command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     // What the machine that tests has set is none of their business.
     for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("BROKER_") || name == "RUST_LOG" {
+        if ["BROKER_", "OTEL_", "RUST_LOG"].iter().any(|begin| name.to_string_lossy().starts_with(begin)) {
             command.env_remove(name);
         }
     }
@@ -38,8 +38,14 @@ pub(crate) struct Daemon {
 
 impl Daemon {
     pub(crate) async fn start(args: &[&str]) -> Self {
+        Self::start_with(args, &[]).await
+    }
+
+    /// As [`start`](Self::start), with variables of the environment.
+    pub(crate) async fn start_with(args: &[&str], variables: &[(&str, &str)]) -> Self {
         let listen: &[&str] = if args.contains(&"--listen") { &[] } else { &["--listen", "127.0.0.1:0"] };
-        let mut child = command(&[listen, args].concat()).spawn().unwrap();
+        let variables = variables.iter().copied();
+        let mut child = command(&[listen, args].concat()).envs(variables).spawn().unwrap();
         let mut stderr = BufReader::new(child.stderr.take().unwrap());
         let mut line = String::new();
         // What is logged before is no address.

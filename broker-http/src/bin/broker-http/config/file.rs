@@ -28,6 +28,7 @@ pub(super) struct File {
     pub(super) only_declared_topics: bool,
     pub(super) tls: FileTls,
     pub(super) push: FilePush,
+    pub(super) otlp: FileOtlp,
     pub(super) limits: FileLimits,
     pub(super) identities: Vec<Identity>,
     pub(super) topics: Vec<TopicRule>,
@@ -50,6 +51,14 @@ pub(super) struct FilePush {
     pub(super) ca: Option<PathBuf>,
     pub(super) certificate: Option<PathBuf>,
     pub(super) key: Option<PathBuf>,
+}
+
+/// Where traces go.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct FileOtlp {
+    pub(super) endpoint: Option<String>,
+    pub(super) sample: Option<f64>,
 }
 
 /// Keys that no flag has: name, default, purpose.

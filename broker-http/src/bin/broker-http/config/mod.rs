@@ -31,6 +31,7 @@ pub(crate) struct Config {
     pub(crate) tls: Option<TlsFiles>,
     pub(crate) subscriptions: BTreeMap<GroupName, SubscriptionSpec>,
     pub(crate) topics: Topics,
+    pub(crate) otlp: Option<Otlp>,
     identities: Vec<Identity>,
     state: Option<PathBuf>,
     allow: Vec<String>,
@@ -38,6 +39,16 @@ pub(crate) struct Config {
     webhook_origin: Option<String>,
     push: FilePush,
     limits: Limits,
+}
+
+/// Where traces go.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Otlp {
+    pub(crate) endpoint: String,
+    pub(crate) sample: f64,
+    /// Whether OpenTelemetry's own variable named the endpoint, and no setting of ours.
+    #[cfg_attr(feature = "otlp", allow(dead_code, reason = "only who cannot send asks"))]
+    pub(crate) from_environment: bool,
 }
 
 /// The broker unless another is asked for: every topic retains enough for a reader of a stream that
@@ -88,6 +99,9 @@ impl Config {
             })?,
             subscriptions: file.subscriptions,
             topics: Topics::new(file.topics, file.only_declared_topics).map_err(said)?,
+            otlp: otlp(args.otlp_endpoint.or(file.otlp.endpoint), args.otlp_sample.or(file.otlp.sample), |name| {
+                std::env::var(name).ok()
+            })?,
             identities: file.identities,
             state: args.state.or(file.state),
             allow: if args.allow.is_empty() { file.allow } else { args.allow },
@@ -140,6 +154,7 @@ impl Config {
             ("allow", self.allow != other.allow),
             ("allowed_origins", self.allowed_origins != other.allowed_origins),
             ("webhook_origin", self.webhook_origin != other.webhook_origin),
+            ("otlp", self.otlp != other.otlp),
             ("push", self.push != other.push),
             ("limits", self.limits != other.limits),
         ]
@@ -184,6 +199,25 @@ fn tls(files: FileTls) -> Result<Option<TlsFiles>, String> {
         (Some(_), None, _) => Err("tls.certificate: it goes with tls.key, which is missing".to_owned()),
         (None, Some(_), _) => Err("tls.key: it goes with tls.certificate, which is missing".to_owned()),
     }
+}
+
+/// Settings of ours come before OpenTelemetry's variables.
+fn otlp(
+    endpoint: Option<String>,
+    sample: Option<f64>,
+    variable: impl Fn(&str) -> Option<String>,
+) -> Result<Option<Otlp>, String> {
+    let sample = sample.unwrap_or(1.0);
+    if !(0.0..=1.0).contains(&sample) {
+        return Err(format!("otlp.sample {sample}: it is a share of the traces, from 0 to 1"));
+    }
+    let variable = |name: &str| variable(name).filter(|value| !value.is_empty());
+    let found = match endpoint {
+        Some(endpoint) => Some((endpoint, false)),
+        None if variable("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true")) => None,
+        None => variable("OTEL_EXPORTER_OTLP_ENDPOINT").map(|endpoint| (endpoint, true)),
+    };
+    Ok(found.map(|(endpoint, from_environment)| Otlp { endpoint, sample, from_environment }))
 }
 
 fn push_tls(files: &FilePush) -> Result<PushTls, String> {
@@ -245,6 +279,18 @@ mod tests {
             let error = config(text, &[]).and_then(|config| config.options().map(drop)).unwrap_err();
             assert!(error.contains(named), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn traces_go_where_we_are_told_or_opentelemetry_is() {
+        let standard = |name: &str| (name == "OTEL_EXPORTER_OTLP_ENDPOINT").then(|| "http://b:4318".to_owned());
+        let found = otlp(Some("http://a:4318".to_owned()), Some(0.5), standard).unwrap().unwrap();
+        assert_eq!((&*found.endpoint, found.sample, found.from_environment), ("http://a:4318", 0.5, false));
+        let found = otlp(None, None, standard).unwrap().unwrap();
+        assert_eq!((&*found.endpoint, found.sample, found.from_environment), ("http://b:4318", 1.0, true));
+        assert_eq!(otlp(None, None, |_| Some("true".to_owned())), Ok(None), "OTEL_SDK_DISABLED");
+        assert_eq!(otlp(None, None, |_| None), Ok(None));
+        assert!(otlp(None, Some(1.5), |_| None).unwrap_err().contains("otlp.sample"));
     }
 
     #[test]

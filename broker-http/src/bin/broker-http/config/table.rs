@@ -48,10 +48,10 @@ pub(crate) fn markdown() -> String {
 
 /// What a flag is called in the file.
 fn file_key(long: &str) -> String {
-    match long.strip_prefix("tls-") {
-        Some(rest) => format!("tls.{}", rest.replace('-', "_")),
-        None if long == "config" => String::new(),
-        None => long.replace('-', "_"),
+    match long.split_once('-') {
+        Some((section @ ("tls" | "otlp"), rest)) => format!("{section}.{}", rest.replace('-', "_")),
+        _ if long == "config" => String::new(),
+        _ => long.replace('-', "_"),
     }
 }
 

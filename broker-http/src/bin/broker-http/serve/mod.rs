@@ -4,6 +4,7 @@ mod listener;
 mod logging;
 mod notify;
 mod signals;
+mod traces;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -18,6 +19,7 @@ use crate::output::say;
 use listener::{Listener, announce};
 use logging::Logging;
 use signals::{Signals, Told};
+use traces::Traces;
 
 /// How the daemon is started. Flags come before the environment, that before the configuration
 /// file, and that before the defaults.
@@ -71,6 +73,15 @@ pub(crate) struct Args {
     #[arg(long, env = "BROKER_HTTP_WEBHOOK_ORIGIN", value_name = "NAME")]
     pub(crate) webhook_origin: Option<String>,
 
+    /// Send traces to the OpenTelemetry collector at this URL, by OTLP over HTTP, as in
+    /// http://127.0.0.1:4318; OTEL_EXPORTER_OTLP_ENDPOINT says so too
+    #[arg(long, env = "BROKER_HTTP_OTLP_ENDPOINT", value_name = "URL", hide_env_values = true)]
+    pub(crate) otlp_endpoint: Option<String>,
+
+    /// The share of traces kept of those that begin here, from 0 to 1 [default: 1]
+    #[arg(long, env = "BROKER_HTTP_OTLP_SAMPLE", value_name = "SHARE")]
+    pub(crate) otlp_sample: Option<f64>,
+
     /// How long a shutdown waits for what is in flight [default: 20s]
     #[arg(long, env = "BROKER_HTTP_DRAIN", value_name = "DURATION", value_parser = duration)]
     pub(crate) drain: Option<Duration>,
@@ -113,6 +124,7 @@ pub(crate) fn check(args: Args) -> ExitCode {
     let checked = Config::merge(args).and_then(|config| {
         config.options()?;
         logging::check(&config.log)?;
+        config.otlp.as_ref().map_or(Ok(()), traces::check)?;
         connectors().open(&config.broker).map_err(|error| error.message().to_owned())?;
         config.tls.clone().map(Tls::load).transpose().map_err(|error| error.message().to_owned())?;
         Ok(config)
@@ -145,7 +157,8 @@ async fn serve(args: Args) -> Result<ExitCode, String> {
     let development = config.dev || listener.is_loopback() && access.is_open();
     let broker = connectors().open(&config.broker).map_err(|error| error.message().to_owned())?;
     broker.connect().await.map_err(|error| format!("cannot connect to the broker {}: {error}", broker.name()))?;
-    let server = Server::new(broker, config.options()?.with_development(development));
+    let traces = Traces::start(config.otlp.as_ref())?;
+    let server = Server::new(broker, traces.of(config.options()?.with_development(development)));
     server.restore().await.map_err(|error| error.message().to_owned())?;
 
     let mode = if development { ", development mode: for this machine only" } else { "" };
@@ -186,6 +199,7 @@ async fn serve(args: Args) -> Result<ExitCode, String> {
         }
     };
     let _ = serving.await;
+    traces.end().await;
     say!("broker-http: {}", describe(&report, server.broker().name()));
     Ok(if report.complete { ExitCode::SUCCESS } else { ExitCode::from(CUT) })
 }
