@@ -161,7 +161,7 @@ async fn settle(
             tracing::debug!(subscription = %engine.name, %error, "a push was not settled; its message comes back");
         }
     }
-    drop(processing);
+    processing.over();
     let mut state = engine.lock();
     state.core.settled(count, kept);
     engine.next_for(id, state)

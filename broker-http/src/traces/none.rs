@@ -6,7 +6,7 @@ use http::HeaderMap;
 use crate::push::{Outcome, Target, Verdict};
 
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Traces;
+pub(crate) struct Traces(());
 
 #[derive(Clone, Debug)]
 pub(crate) struct Parent;
@@ -45,6 +45,8 @@ impl Processing {
     }
 
     pub(crate) fn judged(&mut self, _: &Verdict) {}
+
+    pub(crate) fn over(self) {}
 }
 
 impl Pushing {

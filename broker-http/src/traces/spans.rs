@@ -198,6 +198,9 @@ impl Processing {
         Pushing(Some(Box::new(span)))
     }
 
+    /// Everything is settled.
+    pub(crate) fn over(self) {}
+
     /// What was decided.
     pub(crate) fn judged(&mut self, verdict: &Verdict) {
         let Some((_, span)) = self.0.as_deref_mut() else { return };

@@ -89,7 +89,7 @@ async fn many_at_once_keep_their_own_traces_or_begin_one() {
     let publish = of_kind(&spans, "producer");
     assert_eq!((publish.is("messaging.batch.message_count"), publish.parent.as_str()), (Some("2"), ""));
     let theirs = (TRACE.to_owned(), PUBLISHER.to_owned());
-    assert_eq!(publish.links, [theirs.clone()]);
+    assert_eq!(publish.links, std::slice::from_ref(&theirs));
     // A request has one context, and two messages in it: they are links.
     let process = of_kind(&spans, "consumer");
     assert_eq!(process.links, [(publish.trace.clone(), publish.id.clone()), theirs]);
