@@ -207,7 +207,16 @@ impl Subscription {
     ///
     /// What the connection to the broker says; the subscription has ended all the same.
     pub async fn close(mut self) -> Result<()> {
-        poll_fn(|cx| self.consumer.poll_close(cx)).await
+        poll_fn(|cx| self.poll_close(cx)).await
+    }
+
+    /// [`close`](Self::close) for code that polls.
+    ///
+    /// # Errors
+    ///
+    /// As [`close`](Self::close).
+    pub fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        self.consumer.poll_close(cx)
     }
 }
 

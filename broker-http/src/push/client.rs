@@ -5,9 +5,11 @@ use std::fmt;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 use rustls::ClientConfig;
 use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 
@@ -66,9 +68,13 @@ impl Resolve for OfThisMachine {
 /// ```
 #[derive(Clone)]
 pub struct PushClient {
-    guard: Arc<Guard>,
-    trust: Arc<PushTls>,
-    tls: Arc<OnceCell<Arc<ClientConfig>>>,
+    /// What all pushes are held to, which may change.
+    guard: Arc<ArcSwap<Guard>>,
+    trust: Arc<ArcSwap<Trust>>,
+    /// Counts its changes: a connection made before is not used again.
+    changes: Arc<AtomicU64>,
+    /// What a subscription has of its own.
+    own: Option<Arc<Own>>,
     connections: Arc<Semaphore>,
     max_connections: usize,
     /// Pushes that wait for a connection.
@@ -94,9 +100,10 @@ impl PushClient {
     pub fn new(guard: Guard) -> Self {
         let max_connections = open_files().map_or(MAX_CONNECTIONS, |files| (files / 2).clamp(1, MAX_CONNECTIONS));
         Self {
-            guard: Arc::new(guard),
-            trust: Arc::default(),
-            tls: Arc::default(),
+            guard: Arc::new(ArcSwap::from_pointee(guard)),
+            trust: Arc::new(ArcSwap::from_pointee(Trust::default())),
+            changes: Arc::default(),
+            own: None,
             connections: Arc::new(Semaphore::new(max_connections)),
             max_connections,
             waiting: Arc::default(),
@@ -114,7 +121,8 @@ impl PushClient {
         if config.alpn_protocols.is_empty() {
             config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         }
-        self.tls = Arc::new(OnceCell::new_with(Some(Arc::new(config))));
+        let config = OnceCell::new_with(Some(Arc::new(config)));
+        self.trust = Arc::new(ArcSwap::from_pointee(Trust { tls: PushTls::default(), config }));
         self
     }
 
@@ -125,23 +133,34 @@ impl PushClient {
     /// As [`PushTls::check`].
     pub fn with_trust(mut self, trust: PushTls) -> broker_core::Result<Self> {
         trust.check()?;
-        self.trust = Arc::new(trust);
-        self.tls = Arc::default();
+        self.trust = Arc::new(ArcSwap::from_pointee(Trust::of(trust)));
         Ok(self)
+    }
+
+    /// From now on dials what this guard lets pass, and trusts and shows this, which was checked: of
+    /// every clone, from its next connection on.
+    pub(crate) fn set(&self, guard: Guard, trust: PushTls) {
+        self.guard.store(Arc::new(guard));
+        if self.trust.load().tls != trust {
+            self.trust.store(Arc::new(Trust::of(trust)));
+        }
+        self.changes.fetch_add(1, Ordering::Release);
+    }
+
+    /// How often that was changed.
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
     }
 
     /// As a subscription wants it: with its own trust, if it has one.
     pub(crate) fn for_spec(&self, spec: &SubscriptionSpec) -> broker_core::Result<Self> {
-        let client = self.clone();
-        match &spec.tls {
-            None => Ok(client),
-            // What it leaves out is the daemon's.
-            Some(own) if own.certificate.is_some() => {
-                let ca = own.ca.clone().or_else(|| self.trust.ca.clone());
-                client.with_trust(PushTls { ca, ..own.clone() })
-            }
-            Some(own) => client.with_trust(PushTls { ca: own.ca.clone(), ..(*self.trust).clone() }),
+        let mut client = self.clone();
+        if let Some(tls) = &spec.tls {
+            let own = Own { tls: tls.clone(), made: Mutex::default() };
+            own.over(&self.trust.load_full()).tls.check()?;
+            client.own = Some(Arc::new(own));
         }
+        Ok(client)
     }
 
     /// Sets how many connections there are at most, of all pushes together (at least one). At the
@@ -184,8 +203,8 @@ impl PushClient {
         &self.resolver
     }
 
-    pub(crate) fn guard(&self) -> &Guard {
-        &self.guard
+    pub(crate) fn guard(&self) -> Arc<Guard> {
+        self.guard.load_full()
     }
 
     /// How long to keep a connection that has nothing to do: not at all where they run short.
@@ -217,14 +236,62 @@ impl PushClient {
 
     /// How TLS is spoken; read from the machine the first time.
     pub(crate) async fn tls(&self) -> Result<Arc<ClientConfig>, String> {
+        let trust = self.trust.load_full();
+        match &self.own {
+            None => trust.config().await,
+            Some(own) => own.over(&trust).config().await,
+        }
+    }
+}
+
+/// Whom pushes trust and what they show, and TLS made of it when it is first spoken.
+#[derive(Default)]
+struct Trust {
+    tls: PushTls,
+    config: OnceCell<Arc<ClientConfig>>,
+}
+
+impl Trust {
+    fn of(tls: PushTls) -> Self {
+        Self { tls, config: OnceCell::new() }
+    }
+
+    async fn config(&self) -> Result<Arc<ClientConfig>, String> {
         let load = || async {
-            let trust = Arc::clone(&self.trust);
-            match tokio::task::spawn_blocking(move || trust.client_config()).await {
+            let tls = self.tls.clone();
+            match tokio::task::spawn_blocking(move || tls.client_config()).await {
                 Ok(config) => config.map(Arc::new).map_err(|error| error.message().to_owned()),
                 Err(_) => Err("the root certificates could not be read".to_owned()),
             }
         };
-        self.tls.get_or_try_init(load).await.map(Arc::clone)
+        self.config.get_or_try_init(load).await.map(Arc::clone)
+    }
+}
+
+/// What a subscription says itself of TLS; what it leaves out is the daemon's.
+struct Own {
+    tls: PushTls,
+    /// The daemon's, and the two together.
+    made: Mutex<Option<(Arc<Trust>, Arc<Trust>)>>,
+}
+
+impl Own {
+    fn over(&self, daemon: &Arc<Trust>) -> Arc<Trust> {
+        let mut made = self.made.lock();
+        if let Some((of, both)) = &*made
+            && Arc::ptr_eq(of, daemon)
+        {
+            return Arc::clone(both);
+        }
+        let own = self.tls.clone();
+        let ca = own.ca.or_else(|| daemon.tls.ca.clone());
+        let both = match own.certificate {
+            Some(_) => PushTls { ca, ..self.tls.clone() },
+            None => PushTls { ca, ..daemon.tls.clone() },
+        };
+        let both = Arc::new(Trust::of(both));
+        *made = Some((Arc::clone(daemon), Arc::clone(&both)));
+        both
     }
 }
 
@@ -247,7 +314,7 @@ impl Drop for Waiting<'_> {
 impl fmt::Debug for PushClient {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PushClient")
-            .field("guard", &self.guard)
+            .field("guard", &*self.guard.load())
             .field("max_connections", &self.max_connections)
             .field("idle_timeout", &self.idle_timeout)
             .finish_non_exhaustive()

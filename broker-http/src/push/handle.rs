@@ -267,7 +267,8 @@ impl Push {
         let engine = &self.engine;
         let message = test_message();
         let exchange =
-            lane::exchange(engine, &mut lane::Line::new(), || engine.encoder.encode_test(self.marked(&message))).await;
+            lane::exchange(engine, &mut lane::Line::new(engine), || engine.encoder.encode_test(self.marked(&message)))
+                .await;
         let verdict = judge(&exchange.outcome, &engine.spec.verdicts, std::time::SystemTime::now);
         Attempt {
             id: message.id().clone(),

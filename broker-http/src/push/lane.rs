@@ -21,7 +21,7 @@ use crate::traces::Processing;
 
 /// Carries parcels until there has been none for a while.
 pub(crate) async fn run(engine: Arc<Engine>, id: usize, parcel: Parcel) {
-    let mut line = Line::new();
+    let mut line = Line::new(&engine);
     let mut next = Some(parcel);
     while let Some(parcel) = next {
         let name = engine.name.as_str();
@@ -44,12 +44,14 @@ pub(crate) async fn run(engine: Arc<Engine>, id: usize, parcel: Parcel) {
 /// What a lane keeps from one request to the next.
 pub(crate) struct Line {
     connection: Option<Connection>,
+    /// How often the client's rules had changed when it was made.
+    changes: u64,
     timer: Timer,
 }
 
 impl Line {
-    pub(crate) fn new() -> Self {
-        Self { connection: None, timer: Timer::new() }
+    pub(crate) fn new(engine: &Engine) -> Self {
+        Self { connection: None, changes: engine.route.client().changes(), timer: Timer::new() }
     }
 }
 
@@ -63,8 +65,14 @@ pub(crate) struct Exchange {
 /// Sends a request on the connection that is kept, or on a new one, and waits for the answer within
 /// the subscription's time. A connection of no further use is closed.
 pub(crate) async fn exchange(engine: &Engine, line: &mut Line, encode: impl Fn() -> Content) -> Exchange {
-    let Line { connection, timer } = line;
+    let Line { connection, changes, timer } = line;
     let mut permit = None;
+    let now = engine.route.client().changes();
+    if *changes != now {
+        *changes = now;
+        *connection = None;
+        engine.route.forget();
+    }
     if !connection.as_ref().is_some_and(Connection::is_open) {
         *connection = None;
         // Waiting for one's turn is no fault of the endpoint: the time does not run yet.
@@ -194,7 +202,7 @@ fn judge_items(engine: &Engine, parcel: &Parcel, outcome: &Outcome, verdict: &Ve
 /// Keeps the connection until there is a parcel, the endpoint closes it, or it has been idle for
 /// too long; without a connection there is nothing to keep.
 async fn idle(engine: &Engine, id: usize, line: &mut Line) -> Option<Parcel> {
-    let Line { connection, timer } = line;
+    let Line { connection, timer, .. } = line;
     if let Some(open) = connection {
         let parcel = poll_fn(|cx| match engine.poll_idle(id, cx) {
             Poll::Pending => open.poll_closed(cx).map(|()| None),

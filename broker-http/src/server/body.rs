@@ -38,17 +38,17 @@ pub(crate) async fn collect(
     let limits = shared.limits();
     let encoding = match Encoding::of(headers) {
         Ok(encoding) => encoding,
-        Err(problem) => return Err(refuse(headers, body, limits, problem).await),
+        Err(problem) => return Err(refuse(headers, body, &limits, problem).await),
     };
     if body.size_hint().lower() > limit as u64 {
         let problem = too_large(limit, body.size_hint().lower());
-        return Err(refuse(headers, body, limits, problem).await);
+        return Err(refuse(headers, body, &limits, problem).await);
     }
     let mut reservation = match shared.ledger.reserve(body.size_hint().lower()) {
         Ok(reservation) => reservation,
-        Err(problem) => return Err(refuse(headers, body, limits, problem).await),
+        Err(problem) => return Err(refuse(headers, body, &limits, problem).await),
     };
-    let bytes = read(headers, body, limit, limits, &mut reservation).await?;
+    let bytes = read(headers, body, limit, &limits, &mut reservation).await?;
     let bytes = match encoding {
         None if bytes.len() <= COPIED_BYTES => Bytes::copy_from_slice(&bytes),
         None => bytes,

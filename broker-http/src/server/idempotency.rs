@@ -3,6 +3,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use axum::body::{Body, to_bytes};
@@ -73,7 +74,7 @@ pub(crate) struct Answers(Arc<Store>);
 
 #[derive(Debug)]
 struct Store {
-    max_bytes: usize,
+    max_bytes: AtomicUsize,
     table: Mutex<Table>,
 }
 
@@ -110,7 +111,13 @@ pub(crate) struct Running {
 
 impl Answers {
     pub(crate) fn new(max_bytes: usize) -> Self {
-        Self(Arc::new(Store { max_bytes, table: Mutex::default() }))
+        Self(Arc::new(Store { max_bytes: AtomicUsize::new(max_bytes), table: Mutex::default() }))
+    }
+
+    /// From now on so many bytes.
+    pub(crate) fn set_max(&self, max_bytes: usize) {
+        self.0.max_bytes.store(max_bytes, Ordering::Relaxed);
+        self.0.table.lock().forget(None, max_bytes);
     }
 
     /// Looks a key up.
@@ -155,9 +162,10 @@ impl Running {
         let (parts, body) = response.into_parts();
         let json = to_bytes(body, usize::MAX).await.map_err(|_| Problem::draining())?;
         let bytes = self.key.0.len() + json.len() + OVERHEAD;
-        if bytes <= self.store.max_bytes {
+        let max_bytes = self.store.max_bytes.load(Ordering::Relaxed);
+        if bytes <= max_bytes {
             let mut table = self.store.table.lock();
-            table.forget(None, self.store.max_bytes - bytes);
+            table.forget(None, max_bytes - bytes);
             if let Some(entry) = table.entries.get_mut(&self.key) {
                 entry.answer = Some((parts.status, json.clone()));
                 table.bytes += bytes;

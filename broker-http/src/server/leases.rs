@@ -70,7 +70,7 @@ pub(crate) struct Leases {
     /// Told when an earlier deadline than all others came in.
     sooner: Arc<Notify>,
     held: AtomicUsize,
-    max: usize,
+    max: AtomicUsize,
     watched: AtomicBool,
 }
 
@@ -99,9 +99,14 @@ impl Leases {
             table: Mutex::default(),
             sooner: Arc::default(),
             held: AtomicUsize::new(0),
-            max,
+            max: AtomicUsize::new(max),
             watched: AtomicBool::new(false),
         })
+    }
+
+    /// From now on so many; those that stand go on.
+    pub(crate) fn set_max(&self, max: usize) {
+        self.max.store(max, Ordering::Relaxed);
     }
 
     /// Leases held in all.
@@ -111,13 +116,13 @@ impl Leases {
 
     /// Whether the table is full.
     pub(crate) fn is_full(&self) -> bool {
-        self.held() >= self.max
+        self.held() >= self.max.load(Ordering::Relaxed)
     }
 
     /// Keeps up to `wanted` places free, of the table's and of the `allowed` ones of the holder.
     pub(crate) fn reserve(self: &Arc<Self>, holder: &Arc<Holder>, wanted: usize, allowed: usize) -> Places {
         let own = take(&holder.leased, wanted, allowed);
-        let count = take(&self.held, own, self.max);
+        let count = take(&self.held, own, self.max.load(Ordering::Relaxed));
         holder.release(own - count);
         Places { leases: Arc::clone(self), holder: Arc::clone(holder), count }
     }

@@ -48,7 +48,9 @@ pub struct Limits {
     pub topics: usize,
     /// Bytes that messages published through this server and the bodies of its requests may hold,
     /// counted with what each message takes besides; at it publishers are refused, and whoever
-    /// takes messages out goes on.
+    /// takes messages out goes on. Half of it is what deliveries of a broker elsewhere (RabbitMQ,
+    /// Kafka) may take from there to their settlement: then a subscription takes one at a time. What
+    /// others publish to `memory:` in this process is bounded by its groups' backlogs.
     pub memory_bytes: u64,
     /// Bytes that the messages of one topic may hold of that.
     pub topic_memory_bytes: u64,

@@ -65,14 +65,14 @@ pub(crate) async fn stream(
         options.check_many().err().map(Problem::from)
     };
     if let Some(problem) = problem {
-        return Err(body::refuse(headers, body, shared.limits(), problem).await);
+        return Err(body::refuse(headers, body, &shared.limits(), problem).await);
     }
     let lines = Lines {
         shared: Arc::clone(shared),
         published,
         options,
         caller,
-        parent: shared.traces().parent(headers),
+        parent: shared.traces.parent(headers),
         body,
         reservation: shared.ledger.reserve(0)?,
         buffer: BytesMut::new(),

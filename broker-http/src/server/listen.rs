@@ -48,7 +48,7 @@ pub(crate) struct Connections {
     /// Ends every connection at once, after `closing`.
     cut: CancellationToken,
     tasks: TaskTracker,
-    free: Arc<Semaphore>,
+    open: Arc<AtomicUsize>,
     /// Places for telling a connection that it is one too many.
     refusing: Arc<Semaphore>,
 }
@@ -57,12 +57,12 @@ pub(crate) struct Connections {
 const REFUSED_AT_ONCE: usize = 256;
 
 impl Connections {
-    pub(crate) fn new(max: usize) -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             closing: CancellationToken::new(),
             cut: CancellationToken::new(),
             tasks: TaskTracker::new(),
-            free: Arc::new(Semaphore::new(max.min(Semaphore::MAX_PERMITS))),
+            open: Arc::default(),
             refusing: Arc::new(Semaphore::new(REFUSED_AT_ONCE)),
         }
     }
@@ -72,31 +72,36 @@ impl Connections {
     where
         L: Listener<Io: AsyncRead + AsyncWrite + Unpin + Send + 'static, Addr: Remote>,
     {
-        let builder = Arc::new(builder(shared.limits()));
+        let mut limits = shared.limits.load_full();
+        let mut builder = Arc::new(make_builder(&limits));
         loop {
             let (stream, remote) = tokio::select! {
                 () = self.closing.cancelled() => return,
                 accepted = listener.accept() => accepted,
             };
             shared.metrics.connection();
-            match Arc::clone(&self.free).try_acquire_owned() {
-                Ok(permit) => {
+            if !Arc::ptr_eq(&limits, &shared.limits()) {
+                limits = shared.limits.load_full();
+                builder = Arc::new(make_builder(&limits));
+            }
+            match Place::take(&self.open, limits.connections) {
+                Some(place) => {
                     let connection = Connection {
                         builder: Arc::clone(&builder),
                         shared: Arc::clone(shared),
                         router: router.clone(),
-                        idle: shared.limits().header_timeout.max(Duration::from_millis(2)),
+                        idle: limits.header_timeout.max(Duration::from_millis(2)),
                         closing: self.closing.clone(),
                         cut: self.cut.clone(),
                         peer: Peer { address: remote.ip(), certificate: None },
-                        _permit: permit,
+                        _place: place,
                     };
                     match &tls {
                         None => self.tasks.spawn(connection.serve(stream)),
                         Some(tls) => self.tasks.spawn(connection.serve_tls(stream, tls.acceptor())),
                     };
                 }
-                Err(_) => {
+                None => {
                     shared.metrics.connection_refused();
                     // In a flood most are just closed; so are all whom a plain answer would only confuse.
                     if tls.is_none()
@@ -137,10 +142,27 @@ impl Drop for Connections {
     }
 }
 
+/// A connection's place among all that may be open; given back when dropped.
+struct Place(Arc<AtomicUsize>);
+
+impl Place {
+    fn take(open: &Arc<AtomicUsize>, max: usize) -> Option<Self> {
+        let place = Self(Arc::clone(open));
+        // Dropped, it is given back.
+        (open.fetch_add(1, Ordering::AcqRel) < max).then_some(place)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 /// The parser's own bound of headers, which costs nothing.
 const USUAL_HEADERS: usize = 100;
 
-fn builder(limits: &Limits) -> Builder<TokioExecutor> {
+fn make_builder(limits: &Limits) -> Builder<TokioExecutor> {
     let mut builder = Builder::new(TokioExecutor::new());
     let mut http1 = builder.http1();
     // Time is kept for the whole connection, once: a timer for every request's headers would cost
@@ -184,7 +206,7 @@ struct Connection {
     closing: CancellationToken,
     cut: CancellationToken,
     peer: Peer,
-    _permit: OwnedSemaphorePermit,
+    _place: Place,
 }
 
 impl Connection {

@@ -17,7 +17,7 @@ use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 
 /// What a message takes besides its bytes, about: its fields, its place in a log, its charge.
-const OVERHEAD: u64 = 256;
+pub(crate) const OVERHEAD: u64 = 256;
 
 /// How long a refused publisher is told to wait.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -29,8 +29,10 @@ pub(crate) struct Ledger(Arc<Books>);
 #[derive(Debug)]
 struct Books {
     held: AtomicU64,
-    max: u64,
-    topic_max: u64,
+    /// What deliveries of a broker elsewhere hold of it.
+    delivered: AtomicU64,
+    max: AtomicU64,
+    topic_max: AtomicU64,
 }
 
 /// What the messages of one topic hold.
@@ -42,7 +44,36 @@ pub(crate) struct Account {
 
 impl Ledger {
     pub(crate) fn new(max: u64, topic_max: u64) -> Self {
-        Self(Arc::new(Books { held: AtomicU64::new(0), max, topic_max }))
+        Self(Arc::new(Books {
+            held: AtomicU64::new(0),
+            delivered: AtomicU64::new(0),
+            max: AtomicU64::new(max),
+            topic_max: AtomicU64::new(topic_max),
+        }))
+    }
+
+    /// From now on these bounds; what is held stays.
+    pub(crate) fn set(&self, max: u64, topic_max: u64) {
+        self.0.max.store(max, Ordering::Relaxed);
+        self.0.topic_max.store(topic_max, Ordering::Relaxed);
+    }
+
+    /// Bytes that deliveries of a broker elsewhere may still take: half of all are theirs at most.
+    pub(crate) fn room_of_deliveries(&self) -> u64 {
+        let own = (self.max() / 2).saturating_sub(self.0.delivered.load(Ordering::Relaxed));
+        own.min(self.max().saturating_sub(self.held()))
+    }
+
+    /// Such a delivery is in hand.
+    pub(crate) fn deliver(&self, bytes: u64) {
+        self.0.delivered.fetch_add(bytes, Ordering::Relaxed);
+        self.0.held.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// It is no more.
+    pub(crate) fn settle(&self, bytes: u64) {
+        self.0.delivered.fetch_sub(bytes, Ordering::Relaxed);
+        self.0.held.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     /// An account for one topic.
@@ -55,7 +86,7 @@ impl Ledger {
     }
 
     pub(crate) fn max(&self) -> u64 {
-        self.0.max
+        self.0.max.load(Ordering::Relaxed)
     }
 
     /// Room for what is about to be read.
@@ -79,13 +110,11 @@ pub(crate) struct Reservation {
 impl Reservation {
     /// Room for more.
     pub(crate) fn grow(&mut self, bytes: u64) -> Answer<()> {
-        let books = &self.books.0;
-        if books.held.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) > books.max {
+        let (books, max) = (&self.books.0, self.books.max());
+        if books.held.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) > max {
             books.held.fetch_sub(bytes, Ordering::Relaxed);
-            let detail = format!(
-                "the messages held here are at their bound of {} bytes; try again once some are taken out",
-                books.max
-            );
+            let detail =
+                format!("the messages held here are at their bound of {max} bytes; try again once some are taken out");
             return Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, ErrorKind::Unavailable, detail)
                 .retry_after(RETRY_AFTER)
                 .counted(Refusal::Memory));
@@ -113,7 +142,7 @@ impl Account {
 
     /// Refuses publishers where the topic, or all of them together, hold too much.
     pub(crate) fn check(&self, topic: &str, own: Option<u64>) -> Answer<()> {
-        let max = own.unwrap_or(self.books.0.topic_max);
+        let max = own.unwrap_or_else(|| self.books.0.topic_max.load(Ordering::Relaxed));
         if self.held() < max {
             return self.books.reserve(1).map(drop);
         }

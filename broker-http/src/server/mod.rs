@@ -7,6 +7,7 @@ mod inflate;
 mod limits;
 mod listen;
 mod memory;
+mod metered;
 mod origin;
 pub(crate) mod problem;
 mod query;
@@ -44,6 +45,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use arc_swap::{ArcSwap, Guard};
 use axum::Router;
 use axum::serve::ListenerExt;
 use broker_core::{Broker, DrainReport, ErrorKind, GroupName, Result};
@@ -66,6 +68,7 @@ use idempotency::Answers;
 use leases::Leases;
 use listen::Connections;
 use memory::Ledger;
+use metered::Metered;
 use metrics::Metrics;
 use problem::{Answer, Problem};
 use publishers::Publishers;
@@ -102,8 +105,12 @@ pub struct Server {
 /// What every request and every connection has in common.
 #[derive(Debug)]
 pub(crate) struct Shared {
+    /// The broker, its deliveries charged.
     pub(crate) broker: Arc<dyn Broker>,
-    options: ServerOptions,
+    /// The broker as it was given.
+    given: Arc<dyn Broker>,
+    options: ArcSwap<ServerOptions>,
+    limits: ArcSwap<Limits>,
     pub(crate) gate: Gate,
     pub(crate) ledger: Ledger,
     pub(crate) publishers: Publishers,
@@ -115,6 +122,7 @@ pub(crate) struct Shared {
     pub(crate) metrics: Arc<Metrics>,
     /// No more intake: the drain has begun.
     pub(crate) draining: CancellationToken,
+    pub(crate) traces: Traces,
     push_client: PushClient,
     observer: Arc<Observer>,
     state: Option<StateFile>,
@@ -129,6 +137,8 @@ impl Server {
         let metrics = Arc::<Metrics>::default();
         let limits = options.limits().clone();
         let ledger = Ledger::new(limits.memory_bytes, limits.topic_memory_bytes);
+        let given = broker;
+        let broker = Metered::over(Arc::clone(&given), &ledger);
         let shared = Arc::new_cyclic(|shared| Shared {
             gate: Gate::new(options.access()),
             publishers: Publishers::new(Arc::clone(&broker), limits.topics, ledger.clone(), options.topics().clone()),
@@ -137,23 +147,27 @@ impl Server {
             registry: Registry::default(),
             leases: Leases::new(limits.leases),
             streams: Arc::default(),
-            connections: Connections::new(limits.connections),
+            connections: Connections::new(),
             observer: Arc::new(Observer { metrics: Arc::clone(&metrics), shared: Weak::clone(shared) }),
             metrics,
             draining: CancellationToken::new(),
+            traces: options.traces().clone(),
             push_client: options.push_client(),
             state: options.state().map(|path| StateFile::new(path.to_owned())),
             restored: AtomicBool::new(false),
             declared: AtomicBool::new(false),
             broker,
-            options,
+            given,
+            limits: ArcSwap::from_pointee(limits),
+            options: ArcSwap::from_pointee(options),
         });
         Self { shared }
     }
 
     /// The broker behind it.
+    #[expect(clippy::misnamed_getters, reason = "whoever gave a broker gets it back, not the one that charges")]
     pub fn broker(&self) -> &Arc<dyn Broker> {
-        &self.shared.broker
+        &self.shared.given
     }
 
     /// The routes, to be nested into a router of one's own. Subscriptions of a state file are not
@@ -172,7 +186,8 @@ impl Server {
         if let Some(state) = &self.shared.state
             && !self.shared.restored.swap(true, std::sync::atomic::Ordering::AcqRel)
         {
-            let declared = self.shared.options.subscriptions();
+            let options = self.shared.options.load_full();
+            let declared = options.subscriptions();
             let mut kept = state.load().await?;
             // What was declared and is no more is gone; what is declared otherwise is made below.
             kept.retain_mut(|kept| match declared.get(&kept.name) {
@@ -186,7 +201,7 @@ impl Server {
             self.shared.registry.restore(&self.shared, kept).await?;
         }
         if !self.shared.declared.swap(true, std::sync::atomic::Ordering::AcqRel) {
-            self.set_subscriptions(self.shared.options.subscriptions()).await?;
+            self.set_subscriptions(self.shared.options.load_full().subscriptions()).await?;
         }
         Ok(())
     }
@@ -257,7 +272,26 @@ impl Server {
 
     /// Replaces the identities and their rules: the next request is held to the new ones.
     pub fn set_access(&self, access: Access) {
-        self.shared.gate.set(access);
+        self.shared.gate.set(Arc::new(access));
+    }
+
+    /// Takes up what can change while a server is at work: limits, identities, topics, allowed origins, the
+    /// name for the web-hook handshake, and of pushes the guard and TLS, which hold from the next
+    /// connection on; none that was made before is used again. Development mode, the state file and
+    /// traces stay as they were; [`set_subscriptions`](Self::set_subscriptions) is apart, since it takes time.
+    pub fn set_options(&self, options: ServerOptions) {
+        let shared = &self.shared;
+        let options = options.with_development(shared.options.load().is_development());
+        let limits = options.limits();
+        shared.ledger.set(limits.memory_bytes, limits.topic_memory_bytes);
+        shared.publishers.set_max(limits.topics);
+        shared.idempotency.set_max(limits.idempotency_bytes);
+        shared.leases.set_max(limits.leases);
+        shared.limits.store(Arc::new(limits.clone()));
+        shared.gate.set(options.access());
+        shared.publishers.set_topics(options.topics().clone());
+        options.instruct(&shared.push_client);
+        shared.options.store(Arc::new(options));
     }
 
     /// Shuts down: publishing and subscribing are refused from now on; until `deadline` what is in
@@ -276,12 +310,9 @@ impl Server {
 }
 
 impl Shared {
-    pub(crate) fn limits(&self) -> &Limits {
-        self.options.limits()
-    }
-
-    pub(crate) fn traces(&self) -> &Traces {
-        self.options.traces()
+    /// To be held for a request at most.
+    pub(crate) fn limits(&self) -> Guard<Arc<Limits>> {
+        self.limits.load()
     }
 
     pub(crate) fn is_draining(&self) -> bool {
@@ -305,7 +336,8 @@ impl Shared {
     /// Asks the endpoint whether it wants pushes, where the options say so; what it allows at most is
     /// the subscription's rate.
     pub(crate) async fn ask_endpoint(&self, mut spec: SubscriptionSpec) -> Answer<SubscriptionSpec> {
-        let Some(origin) = self.options.origin() else { return Ok(spec) };
+        let options = self.options.load_full();
+        let Some(origin) = options.origin() else { return Ok(spec) };
         let allowed = consent::ask(&self.push_client, &spec, origin).await.map_err(|error| match error.kind() {
             ErrorKind::Unauthorized => Problem::new(StatusCode::FORBIDDEN, error.kind(), error.message()),
             _ => Problem::from(error),

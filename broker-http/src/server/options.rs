@@ -194,10 +194,15 @@ impl ServerOptions {
     }
 
     pub(crate) fn push_client(&self) -> PushClient {
-        let client = PushClient::new(self.guard.clone().with_development(self.development));
+        let client = PushClient::new(Guard::new());
         #[cfg(feature = "otlp")]
         let client = client.with_traces(self.traces.clone());
-        // It was checked when it was set.
-        client.clone().with_trust(self.push_tls.clone()).unwrap_or(client)
+        self.instruct(&client);
+        client
+    }
+
+    /// Has pushes go where these options say, and trust whom they say.
+    pub(crate) fn instruct(&self, client: &PushClient) {
+        client.set(self.guard.clone().with_development(self.development), self.push_tls.clone());
     }
 }

@@ -33,7 +33,7 @@ pub(crate) async fn publish(State(shared): State<Arc<Shared>>, request: Request<
     let (parts, body) = request.into_parts();
     let answer = match prepare(&shared, &parts) {
         Ok(prepared) => answer(&shared, prepared, &parts.headers, body).await,
-        Err(problem) => Err(body::refuse(&parts.headers, body, shared.limits(), problem).await),
+        Err(problem) => Err(body::refuse(&parts.headers, body, &shared.limits(), problem).await),
     };
     let mut response = answer.unwrap_or_else(IntoResponse::into_response);
     if let Some(caller) = Caller::of(&parts.extensions) {
@@ -119,11 +119,11 @@ async fn publish_body(
             let mut outgoing = Outgoing::default();
             decoded.into_iter().for_each(|decoded| outgoing.push(decoded.map(|decoded| decoded.message)));
             let mut answer = Results::new(outgoing.len());
-            let parent = shared.traces().parent(headers);
+            let parent = shared.traces.parent(headers);
             answer.extend(topic, publish_all(shared, published, options, caller, &parent, outgoing).await?);
             Ok(answer.finish())
         }
-        Format::Lines => collected(shared, published, options, caller, &shared.traces().parent(headers), &body).await,
+        Format::Lines => collected(shared, published, options, caller, &shared.traces.parent(headers), &body).await,
     }
 }
 
@@ -172,7 +172,7 @@ async fn collected(
 async fn one(shared: &Shared, published: &Published, options: &Options, decoded: Decoded) -> Answer {
     let publisher = published.publisher(&*shared.broker, options.require_route)?;
     let mut message = decoded.message;
-    let mut span = shared.traces().publish(published.topic(), &mut message);
+    let mut span = shared.traces.publish(published.topic(), &mut message);
     let receipt = publisher.publish(published.charge(message)?).await.inspect_err(|error| span.failed(error))?;
     published.published(1);
     shared.metrics.accepted(1);
@@ -225,7 +225,7 @@ pub(crate) async fn publish_all(
     mut outgoing: Outgoing,
 ) -> Result<Vec<Result<Receipt, Error>>, Error> {
     let publisher = published.publisher(&*shared.broker, options.require_route)?;
-    let mut span = shared.traces().publish_many(published.topic(), parent, &mut outgoing.messages);
+    let mut span = shared.traces.publish_many(published.topic(), parent, &mut outgoing.messages);
     let Outgoing { messages, unread } = outgoing.charged(published);
     if let Some(caller) = caller {
         caller.overdraw(messages.len());

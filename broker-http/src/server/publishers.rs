@@ -2,7 +2,7 @@
 //! the account of what its messages hold.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
 
 use broker_core::{Broker, Message, Publisher, PublisherOptions, Result, Timestamp, Topic};
 use parking_lot::{Mutex, RwLock};
@@ -17,7 +17,7 @@ use super::topics::{Bounds, Topics};
 #[derive(Debug)]
 pub(crate) struct Publishers {
     broker: Arc<dyn Broker>,
-    max: usize,
+    max: AtomicUsize,
     ledger: Ledger,
     topics: RwLock<Topics>,
     kept: RwLock<FxHashMap<Box<str>, Arc<Published>>>,
@@ -52,7 +52,7 @@ impl TopicSummary {
 
 impl Publishers {
     pub(crate) fn new(broker: Arc<dyn Broker>, max: usize, ledger: Ledger, topics: Topics) -> Self {
-        Self { broker, max: max.max(1), ledger, topics: RwLock::new(topics), kept: RwLock::default() }
+        Self { broker, max: AtomicUsize::new(max), ledger, topics: RwLock::new(topics), kept: RwLock::default() }
     }
 
     /// The handle for `topic`.
@@ -75,17 +75,26 @@ impl Publishers {
             bounds: Mutex::new(bounds),
         });
         let mut kept = self.kept.write();
-        if kept.len() >= self.max && !kept.contains_key(topic) {
+        if kept.len() >= self.max() && !kept.contains_key(topic) {
             forget_oldest(&mut kept);
-            if kept.len() >= self.max {
+            if kept.len() >= self.max() {
                 return Err(Problem::too_many(format!(
                     "there are {} topics with messages, which is the most; have those taken out first",
-                    self.max
+                    self.max()
                 ))
                 .counted(Refusal::Topics));
             }
         }
         Ok(Arc::clone(kept.entry(topic.into()).or_insert(published)))
+    }
+
+    /// From now on so many topics.
+    pub(crate) fn set_max(&self, max: usize) {
+        self.max.store(max, Ordering::Relaxed);
+    }
+
+    fn max(&self) -> usize {
+        self.max.load(Ordering::Relaxed).max(1)
     }
 
     /// From now on these rules.

@@ -61,12 +61,12 @@ pub(crate) async fn check(shared: &Shared, request: Request) -> Answer<Request> 
             }
             Ok(Request::from_parts(parts, body))
         }
-        Err(problem) => Err(body::refuse(&parts.headers, body, shared.limits(), problem).await),
+        Err(problem) => Err(body::refuse(&parts.headers, body, &shared.limits(), problem).await),
     }
 }
 
 async fn admit(shared: &Shared, parts: &Parts) -> Answer<Option<Caller>> {
-    let options = &shared.options;
+    let options = shared.options.load_full();
     let max = shared.limits().uri_bytes;
     let length = parts.uri.path_and_query().map_or(0, |path| path.as_str().len());
     if length > max {

@@ -4,6 +4,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use broker_core::{Error, Result};
@@ -15,7 +16,7 @@ use rustls::{RootCertStore, ServerConfig};
 use tokio::task::JoinHandle;
 use tokio_rustls::TlsAcceptor;
 
-/// How often the files are looked at.
+/// How often the files are looked at, unless it is said otherwise.
 const LOOK: Duration = Duration::from_secs(5);
 
 /// The PEM files TLS is spoken with.
@@ -110,13 +111,20 @@ struct Contents {
 pub struct Tls(Arc<Shared>);
 
 struct Shared {
+    /// How often the files are looked at.
+    look: AtomicU64,
+    now: RwLock<Now>,
+}
+
+struct Now {
     files: TlsFiles,
-    now: RwLock<(Contents, Arc<ServerConfig>)>,
+    contents: Contents,
+    config: Arc<ServerConfig>,
 }
 
 impl fmt::Debug for Tls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Tls").field(&self.0.files).finish()
+        f.debug_tuple("Tls").field(&self.0.now.read().files).finish()
     }
 }
 
@@ -129,7 +137,10 @@ impl Tls {
     pub fn load(files: TlsFiles) -> Result<Self> {
         let contents = files.read()?;
         let config = Arc::new(files.config(&contents)?);
-        Ok(Self(Arc::new(Shared { files, now: RwLock::new((contents, config)) })))
+        Ok(Self(Arc::new(Shared {
+            look: AtomicU64::new(LOOK.as_millis() as u64),
+            now: RwLock::new(Now { files, contents, config }),
+        })))
     }
 
     /// Takes up what the files hold now, and tells whether it is something new. Connections that
@@ -139,17 +150,39 @@ impl Tls {
     ///
     /// As [`load`](Self::load).
     pub fn reload(&self) -> Result<bool> {
-        let contents = self.0.files.read()?;
-        if self.0.now.read().0 == contents {
-            return Ok(false);
+        let files = self.0.now.read().files.clone();
+        self.set_files(files)
+    }
+
+    /// As [`reload`](Self::reload), from now on of these files.
+    ///
+    /// # Errors
+    ///
+    /// As [`load`](Self::load).
+    pub fn set_files(&self, files: TlsFiles) -> Result<bool> {
+        let contents = files.read()?;
+        {
+            let mut now = self.0.now.write();
+            if now.contents == contents {
+                now.files = files;
+                return Ok(false);
+            }
         }
-        let config = Arc::new(self.0.files.config(&contents)?);
-        *self.0.now.write() = (contents, config);
+        let config = Arc::new(files.config(&contents)?);
+        *self.0.now.write() = Now { files, contents, config };
         Ok(true)
     }
 
+    /// Sets how often the files are looked at while they are served from (default 5 s).
+    #[must_use]
+    pub fn with_look(self, every: Duration) -> Self {
+        let millis = u64::try_from(every.as_millis()).unwrap_or(u64::MAX).max(1);
+        self.0.look.store(millis, Ordering::Relaxed);
+        self
+    }
+
     pub(crate) fn acceptor(&self) -> TlsAcceptor {
-        TlsAcceptor::from(Arc::clone(&self.0.now.read().1))
+        TlsAcceptor::from(Arc::clone(&self.0.now.read().config))
     }
 
     /// Looks at the files now and then, until it is aborted.
@@ -158,7 +191,7 @@ impl Tls {
         tokio::spawn(async move {
             let mut failure = None;
             loop {
-                tokio::time::sleep(LOOK).await;
+                tokio::time::sleep(Duration::from_millis(tls.0.look.load(Ordering::Relaxed))).await;
                 let looking = tls.clone();
                 match tokio::task::spawn_blocking(move || looking.reload()).await {
                     Ok(Ok(true)) => tracing::info!("the TLS certificate changed and was taken up"),

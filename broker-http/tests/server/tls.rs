@@ -2,16 +2,18 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use broker_core::MemoryBroker;
-use broker_http::{Access, Action, Identity, Server, ServerOptions, Tls, TlsFiles};
+use broker_http::push::Guard;
+use broker_http::{Access, Action, Identity, PushTls, Server, ServerOptions, Tls, TlsFiles};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsConnector;
 
-use crate::support::{Reply, soon};
+use crate::support::{Reply, Running, soon};
 
 type Authority = CertifiedIssuer<'static, KeyPair>;
 
@@ -140,6 +142,98 @@ async fn a_certificate_that_changes_is_taken_up_and_a_broken_one_is_not() {
     assert!(tls.reload().unwrap());
     assert_eq!(soon(ask(address, &new, "GET /healthz")).await.unwrap().status, 200);
     assert!(soon(ask(address, &old, "GET /healthz")).await.is_err());
+}
+
+#[tokio::test]
+async fn the_files_are_watched_and_may_be_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let (before, after, last) = (authority(), authority(), authority());
+    write(folder.path(), &before, "localhost");
+    let files = |folder: &Path| TlsFiles::new(folder.join("cert.pem"), folder.join("key.pem"));
+    let tls = Tls::load(files(folder.path())).unwrap().with_look(Duration::from_millis(10));
+    let server = Server::new(Arc::new(MemoryBroker::new()), ServerOptions::new());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let serving = tls.clone();
+    tokio::spawn(async move { server.serve_tls(listener, serving).await });
+    let old = client(&before, None);
+    assert_eq!(soon(ask(address, &old, "GET /healthz")).await.unwrap().status, 200);
+
+    // Nobody calls anything: the change is seen.
+    write(folder.path(), &after, "localhost");
+    let new = client(&after, None);
+    soon(async {
+        while ask(address, &new, "GET /healthz").await.is_err() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    assert!(soon(ask(address, &old, "GET /healthz")).await.is_err());
+
+    let elsewhere = tempfile::tempdir().unwrap();
+    assert!(tls.set_files(files(elsewhere.path())).is_err());
+    assert_eq!(soon(ask(address, &new, "GET /healthz")).await.unwrap().status, 200);
+    write(elsewhere.path(), &last, "localhost");
+    assert!(tls.set_files(files(elsewhere.path())).unwrap());
+    assert_eq!(soon(ask(address, &client(&last, None), "GET /healthz")).await.unwrap().status, 200);
+}
+
+/// An endpoint with a certificate of `authority`, which answers 200 and closes.
+async fn endpoint(authority: &Authority) -> std::net::SocketAddr {
+    let (certificate, key) = issue(authority, "localhost");
+    let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate.der().clone()], key)
+        .unwrap();
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let Ok(mut stream) = acceptor.accept(listener.accept().await.unwrap().0).await else { continue };
+            let _ = stream.read(&mut [0; 4096]).await;
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n").await;
+            let _ = stream.shutdown().await;
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn whom_pushes_trust_may_change_while_they_run() {
+    let (wrong, right) = (authority(), authority());
+    let hook = endpoint(&right).await;
+    let trusting = |ca: &Authority| {
+        let options = ServerOptions::new().with_guard(Guard::new().allowing("localhost".parse().unwrap()));
+        options.with_push_tls(PushTls::default().with_ca(ca.pem())).unwrap()
+    };
+    let running = Running::with(trusting(&wrong)).await;
+    let spec = format!(
+        r#"{{"filter":"a","endpoint":"https://localhost:{}/","retry":{{"max_attempts":100000,"initial":"1ms","max":"1ms"}}}}"#,
+        hook.port()
+    );
+    assert_eq!(running.put("q", &spec).await.status, 201);
+    assert_eq!(running.post("/topics/a", "x").await.status, 202);
+    let attempt = async |good: bool| loop {
+        let attempts = running.get("/subscriptions/q/attempts").await.json()["attempts"].clone();
+        if attempts[0].is_object() && (attempts[0]["status"] == 200) == good {
+            return attempts[0].clone();
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    };
+    let failed = soon(attempt(false)).await;
+    assert!(failed["error"].as_str().unwrap().contains("TLS"), "{failed}");
+    running.server.set_options(trusting(&right));
+    assert_eq!(running.send("POST /subscriptions/q/resume", &[], "").await.status, 200);
+    soon(attempt(true)).await;
+    // And back: a connection made before is not used again.
+    running.server.set_options(trusting(&wrong));
+    assert_eq!(running.post("/topics/a", "x").await.status, 202);
+    soon(attempt(false)).await;
 }
 
 #[test]

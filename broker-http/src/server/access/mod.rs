@@ -183,8 +183,8 @@ impl Gate {
     }
 
     /// From now on these identities; requests under way finish.
-    pub(crate) fn set(&self, access: Access) {
-        *self.access.write() = Arc::new(access);
+    pub(crate) fn set(&self, access: Arc<Access>) {
+        *self.access.write() = access;
     }
 
     pub(crate) fn is_open(&self) -> bool {

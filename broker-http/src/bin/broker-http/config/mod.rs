@@ -149,14 +149,9 @@ impl Config {
             ("dev", self.dev != other.dev),
             ("insecure", self.insecure != other.insecure),
             ("log_format", self.log_format != other.log_format),
-            ("tls", self.tls != other.tls),
+            ("tls", self.tls.is_some() != other.tls.is_some()),
             ("state", self.state != other.state),
-            ("allow", self.allow != other.allow),
-            ("allowed_origins", self.allowed_origins != other.allowed_origins),
-            ("webhook_origin", self.webhook_origin != other.webhook_origin),
             ("otlp", self.otlp != other.otlp),
-            ("push", self.push != other.push),
-            ("limits", self.limits != other.limits),
         ]
         .into_iter()
         .filter_map(|(key, differs)| differs.then_some(key))
@@ -166,12 +161,15 @@ impl Config {
     /// Takes of `new` what can change while the daemon runs.
     pub(crate) fn take_up(&mut self, new: Self) {
         *self = Self {
-            drain: new.drain,
-            log: new.log,
-            subscriptions: new.subscriptions,
-            topics: new.topics,
-            identities: new.identities,
-            ..self.clone()
+            listen: std::mem::take(&mut self.listen),
+            broker: std::mem::take(&mut self.broker),
+            dev: self.dev,
+            insecure: self.insecure,
+            log_format: self.log_format,
+            tls: if self.tls.is_some() { new.tls.or_else(|| self.tls.take()) } else { None },
+            state: self.state.take(),
+            otlp: self.otlp.take(),
+            ..new
         };
     }
 
@@ -296,8 +294,9 @@ mod tests {
     #[test]
     fn what_takes_a_restart_is_told() {
         let before = config("listen = \"a:1\"", &[]).unwrap();
-        let after = config("listen = \"a:2\"\nlog = \"info\"\nlimits = {leases = 1}", &[]).unwrap();
-        assert_eq!(before.fixed_differences(&after), ["listen", "limits"]);
+        let after =
+            config("listen = \"a:2\"\nlog = \"info\"\nlimits = {leases = 1}\nlog_format = \"json\"", &[]).unwrap();
+        assert_eq!(before.fixed_differences(&after), ["listen", "log_format"]);
         assert!(before.fixed_differences(&before).is_empty());
     }
 }

@@ -225,7 +225,7 @@ impl Running {
     async fn try_reload(&mut self) -> Result<String, String> {
         let config = Config::merge(self.args.clone())?;
         let access = config.access()?;
-        config.options()?;
+        let options = config.options()?;
         logging::check(&config.log)?;
         let open = access.is_open();
         if open && !self.config.access()?.is_open() && !config.insecure {
@@ -234,13 +234,12 @@ impl Running {
                     .to_owned(),
             );
         }
-        if let Some(tls) = &self.tls {
-            tls.reload().map_err(|error| error.message().to_owned())?;
+        if let (Some(tls), Some(files)) = (&self.tls, &config.tls) {
+            tls.set_files(files.clone()).map_err(|error| error.message().to_owned())?;
         }
         // From here on nothing fails as a whole.
         self.logging.set(&config.log)?;
-        self.server.set_access(access);
-        self.server.set_topics(config.topics.clone());
+        self.server.set_options(options);
         let mut told = config.summary();
         if let Err(error) = self.server.set_subscriptions(&config.subscriptions).await {
             told.push_str(&format!("; {}", error.message()));
