@@ -1,4 +1,5 @@
-//! Dead letters, kept: bounded, the oldest dropped and counted.
+//! Dead letters, kept: bounded for a group, the oldest dropped and counted; and bounded for all groups
+//! that were deleted, which together may keep what one group may.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -10,7 +11,14 @@ use crate::{DeadLetter, Group};
 pub(super) struct Keeps {
     max_messages: usize,
     max_bytes: u64,
-    groups: Mutex<HashMap<Group, Keep>>,
+    kept: Mutex<Kept>,
+}
+
+#[derive(Default)]
+struct Kept {
+    groups: HashMap<Group, Keep>,
+    /// Those of `groups` that were deleted, in that order; one that was made anew may still be here.
+    deleted: VecDeque<Group>,
 }
 
 #[derive(Default)]
@@ -30,12 +38,12 @@ impl Keep {
 
 impl Keeps {
     pub(super) fn new(max_messages: usize, max_bytes: u64) -> Self {
-        Self { max_messages, max_bytes, groups: Mutex::default() }
+        Self { max_messages, max_bytes, kept: Mutex::default() }
     }
 
     pub(super) fn push(&self, group: &Group, letter: DeadLetter) {
-        let mut groups = self.groups.lock();
-        let keep = groups.entry(group.clone()).or_default();
+        let mut kept = self.kept.lock();
+        let keep = kept.groups.entry(group.clone()).or_default();
         keep.bytes += letter.message.size() as u64;
         keep.letters.push_back(letter);
         while keep.letters.len() > self.max_messages || keep.bytes > self.max_bytes {
@@ -49,26 +57,98 @@ impl Keeps {
         }
     }
 
+    /// A group was deleted; `stands` tells of others whether they were made anew.
+    pub(super) fn deleted(&self, group: &Group, stands: impl Fn(&Group) -> bool) {
+        let mut kept = self.kept.lock();
+        let Kept { groups, deleted } = &mut *kept;
+        if !groups.contains_key(group) {
+            return;
+        }
+        deleted.retain(|other| other != group && groups.contains_key(other) && !stands(other));
+        deleted.push_back(group.clone());
+        let sizes = deleted.iter().filter_map(|group| groups.get(group)).map(|keep| (keep.letters.len(), keep.bytes));
+        let (mut letters, mut bytes) = sizes.fold((0, 0), |sum, size| (sum.0 + size.0, sum.1 + size.1));
+        while letters > self.max_messages || bytes > self.max_bytes {
+            let Some(oldest) = deleted.pop_front() else { return };
+            let Some(keep) = groups.remove(&oldest) else { continue };
+            letters -= keep.letters.len();
+            bytes -= keep.bytes;
+            tracing::warn!(group = %oldest, dropped = keep.letters.len(), "dead letters of deleted groups are at their bound; those of the group deleted first were dropped");
+        }
+    }
+
     pub(super) fn list(&self, group: &Group, max: usize) -> Vec<DeadLetter> {
-        self.groups.lock().get(group).map_or_else(Vec::new, |keep| keep.letters.iter().take(max).cloned().collect())
+        self.kept
+            .lock()
+            .groups
+            .get(group)
+            .map_or_else(Vec::new, |keep| keep.letters.iter().take(max).cloned().collect())
     }
 
     pub(super) fn take(&self, group: &Group, max: u64) -> Vec<DeadLetter> {
-        let mut groups = self.groups.lock();
-        let Some(keep) = groups.get_mut(group) else { return Vec::new() };
+        let mut kept = self.kept.lock();
+        let Some(keep) = kept.groups.get_mut(group) else { return Vec::new() };
         let max = usize::try_from(max).unwrap_or(usize::MAX).min(keep.letters.len());
         let letters = (0..max).map_while(|_| keep.pop()).collect();
         if keep.letters.is_empty() {
-            groups.remove(group);
+            kept.groups.remove(group);
         }
         letters
     }
 
     pub(super) fn count(&self, group: &Group) -> u64 {
-        self.groups.lock().get(group).map_or(0, |keep| keep.letters.len() as u64)
+        self.kept.lock().groups.get(group).map_or(0, |keep| keep.letters.len() as u64)
     }
 
     pub(super) fn total(&self) -> u64 {
-        self.groups.lock().values().map(|keep| keep.letters.len() as u64).sum()
+        self.kept.lock().groups.values().map(|keep| keep.letters.len() as u64).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Failure, Message, Timestamp, Topic};
+
+    fn group(name: &str) -> Group {
+        Group::new(name.parse().unwrap(), "a".parse().unwrap())
+    }
+
+    #[test]
+    fn deleted_groups_keep_together_what_one_may() {
+        let keeps = Keeps::new(10, 1_000_000);
+        let fill = |name: &str, count: usize| {
+            for _ in 0..count {
+                keeps.push(&group(name), letter());
+            }
+        };
+        fill("alive", 10);
+        for index in 0..100 {
+            let name = format!("g{index}");
+            fill(&name, 3);
+            keeps.deleted(&group(&name), |_| false);
+        }
+        let counts = |names: &[&str]| names.iter().map(|name| keeps.count(&group(name))).collect::<Vec<_>>();
+        assert_eq!(counts(&["alive", "g95", "g96", "g97", "g98", "g99"]), [10, 0, 0, 3, 3, 3]);
+        assert_eq!((keeps.total(), keeps.kept.lock().deleted.len()), (19, 3));
+        // One that was made anew has its own bound again, and one without letters takes no place.
+        keeps.deleted(&group("none"), |_| false);
+        fill("h", 4);
+        keeps.deleted(&group("h"), |other| other == &group("g97"));
+        assert_eq!(counts(&["g97", "g98", "g99", "h"]), [3, 3, 3, 4]);
+        let bytes = letter().message.size() as u64;
+        let keeps = Keeps::new(10, bytes * 2);
+        for name in ["a", "b", "c"] {
+            keeps.push(&group(name), letter());
+            keeps.deleted(&group(name), |_| false);
+        }
+        assert_eq!(["a", "b", "c"].map(|name| keeps.count(&group(name))), [0, 1, 1]);
+    }
+
+    fn letter() -> DeadLetter {
+        let now = Timestamp::now();
+        let (topic, failure) = (Topic::new("a").unwrap(), Failure::new("no"));
+        let message = Message::new("x");
+        DeadLetter { message, topic, group: None, failure, attempts: 1, first: now, last: now }
     }
 }

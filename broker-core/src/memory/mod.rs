@@ -116,6 +116,10 @@ impl Shared {
         let dead_before = DeadLetter::is_dead(&letter.message);
         if let Some(group) = &letter.group {
             self.keeps.push(group, letter.clone());
+            // It may have been deleted meanwhile.
+            if self.find_group(group).is_err() {
+                self.bound_letters(group);
+            }
         }
         if !dead_before {
             self.topic(topic).append_unheard(self, letter.into_message());

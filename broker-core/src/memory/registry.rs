@@ -89,7 +89,13 @@ impl Shared {
     pub(super) fn remove_group(&self, id: &GroupId) -> bool {
         let Some(group) = self.registry.lock().groups.remove(id) else { return false };
         self.retire(&group);
+        self.bound_letters(id);
         true
+    }
+
+    /// Has the dead letters of a group that is no more count among those of all such groups.
+    pub(super) fn bound_letters(&self, id: &GroupId) {
+        self.keeps.deleted(id, |other| self.registry.lock().groups.contains_key(other));
     }
 
     /// A subscription without group has ended.

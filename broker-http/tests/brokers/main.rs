@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -166,6 +167,66 @@ async fn ending_loses_nothing(kind: &str) {
         "{kind}: {} acknowledged, {pushed_before} pushed before the end, {twice} more than once",
         acknowledged.len()
     );
+}
+
+/// What waits in the server is none of the daemon's memory; what pushes have in hand is, and it is bounded.
+async fn what_is_in_hand_is_bounded(kind: &str) {
+    const MESSAGES: usize = 40;
+    const BYTES: usize = 256 << 10;
+    const BOUND: usize = 4 << 20;
+    let (in_hand, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let hook = {
+        let most = Arc::clone(&most);
+        async move |body: axum::body::Bytes| {
+            most.fetch_max(in_hand.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            in_hand.fetch_sub(1, Ordering::SeqCst);
+            let _ = tell.send(body.len());
+        }
+    };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let hook_address = listener.local_addr().unwrap();
+    let app = axum::Router::new().route("/", axum::routing::post(hook));
+    tokio::spawn(async move { axum::serve(listener, app).await });
+
+    let stage = Stage::set(kind).await;
+    let text = std::fs::read_to_string(stage.config.path()).unwrap();
+    std::fs::write(stage.config.path(), format!("{text}[limits]\nmemory_bytes = {BOUND}\n")).unwrap();
+    let daemon = stage.daemon().await;
+    let name = format!("{}-hand", stage.topic);
+    let spec =
+        serde_json::json!({"filter": stage.topic, "endpoint": format!("http://{hook_address}/"), "max_in_flight": 64});
+    assert_eq!(daemon.send(&format!("PUT /subscriptions/{name}"), &spec.to_string()).await.0, 201);
+    assert_eq!(daemon.send(&format!("POST /subscriptions/{name}/pause"), "").await.0, 200);
+    let body = "x".repeat(BYTES);
+    for key in 0..MESSAGES {
+        let request = format!("POST /topics/{}?key={key}", stage.topic);
+        // The other subscription takes its part of the memory meanwhile.
+        soon(async {
+            while daemon.send(&request, &body).await.0 != 202 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        })
+        .await;
+    }
+    assert_eq!(daemon.send(&format!("POST /subscriptions/{name}/resume"), "").await.0, 200);
+    for _ in 0..MESSAGES {
+        assert_eq!(soon(told.recv()).await.unwrap(), BYTES);
+    }
+    let most = most.load(Ordering::SeqCst);
+    println!("{kind}: {most} of {MESSAGES} messages in hand at a time, half of the bound is {}", BOUND / 2 / BYTES);
+    assert!((2..=BOUND / 2 / BYTES).contains(&most), "{kind}: {most} in hand at a time");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rabbitmq_what_is_in_hand_is_bounded() {
+    what_is_in_hand_is_bounded("amqp").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kafka_what_is_in_hand_is_bounded() {
+    what_is_in_hand_is_bounded("kafka").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

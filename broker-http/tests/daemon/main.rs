@@ -4,9 +4,11 @@
 mod lines;
 mod operation;
 mod overload;
+mod packaging;
 mod resume;
 mod sdks;
 mod support;
+mod surroundings;
 mod under_load;
 
 use std::time::Duration;

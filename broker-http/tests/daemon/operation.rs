@@ -249,23 +249,6 @@ async fn the_log_has_levels_by_module_and_can_be_json() {
     assert_eq!((&event["level"], &event["message"]), (&json!("DEBUG"), &json!("a connection ended")), "{event}");
 }
 
-#[cfg(unix)]
-#[tokio::test]
-async fn systemd_is_told_when_it_is_ready_and_when_it_ends() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("notify");
-    let socket = tokio::net::UnixDatagram::bind(&path).unwrap();
-    let mut child = command(&["--listen", "127.0.0.1:0"]).env("NOTIFY_SOCKET", &path).spawn().unwrap();
-    let mut told = [0; 64];
-    let length = soon(socket.recv(&mut told)).await.unwrap();
-    assert_eq!(&told[..length], b"READY=1");
-    let pid = child.id().unwrap().to_string();
-    assert!(std::process::Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
-    let length = soon(socket.recv(&mut told)).await.unwrap();
-    assert_eq!(&told[..length], b"STOPPING=1");
-    assert_eq!(soon(child.wait()).await.unwrap().code(), Some(0));
-}
-
 #[tokio::test]
 async fn an_operator_steers_it_from_the_command_line() {
     let folder = tempfile::tempdir().unwrap();
@@ -335,24 +318,4 @@ async fn completions_the_manual_and_the_settings_are_printed() {
     }
     let (code, table) = run(&["settings"]).await;
     assert!(code == Some(0) && table.contains("| `--listen HOST:PORT` | `BROKER_HTTP_LISTEN` | `listen` |"), "{table}");
-}
-
-#[tokio::test]
-async fn the_packaged_configuration_is_good() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging");
-    let (code, said) = run(&["check-config", "--config", folder.join("broker.toml").to_str().unwrap()]).await;
-    assert_eq!(code, Some(0), "{said}");
-    // What the unit starts is a command this binary knows.
-    let unit = std::fs::read_to_string(folder.join("broker-http.service")).unwrap();
-    let start = unit.lines().find_map(|line| line.strip_prefix("ExecStart=/usr/bin/broker-http ")).unwrap();
-    let args: Vec<_> = start.split(' ').map(|arg| arg.replace("serve", "check-config")).collect();
-    let args: Vec<_> = args
-        .iter()
-        .map(|arg| {
-            if arg.starts_with("/etc/") { folder.join("broker.toml").to_str().unwrap().to_owned() } else { arg.clone() }
-        })
-        .collect();
-    let (code, said) = run(&args.iter().map(String::as_str).collect::<Vec<_>>()).await;
-    assert_eq!(code, Some(0), "{start}: {said}");
-    tokio::time::sleep(Duration::ZERO).await;
 }

@@ -25,6 +25,11 @@ const STEP: Duration = Duration::from_millis(500);
 /// Steps at less than it can take, and at twice as much.
 const PHASES: [(usize, u64); 2] = [(10, TAKEN * 4 / 5), (30, TAKEN * 2)];
 
+/// What it must go on accepting and delivering at twice the load, of what it did before.
+const ACCEPTED: f64 = 0.95;
+/// How much longer its answers may take; in between lies what else the machine does.
+const SLOWER: f64 = 3.0;
+
 /// What was seen in one step.
 #[derive(Clone, Default)]
 struct Seen {
@@ -163,6 +168,23 @@ async fn at_twice_the_load_it_refuses_the_rest_and_its_memory_stays_flat() {
         assert!(sum(|seen| seen.refused) > 0, "nothing was refused for a second");
         assert!(sum(|seen| seen.pushed) > 0, "nothing was delivered for a second");
     }
+    // Answers, what is taken and what is delivered are what they were; only what is refused is more.
+    let before = &steps[2..PHASES[0].0];
+    let mean =
+        |steps: &[Seen], read: fn(&Seen) -> usize| steps.iter().map(read).sum::<usize>() as f64 / steps.len() as f64;
+    let median = |steps: &[Seen]| {
+        let mut millis: Vec<_> = steps.iter().map(|seen| seen.millis).collect();
+        millis.sort_by(f64::total_cmp);
+        millis[millis.len() / 2]
+    };
+    let accepted = mean(full, |seen| seen.accepted) / mean(before, |seen| seen.accepted);
+    let pushed = mean(full, |seen| seen.pushed) / mean(before, |seen| seen.pushed);
+    let slower = median(full) / median(before);
+    println!("at twice the load: accepts {accepted:.2}, delivers {pushed:.2}, answers in {slower:.2} of before");
+    // It was offered four fifths of what it can take.
+    assert!(accepted >= ACCEPTED, "it accepts {accepted:.2} of what it did");
+    assert!(pushed >= ACCEPTED, "it delivers {pushed:.2} of what it did");
+    assert!(slower <= SLOWER, "an answer takes {slower:.2} times as long");
     let most = |steps: &[Seen]| steps.iter().map(|seen| seen.resident).fold(0.0, f64::max);
     let (early, late) = full.split_at(full.len() / 2);
     assert!(most(late) <= most(early) * 1.1 + 8.0, "memory grew from {} to {} MB", most(early), most(late));

@@ -10,6 +10,7 @@ mod http2;
 mod idempotency;
 mod lifecycle;
 mod limits;
+mod metrics;
 mod publish;
 mod pull;
 mod socket;

@@ -185,7 +185,11 @@ async fn serve(args: Args) -> Result<ExitCode, String> {
     let signal = loop {
         match signals.next().await {
             Told::End(signal) => break signal,
-            Told::Reload => running.reload().await,
+            Told::Reload => {
+                notify::reloading();
+                running.reload().await;
+                notify::tell("READY=1");
+            }
         }
     };
     notify::tell("STOPPING=1");

@@ -10,6 +10,15 @@ pub(super) fn tell(state: &str) {
     }
 }
 
+/// Tells systemd that the configuration is being read again; `READY=1` ends it.
+pub(super) fn reloading() {
+    #[cfg(target_os = "linux")]
+    {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        tell(&format!("RELOADING=1\nMONOTONIC_USEC={}", now.tv_sec * 1_000_000 + now.tv_nsec / 1_000));
+    }
+}
+
 #[cfg(unix)]
 fn send(path: &std::ffi::OsStr, state: &[u8]) -> std::io::Result<()> {
     use std::os::unix::ffi::OsStrExt as _;
