@@ -27,8 +27,9 @@ pub struct MessageId(Repr);
 
 #[derive(Clone, PartialEq, Eq, Hash)]
 enum Repr {
-    /// Held by value: the id we make costs no allocation.
-    Uuid(Uuid),
+    /// Held by value, so that the id we make costs no allocation, and as two numbers: bytes would lie
+    /// behind the tag unaligned, and every copy of a message would pay for it.
+    Uuid(u64, u64),
     Text(Arc<str>),
 }
 
@@ -42,13 +43,18 @@ impl MessageId {
         let millis = u64::try_from(time.as_millis()).unwrap_or(0);
         let random = fastrand::u128(..).to_ne_bytes();
         let [random @ .., _, _, _, _, _, _] = random;
-        Self(Repr::Uuid(uuid::Builder::from_unix_timestamp_millis(millis, &random).into_uuid()))
+        Self::of(uuid::Builder::from_unix_timestamp_millis(millis, &random).into_uuid())
+    }
+
+    fn of(uuid: Uuid) -> Self {
+        let (high, low) = uuid.as_u64_pair();
+        Self(Repr::Uuid(high, low))
     }
 
     /// Bytes of its text.
     pub fn size(&self) -> usize {
         match &self.0 {
-            Repr::Uuid(_) => 36,
+            Repr::Uuid(..) => 36,
             Repr::Text(text) => text.len(),
         }
     }
@@ -57,7 +63,7 @@ impl MessageId {
 impl fmt::Display for MessageId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
-            Repr::Uuid(uuid) => uuid.as_hyphenated().fmt(f),
+            Repr::Uuid(high, low) => Uuid::from_u64_pair(*high, *low).as_hyphenated().fmt(f),
             Repr::Text(text) => f.write_str(text),
         }
     }
@@ -79,7 +85,7 @@ impl FromStr for MessageId {
             && let Ok(uuid) = Uuid::try_parse(text)
             && uuid.as_hyphenated().encode_lower(&mut Uuid::encode_buffer()) == text
         {
-            return Ok(Self(Repr::Uuid(uuid)));
+            return Ok(Self::of(uuid));
         }
         check_text("id", text).map(|text| Self(Repr::Text(text)))
     }

@@ -120,6 +120,7 @@ impl Publisher {
     /// (a full group that rejects), [`Unroutable`](crate::ErrorKind::Unroutable),
     /// [`Unsupported`](crate::ErrorKind::Unsupported) (a tombstone, a delay where there is none),
     /// [`Closed`](crate::ErrorKind::Closed), [`Timeout`](crate::ErrorKind::Timeout).
+    #[inline]
     pub fn publish(&self, message: Message) -> Publish {
         match self.check(&message) {
             Ok(()) => self.producer.publish(message),
@@ -157,16 +158,19 @@ impl Publisher {
         })
     }
 
+    #[inline]
     fn check(&self, message: &Message) -> Result<()> {
-        let size = message.size();
-        if size > self.max_message_bytes {
-            return Err(Error::too_large(format!(
-                "message {} has {size} bytes of payload, key and headers; this broker takes {} at most",
-                message.id(),
-                self.max_message_bytes
-            )));
-        }
-        Ok(())
+        if message.size() > self.max_message_bytes { Err(self.too_large(message)) } else { Ok(()) }
+    }
+
+    #[cold]
+    fn too_large(&self, message: &Message) -> Error {
+        Error::too_large(format!(
+            "message {} has {} bytes of payload, key and headers; this broker takes {} at most",
+            message.id(),
+            message.size(),
+            self.max_message_bytes
+        ))
     }
 }
 

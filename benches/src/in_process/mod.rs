@@ -23,6 +23,7 @@ use crate::comparison::{Comparison, Pair, Unit};
 pub mod fan_out;
 pub mod footprint;
 pub mod group;
+mod one_core;
 pub mod publish;
 
 /// Messages a channel or a backlog holds at most, unless a load says otherwise.
@@ -36,10 +37,9 @@ const HANG: Duration = Duration::from_secs(120);
 
 /// The comparisons of this group.
 pub fn comparisons() -> Vec<Comparison> {
-    [fan_out::comparisons(), group::comparisons(), publish::comparisons(), footprint::comparisons()]
-        .into_iter()
-        .flatten()
-        .collect()
+    let of_threads = [fan_out::comparisons(), group::comparisons(), one_core::comparisons()];
+    let of_one = [publish::comparisons(), footprint::comparisons()];
+    of_threads.into_iter().chain(of_one).flatten().collect()
 }
 
 /// What is published and to how many.

@@ -44,8 +44,16 @@ pub(super) struct Segment(Slots);
 enum Slots {
     /// Messages of one topic that no other log has: they lie in the segment itself, so that
     /// publishing allocates nothing for them and touches no count that a reader touches too.
-    Own(Topic, Vec<Slot<Message>>),
+    Own(Own),
     Shared(Vec<Slot<Arc<Entry>>>),
+}
+
+/// Slots made ahead and filled in place: of a message, which is large, every move on its way counts.
+struct Own {
+    topic: Topic,
+    slots: Vec<Slot<Option<Message>>>,
+    /// How many are filled.
+    len: usize,
 }
 
 struct Slot<T> {
@@ -54,10 +62,40 @@ struct Slot<T> {
     bytes: u64,
 }
 
+impl Own {
+    fn new(topic: &Topic, capacity: usize) -> Self {
+        let mut slots = Vec::new();
+        slots.resize_with(capacity, Slot::empty);
+        Self { topic: topic.clone(), slots, len: 0 }
+    }
+
+    #[inline]
+    fn push(&mut self, message: &mut Option<Message>, bytes: u64) {
+        if self.len == self.slots.len() {
+            self.slots.push(Slot::empty());
+        }
+        if let Some(slot) = self.slots.get_mut(self.len) {
+            std::mem::swap(&mut slot.message, message);
+            slot.bytes = bytes;
+            self.len += 1;
+        }
+    }
+
+    fn message(&self, index: usize) -> Option<&Message> {
+        self.slots.get(index)?.message.as_ref()
+    }
+}
+
+impl Slot<Option<Message>> {
+    fn empty() -> Self {
+        Self { message: None, bytes: 0 }
+    }
+}
+
 /// Writing.
 impl Segment {
     pub(super) fn own(topic: &Topic, capacity: usize) -> Self {
-        Self(Slots::Own(topic.clone(), Vec::with_capacity(capacity)))
+        Self(Slots::Own(Own::new(topic, capacity)))
     }
 
     pub(super) fn shared(capacity: usize) -> Self {
@@ -65,16 +103,19 @@ impl Segment {
     }
 
     pub(super) fn is_own(&self) -> bool {
-        matches!(self.0, Slots::Own(..))
+        matches!(self.0, Slots::Own(_))
     }
 
-    /// Adds a message that no other log has; `topic` is that of the log it stands in.
+    /// Takes a message that no other log has; `topic` is that of the log it stands in.
     #[inline]
-    pub(super) fn push(&mut self, topic: &Topic, message: Message, size: u64) {
+    pub(super) fn push(&mut self, topic: &Topic, message: &mut Option<Message>, size: u64) {
         let bytes = self.size() + size;
         match &mut self.0 {
-            Slots::Own(_, slots) => slots.push(Slot { message, bytes }),
-            Slots::Shared(slots) => slots.push(Slot { message: Entry::new(topic.clone(), message), bytes }),
+            Slots::Own(own) => own.push(message, bytes),
+            Slots::Shared(slots) => {
+                let entry = message.take().map(|message| Entry::new(topic.clone(), message));
+                slots.extend(entry.map(|message| Slot { message, bytes }));
+            }
         }
     }
 
@@ -83,7 +124,7 @@ impl Segment {
         let bytes = self.size() + entry.size;
         match &mut self.0 {
             // The log begins a shared segment for it; here it would lose its identity, no more.
-            Slots::Own(_, slots) => slots.push(Slot { message: entry.message.clone(), bytes }),
+            Slots::Own(own) => own.push(&mut Some(entry.message.clone()), bytes),
             Slots::Shared(slots) => slots.push(Slot { message: Arc::clone(entry), bytes }),
         }
     }
@@ -93,7 +134,7 @@ impl Segment {
 impl Segment {
     pub(super) fn len(&self) -> usize {
         match &self.0 {
-            Slots::Own(_, slots) => slots.len(),
+            Slots::Own(own) => own.len,
             Slots::Shared(slots) => slots.len(),
         }
     }
@@ -101,21 +142,21 @@ impl Segment {
     /// Whether another message would need more memory than was set aside.
     pub(super) fn is_full(&self) -> bool {
         match &self.0 {
-            Slots::Own(_, slots) => slots.len() == slots.capacity(),
+            Slots::Own(own) => own.len == own.slots.len(),
             Slots::Shared(slots) => slots.len() == slots.capacity(),
         }
     }
 
     pub(super) fn message(&self, index: usize) -> Option<&Message> {
         match &self.0 {
-            Slots::Own(_, slots) => slots.get(index).map(|slot| &slot.message),
+            Slots::Own(own) => own.message(index),
             Slots::Shared(slots) => slots.get(index).map(|slot| &slot.message.message),
         }
     }
 
     pub(super) fn topic(&self, index: usize) -> Option<&Topic> {
         match &self.0 {
-            Slots::Own(topic, _) => Some(topic),
+            Slots::Own(own) => Some(&own.topic),
             Slots::Shared(slots) => slots.get(index).map(|slot| &slot.message.topic),
         }
     }
@@ -123,7 +164,7 @@ impl Segment {
     /// The message, to be held beside the segment.
     pub(super) fn share(&self, index: usize) -> Option<Arc<Entry>> {
         match &self.0 {
-            Slots::Own(topic, slots) => slots.get(index).map(|slot| Entry::new(topic.clone(), slot.message.clone())),
+            Slots::Own(own) => own.message(index).map(|message| Entry::new(own.topic.clone(), message.clone())),
             Slots::Shared(slots) => slots.get(index).map(|slot| Arc::clone(&slot.message)),
         }
     }
@@ -131,7 +172,7 @@ impl Segment {
     /// The shared entry at `index`, to tell it from others.
     pub(super) fn identity(&self, index: usize) -> Option<*const Entry> {
         match &self.0 {
-            Slots::Own(..) => None,
+            Slots::Own(_) => None,
             Slots::Shared(slots) => slots.get(index).map(|slot| Arc::as_ptr(&slot.message)),
         }
     }
@@ -149,7 +190,7 @@ impl Segment {
     fn bytes_before(&self, index: usize) -> u64 {
         let Some(last) = index.checked_sub(1) else { return 0 };
         match &self.0 {
-            Slots::Own(_, slots) => slots.get(last).map_or(0, |slot| slot.bytes),
+            Slots::Own(own) => own.slots.get(last).map_or(0, |slot| slot.bytes),
             Slots::Shared(slots) => slots.get(last).map_or(0, |slot| slot.bytes),
         }
     }

@@ -182,16 +182,16 @@ impl LogState {
         }
     }
 
-    /// Appends a message of a topic that has no other log, for which there is [`room`](Self::room);
-    /// adds the groups to be told to `wake`.
+    /// Takes a message of a topic that has no other log, for which there is [`room`](Self::room); adds
+    /// the groups to be told to `wake`.
     #[inline]
-    pub(super) fn append(&mut self, topic: &Topic, message: Message, size: u64, wake: &mut Wake) {
+    pub(super) fn append(&mut self, topic: &Topic, message: &mut Option<Message>, size: u64, wake: &mut Wake) {
         if self.readers.is_empty() {
-            return;
+            return drop(message.take());
         }
-        if is_scheduled(&message) {
+        if let Some(scheduled) = message.take_if(|message| is_scheduled(message)) {
             // Each group moves it to its timer: shared from the start, it goes there without being copied.
-            return self.append_shared(&Entry::new(topic.clone(), message), wake);
+            return self.append_shared(&Entry::new(topic.clone(), scheduled), wake);
         }
         match self.filling(false) {
             Some(segment) => segment.push(topic, message, size),

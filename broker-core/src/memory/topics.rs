@@ -291,8 +291,8 @@ impl Inner {
     ) -> Option<Result<Receipt>> {
         self.link(shared, &topic.topic);
         let waiting = message.as_ref()?;
-        let mut receipt = Receipt::new(waiting.id().clone());
-        // What few messages have is kept for after the message has gone.
+        // What the receipt says, and what few messages have, is kept for after the message has gone.
+        let id = waiting.id().clone();
         let dedup_key = waiting.dedup_key().map(Arc::<str>::from);
         if let Some(key) = &dedup_key
             && let Some(first) = self.dedup.as_mut().and_then(|window| window.seen(key, shared.clock.tick()))
@@ -317,7 +317,7 @@ impl Inner {
                 topic.topic
             ))));
         }
-        (receipt.matched, receipt.routed) = (Some(matched as u64), Some(matched > 0));
+        let receipt = Receipt::new(id).with_matched(matched as u64);
         if let Some(key) = dedup_key {
             let until = shared.clock.tick_after(shared.options.dedup_window);
             self.dedup.get_or_insert_default().remember(key, until, receipt.clone());
@@ -345,9 +345,7 @@ impl Inner {
             (Some(log), []) if !retains => {
                 let mut log = log.lock();
                 check(&mut log, topic, size)?;
-                if let Some(message) = message.take() {
-                    log.append(&topic.topic, message, size, &mut after.wake);
-                }
+                log.append(&topic.topic, message, size, &mut after.wake);
                 after.cooperate |= log.has_crowd();
                 Ok((log.readers(), None))
             }
