@@ -17,6 +17,7 @@ use super::target::Target;
 use crate::SubscriptionSpec;
 
 pub(crate) const REQUEST_ORIGIN: HeaderName = HeaderName::from_static("webhook-request-origin");
+pub(crate) const REQUEST_CALLBACK: HeaderName = HeaderName::from_static("webhook-request-callback");
 pub(crate) const REQUEST_RATE: HeaderName = HeaderName::from_static("webhook-request-rate");
 pub(crate) const ALLOWED_ORIGIN: HeaderName = HeaderName::from_static("webhook-allowed-origin");
 pub(crate) const ALLOWED_RATE: HeaderName = HeaderName::from_static("webhook-allowed-rate");
@@ -24,18 +25,37 @@ pub(crate) const ALLOWED_RATE: HeaderName = HeaderName::from_static("webhook-all
 /// How long an endpoint may take to answer, unless a push may take less.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Asks the endpoint of `spec`; tells how many requests a second it allows, if it says so.
+/// What an endpoint says.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Consent {
+    /// It wants pushes, so many requests a second if it says so.
+    Given(Option<f64>),
+    /// It says nothing, and may consent at the callback.
+    Later,
+}
+
+/// Asks the endpoint of `spec`, which may consent later at the URL `callback`, if there is one.
 ///
 /// # Errors
 ///
 /// [`Unauthorized`](broker_core::ErrorKind::Unauthorized) if it does not consent,
 /// [`Backend`](broker_core::ErrorKind::Backend) if it gives no answer.
-pub(crate) async fn ask(client: &PushClient, spec: &SubscriptionSpec, origin: &HeaderValue) -> Result<Option<f64>> {
-    let Some(endpoint) = &spec.endpoint else { return Ok(None) };
+pub(crate) async fn ask(
+    client: &PushClient,
+    spec: &SubscriptionSpec,
+    origin: &HeaderValue,
+    callback: Option<&HeaderValue>,
+) -> Result<Consent> {
+    let Some(endpoint) = &spec.endpoint else { return Ok(Consent::Given(None)) };
     let silent = |why: &str| Error::backend(format!("endpoint: it was asked whether it wants pushes: {why}"));
     let route = Route::new(client.for_spec(spec)?, Target::new(endpoint)?.with_h2(spec.http2));
     let mut request = Encoder::new(spec)?.bare(Method::OPTIONS);
     request.headers.insert(REQUEST_ORIGIN, origin.clone());
+    if let Some(url) = callback {
+        let mut url = url.clone();
+        url.set_sensitive(true);
+        request.headers.insert(REQUEST_CALLBACK, url);
+    }
     if let Some(rate) = spec.rate_limit {
         // Requests a minute, a whole number above zero.
         let per_minute = HeaderValue::from((rate * 60.0).ceil() as u64);
@@ -53,7 +73,10 @@ pub(crate) async fn ask(client: &PushClient, spec: &SubscriptionSpec, origin: &H
         Ok(Err(why)) => return Err(silent(&why)),
         Err(_) => return Err(silent("no answer in time")),
     };
-    read(&answer.headers, origin).map_err(|why| {
+    if callback.is_some() && !answer.headers.contains_key(ALLOWED_ORIGIN) {
+        return Ok(Consent::Later);
+    }
+    read(&answer.headers, origin).map(Consent::Given).map_err(|why| {
         Error::unauthorized(format!(
             "endpoint: it does not consent to pushes from {}: {why}; it is to answer OPTIONS with WebHook-Allowed-Origin",
             origin.to_str().unwrap_or_default()
@@ -68,13 +91,26 @@ fn read(headers: &HeaderMap, origin: &HeaderValue) -> Result<Option<f64>, String
     if allowed != b"*" && !allowed.eq_ignore_ascii_case(origin.as_bytes()) {
         return Err("its answer allows another origin".to_owned());
     }
+    allowed_rate(headers).map_err(str::to_owned)
+}
+
+/// The requests a second that are allowed, if there is a bound.
+pub(crate) fn allowed_rate(headers: &HeaderMap) -> Result<Option<f64>, &'static str> {
     let rate = headers.get(ALLOWED_RATE).map_or(b"*".as_slice(), |rate| rate.as_bytes().trim_ascii());
     if rate == b"*" {
         return Ok(None);
     }
     match std::str::from_utf8(rate).ok().and_then(|rate| rate.parse::<u32>().ok()) {
         Some(per_minute @ 1..) => Ok(Some(f64::from(per_minute) / 60.0)),
-        _ => Err("its WebHook-Allowed-Rate is neither * nor a number of requests a minute".to_owned()),
+        _ => Err("its WebHook-Allowed-Rate is neither * nor a number of requests a minute"),
+    }
+}
+
+/// The lower of what was asked for and what is allowed.
+pub(crate) fn within(asked: Option<f64>, allowed: Option<f64>) -> Option<f64> {
+    match (asked, allowed) {
+        (Some(asked), Some(allowed)) => Some(asked.min(allowed)),
+        (asked, allowed) => asked.or(allowed),
     }
 }
 

@@ -22,6 +22,7 @@ mod publish;
 mod publishers;
 
 // Subscribing.
+mod asked;
 mod groups;
 mod leases;
 mod pull;
@@ -60,14 +61,16 @@ pub use options::ServerOptions;
 pub use tls::{Tls, TlsFiles};
 pub use topics::{TopicRule, Topics};
 
+use crate::push::consent::Consent;
 use crate::push::{Push, PushClient, PushObserver, PushOptions, consent};
 use crate::traces::Traces;
 use crate::{Endpoint, SubscriptionSpec};
 use access::Gate;
+use asked::Asked;
 use idempotency::Answers;
 use leases::Leases;
 use listen::Connections;
-use memory::Ledger;
+use memory::{Ledger, Reservation};
 use metered::Metered;
 use metrics::Metrics;
 use problem::{Answer, Problem};
@@ -116,6 +119,7 @@ pub(crate) struct Shared {
     pub(crate) publishers: Publishers,
     pub(crate) idempotency: Answers,
     pub(crate) registry: Registry,
+    pub(crate) asked: Asked,
     pub(crate) leases: Arc<Leases>,
     pub(crate) streams: Arc<AtomicUsize>,
     pub(crate) connections: Connections,
@@ -145,6 +149,7 @@ impl Server {
             ledger,
             idempotency: Answers::new(limits.idempotency_bytes),
             registry: Registry::default(),
+            asked: Asked::default(),
             leases: Leases::new(limits.leases),
             streams: Arc::default(),
             connections: Connections::new(),
@@ -334,18 +339,32 @@ impl Shared {
     }
 
     /// Asks the endpoint whether it wants pushes, where the options say so; what it allows at most is
-    /// the subscription's rate.
-    pub(crate) async fn ask_endpoint(&self, mut spec: SubscriptionSpec) -> Answer<SubscriptionSpec> {
+    /// the subscription's rate. `None` if it may consent later: then the subscription waits for it.
+    pub(crate) async fn ask_endpoint(
+        &self,
+        name: &GroupName,
+        mut spec: SubscriptionSpec,
+        only_new: bool,
+        reservation: Reservation,
+    ) -> Answer<Option<SubscriptionSpec>> {
         let options = self.options.load_full();
-        let Some(origin) = options.origin() else { return Ok(spec) };
-        let allowed = consent::ask(&self.push_client, &spec, origin).await.map_err(|error| match error.kind() {
-            ErrorKind::Unauthorized => Problem::new(StatusCode::FORBIDDEN, error.kind(), error.message()),
-            _ => Problem::from(error),
-        })?;
-        if let Some(allowed) = allowed {
-            spec.rate_limit = Some(spec.rate_limit.map_or(allowed, |rate| rate.min(allowed)));
+        let (Some(origin), Some(_)) = (options.origin(), &spec.endpoint) else { return Ok(Some(spec)) };
+        let wait = |base: &str| self.asked.wait(base, name, &spec, only_new, reservation);
+        let callback = options.webhook_callback().map(wait).transpose()?;
+        let answer = consent::ask(&self.push_client, &spec, origin, callback.as_ref()).await;
+        if matches!(answer, Ok(Consent::Later)) {
+            return Ok(None);
         }
-        Ok(spec)
+        self.asked.forget(name);
+        match answer {
+            Ok(Consent::Given(allowed)) => spec.rate_limit = consent::within(spec.rate_limit, allowed),
+            Ok(Consent::Later) => {}
+            Err(error) if error.kind() == ErrorKind::Unauthorized => {
+                return Err(Problem::new(StatusCode::FORBIDDEN, error.kind(), error.message()));
+            }
+            Err(error) => return Err(error.into()),
+        }
+        Ok(Some(spec))
     }
 
     /// Starts pushing; the group stands already.

@@ -29,6 +29,7 @@ pub struct ServerOptions {
     state: Option<PathBuf>,
     guard: Guard,
     webhook_origin: Option<HeaderValue>,
+    webhook_callback: Option<String>,
     access: Arc<Access>,
     push_tls: PushTls,
     subscriptions: BTreeMap<GroupName, SubscriptionSpec>,
@@ -108,6 +109,42 @@ impl ServerOptions {
     /// The name by which endpoints are asked whether they want pushes, if they are.
     pub fn webhook_origin(&self) -> Option<&str> {
         self.webhook_origin.as_ref().and_then(|origin| origin.to_str().ok())
+    }
+
+    /// Lets endpoints that are asked for their consent give it later, by a request to a URL below
+    /// `base`, which is how they reach this server, as in `https://broker.example.com`: such a
+    /// subscription is answered 202, and made when permission comes. Off unless it is set.
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`](broker_core::ErrorKind::Invalid) for what is no URL of `http` or `https`, or has more
+    /// than a path.
+    ///
+    /// ```
+    /// use broker_http::ServerOptions;
+    ///
+    /// let options = ServerOptions::new().with_webhook_callback("https://broker.example.com/")?;
+    /// assert_eq!(options.webhook_callback(), Some("https://broker.example.com"));
+    /// assert!(ServerOptions::new().with_webhook_callback("broker.example.com").is_err());
+    /// # Ok::<(), broker_core::Error>(())
+    /// ```
+    pub fn with_webhook_callback(mut self, base: &str) -> Result<Self> {
+        let url = url::Url::parse(base).ok().filter(|url| {
+            let plain = url.username().is_empty() && url.password().is_none();
+            ["http", "https"].contains(&url.scheme()) && plain && url.query().is_none() && url.fragment().is_none()
+        });
+        let invalid = || {
+            Error::invalid(
+                "webhook callback: it is the URL at which endpoints reach this server, as in https://broker.example.com",
+            )
+        };
+        self.webhook_callback = Some(url.ok_or_else(invalid)?.as_str().trim_end_matches('/').to_owned());
+        Ok(self)
+    }
+
+    /// Below what URL endpoints may consent later, if they may.
+    pub fn webhook_callback(&self) -> Option<&str> {
+        self.webhook_callback.as_deref()
     }
 
     pub(crate) fn origin(&self) -> Option<&HeaderValue> {

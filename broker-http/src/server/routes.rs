@@ -13,7 +13,7 @@ use http::{Method, StatusCode, header};
 
 use super::access::Caller;
 use super::problem::{Answer, Problem};
-use super::{Shared, body, ops, origin, publish, pull, stream, subscriptions};
+use super::{Shared, asked, body, ops, origin, publish, pull, stream, subscriptions};
 
 /// Every route of the interface.
 pub(crate) fn router(shared: &Arc<Shared>) -> Router {
@@ -44,6 +44,7 @@ fn routes() -> Vec<(&'static str, MethodRouter<Arc<Shared>>)> {
         ("/subscriptions/{name}/attempts", get(subscriptions::attempts)),
         ("/subscriptions/{name}/pull", post(pull::pull)),
         ("/subscriptions/{name}/settle", post(pull::settle)),
+        ("/consent/{name}", get(asked::consent).post(asked::consent)),
         ("/healthz", get(ops::healthz)),
         ("/readyz", get(ops::readyz)),
         ("/metrics", get(ops::metrics)),

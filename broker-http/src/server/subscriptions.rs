@@ -29,7 +29,7 @@ pub(crate) const MAX_PAGE: usize = 1_000;
 pub(crate) const DEFAULT_PAGE: usize = 100;
 
 /// Finishes a change whatever becomes of who asked for it.
-async fn finish<T: Send + 'static>(change: impl Future<Output = Answer<T>> + Send + 'static) -> Answer<T> {
+pub(crate) async fn finish<T: Send + 'static>(change: impl Future<Output = Answer<T>> + Send + 'static) -> Answer<T> {
     tokio::spawn(change).await.unwrap_or_else(|_| Err(Problem::draining()))
 }
 
@@ -47,7 +47,7 @@ pub(crate) async fn put(
 ) -> Answer {
     no_query(&uri)?;
     let name = GroupName::new(&*name_in_path(&uri)?)?;
-    let (json, _reservation) = body::collect(&headers, body, shared.limits().json_body_bytes, &shared).await?;
+    let (json, reservation) = body::collect(&headers, body, shared.limits().json_body_bytes, &shared).await?;
     let spec = SubscriptionSpec::from_json(&json)?;
     if let Some(Extension(caller)) = caller {
         caller.check(Action::Subscribe, &spec.filter)?;
@@ -66,7 +66,14 @@ pub(crate) async fn put(
         }
     };
     finish(async move {
-        let spec = shared.ask_endpoint(spec).await?;
+        let Some(spec) = shared.ask_endpoint(&name, spec, only_new, reservation).await? else {
+            if shared.asked.waits(&name) {
+                return Ok(respond(StatusCode::ACCEPTED, &json!({ "name": name, "consent": "awaited" })));
+            }
+            // It called back at once.
+            let subscribed = shared.registry.find(name.as_str())?;
+            return Ok(respond(StatusCode::CREATED, &view(&shared, &subscribed, None)));
+        };
         let (put, subscribed) = shared.registry.put(&shared, name, spec, only_new).await?;
         shared.try_save().await?;
         let status = if put == Put::Made { StatusCode::CREATED } else { StatusCode::OK };

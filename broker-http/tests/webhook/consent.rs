@@ -81,6 +81,57 @@ async fn the_rate_an_endpoint_allows_is_the_subscriptions() {
     assert_eq!(running.put("s", faster).await, (200, running.put("s", spec(service)).await.1));
 }
 
+/// A service that answers `OPTIONS` without a word, and tells where it may consent.
+async fn silent() -> (std::net::SocketAddr, tokio::sync::mpsc::UnboundedReceiver<String>) {
+    let (tell, told) = tokio::sync::mpsc::unbounded_channel();
+    let options = async move |headers: HeaderMap| {
+        let _ = tell.send(headers["webhook-request-callback"].to_str().unwrap().to_owned());
+    };
+    (serve(Router::new().route("/hook", post(async || ()).options(options))).await, told)
+}
+
+const BASE: &str = "https://broker.example/below";
+
+#[tokio::test]
+async fn permission_may_come_later_by_callback() {
+    let options = ServerOptions::new().with_webhook_origin("broker.example").unwrap();
+    let running = Running::start(options.with_webhook_callback(BASE).unwrap()).await;
+    let (service, mut told) = silent().await;
+    let get = async |path: &str| running.send(http::Method::GET, path, json!("")).await;
+    for (method, rate, limit) in [(http::Method::GET, None, 5.0), (http::Method::POST, Some("120"), 2.0)] {
+        let mut spec = spec(service);
+        spec["rate_limit"] = json!(5);
+        let (status, answer) = running.put("s", spec.clone()).await;
+        assert_eq!((status, answer), (202, json!({"name": "s", "consent": "awaited"})));
+        assert_eq!(get("/subscriptions/s").await.0, 404, "before it is asked for there is none");
+        let old = told.recv().await.unwrap();
+        // Asked again, the first key is worth nothing.
+        assert_eq!(running.put("s", spec).await.0, 202);
+        let url = told.recv().await.unwrap();
+        let path = |url: &str| url.strip_prefix(BASE).unwrap().to_owned();
+        assert!(path(&url).starts_with("/consent/s?key=") && url.len() > BASE.len() + 40, "{url}");
+        for wrong in
+            [path(&old), "/consent/s".to_owned(), path(&url).replace("/s?", "/t?"), path(&url)[..30].to_owned()]
+        {
+            assert_eq!(get(&wrong).await.0, 404, "{wrong}");
+        }
+        let mut request = Request::builder().method(&method).uri(path(&url)).header("host", "localhost");
+        if let Some(rate) = rate {
+            request = request.header("WebHook-Allowed-Rate", rate);
+        }
+        let answer = send(running.address, request.body(Bytes::new()).unwrap()).await;
+        assert_eq!(answer.status(), StatusCode::OK, "{method}");
+        assert_eq!(get("/subscriptions/s").await.1["rate_limit"], limit);
+        assert_eq!(get(&path(&url)).await.0, 404, "once");
+        running.send(http::Method::DELETE, "/subscriptions/s", json!("")).await;
+    }
+    // Who answers is not waited for.
+    let other = answering(&[("webhook-allowed-origin", "other.example")]).await;
+    assert_eq!(running.put("s", spec(other)).await.0, 403);
+    let consents = answering(&[("webhook-allowed-origin", "*")]).await;
+    assert_eq!(running.put("s", spec(consents)).await.0, 201);
+}
+
 #[tokio::test]
 async fn our_own_receivers_consent_to_whom_they_know() {
     let running = asking().await;

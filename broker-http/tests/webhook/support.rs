@@ -36,7 +36,7 @@ pub(crate) async fn serve(app: Router) -> SocketAddr {
 pub(crate) struct Running {
     pub(crate) server: Server,
     pub(crate) broker: Arc<dyn Broker>,
-    address: SocketAddr,
+    pub(crate) address: SocketAddr,
 }
 
 impl Running {

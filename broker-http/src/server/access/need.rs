@@ -32,6 +32,8 @@ impl Need {
         let path = (first.as_deref().unwrap_or_default(), second, third.as_deref(), rest.is_some());
         match path {
             ("healthz" | "readyz" | "openapi.json", None, None, false) => Self::Nobody,
+            // Who knows its key.
+            ("consent", Some(_), None, false) => Self::Nobody,
             ("metrics" | "topics", None, None, false) => Self::everything(Action::Admin),
             ("topics", Some(topic), None, false) => Self::topics(vec![Action::Publish], &topic),
             // A WebSocket settles what it reads.
@@ -96,6 +98,7 @@ mod tests {
             ("GET /healthz", Need::Nobody),
             ("GET /readyz", Need::Nobody),
             ("GET /openapi.json", Need::Nobody),
+            ("POST /consent/q?key=1", Need::Nobody),
             ("GET /metrics", on(&[Admin], ">")),
             ("GET /topics?limit=1", on(&[Admin], ">")),
             ("POST /topics/a.b?key=1", on(&[Publish], "a.b")),

@@ -22,6 +22,7 @@ pub(super) struct File {
     pub(super) allow: Vec<String>,
     pub(super) allowed_origins: Vec<String>,
     pub(super) webhook_origin: Option<String>,
+    pub(super) webhook_callback: Option<String>,
     pub(super) drain: Option<String>,
     pub(super) log: Option<String>,
     pub(super) log_format: Option<String>,

@@ -37,6 +37,7 @@ pub(crate) struct Config {
     allow: Vec<String>,
     allowed_origins: Vec<String>,
     webhook_origin: Option<String>,
+    webhook_callback: Option<String>,
     push: FilePush,
     limits: Limits,
 }
@@ -107,6 +108,7 @@ impl Config {
             allow: if args.allow.is_empty() { file.allow } else { args.allow },
             allowed_origins: file.allowed_origins,
             webhook_origin: args.webhook_origin.or(file.webhook_origin),
+            webhook_callback: args.webhook_callback.or(file.webhook_callback),
             push: file.push,
             limits: file.limits.apply()?,
         })
@@ -134,6 +136,14 @@ impl Config {
             .map_err(|error| format!("push: {}", error.message()))?;
         if let Some(origin) = &self.webhook_origin {
             options = options.with_webhook_origin(origin).map_err(said)?;
+        }
+        if let Some(base) = &self.webhook_callback {
+            if self.webhook_origin.is_none() {
+                return Err(
+                    "webhook_callback: it goes with webhook_origin, the name in which endpoints are asked".to_owned()
+                );
+            }
+            options = options.with_webhook_callback(base).map_err(said)?;
         }
         if let Some(state) = &self.state {
             options = options.with_state(state);
@@ -273,6 +283,8 @@ mod tests {
             ("push = {ca = \"/nowhere/ca.pem\"}", "push.ca: /nowhere/ca.pem"),
             ("identities = [{name = \"a\"}]", "identity a"),
             ("allow = [\"10.0.0.0/99\"]", "10.0.0.0/99"),
+            ("webhook_callback = \"https://a.example\"", "webhook_origin"),
+            ("webhook_origin = \"a\"\nwebhook_callback = \"a.example\"", "webhook callback"),
         ] {
             let error = config(text, &[]).and_then(|config| config.options().map(drop)).unwrap_err();
             assert!(error.contains(named), "{text}: {error}");

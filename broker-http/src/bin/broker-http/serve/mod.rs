@@ -73,6 +73,11 @@ pub(crate) struct Args {
     #[arg(long, env = "BROKER_HTTP_WEBHOOK_ORIGIN", value_name = "NAME")]
     pub(crate) webhook_origin: Option<String>,
 
+    /// Let endpoints that are asked consent later, by a request to a URL below this one, at which they
+    /// reach the daemon, as in https://broker.example.com
+    #[arg(long, env = "BROKER_HTTP_WEBHOOK_CALLBACK", value_name = "URL")]
+    pub(crate) webhook_callback: Option<String>,
+
     /// Send traces to the OpenTelemetry collector at this URL, by OTLP over HTTP, as in
     /// http://127.0.0.1:4318; OTEL_EXPORTER_OTLP_ENDPOINT says so too
     #[arg(long, env = "BROKER_HTTP_OTLP_ENDPOINT", value_name = "URL", hide_env_values = true)]
