@@ -40,10 +40,11 @@ impl MessageId {
     }
 
     fn random_at(time: Timestamp) -> Self {
+        const VERSION: u64 = 7 << 12;
+        const VARIANT: u64 = 0b10 << 62;
         let millis = u64::try_from(time.as_millis()).unwrap_or(0);
-        let random = fastrand::u128(..).to_ne_bytes();
-        let [random @ .., _, _, _, _, _, _] = random;
-        Self::of(uuid::Builder::from_unix_timestamp_millis(millis, &random).into_uuid())
+        let high = (millis << 16) | VERSION | (fastrand::u64(..) >> 52);
+        Self(Repr::Uuid(high, VARIANT | (fastrand::u64(..) >> 2)))
     }
 
     fn of(uuid: Uuid) -> Self {
