@@ -74,7 +74,7 @@ pub(crate) struct Args {
     pub(crate) webhook_origin: Option<String>,
 
     /// Let endpoints that are asked consent later, by a request to a URL below this one, at which they
-    /// reach the daemon, as in https://broker.example.com
+    /// reach the daemon, as in `https://broker.example.com`
     #[arg(long, env = "BROKER_HTTP_WEBHOOK_CALLBACK", value_name = "URL")]
     pub(crate) webhook_callback: Option<String>,
 
