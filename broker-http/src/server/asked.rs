@@ -86,11 +86,6 @@ impl Asked {
         self.0.lock().remove(name);
     }
 
-    /// Whether it waits still.
-    pub(crate) fn waits(&self, name: &GroupName) -> bool {
-        self.0.lock().contains_key(name)
-    }
-
     /// Permission was given by whoever knows the key; what waited for it.
     fn given(&self, name: &str, key: &str) -> Option<(GroupName, SubscriptionSpec, bool)> {
         let mut waiting = self.0.lock();

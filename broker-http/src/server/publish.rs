@@ -173,7 +173,8 @@ async fn one(shared: &Shared, published: &Published, options: &Options, decoded:
     let publisher = published.publisher(&*shared.broker, options.require_route)?;
     let mut message = decoded.message;
     let mut span = shared.traces.publish(published.topic(), &mut message);
-    let receipt = publisher.publish(published.charge(message)?).await.inspect_err(|error| span.failed(error))?;
+    let publishing = async { publisher.publish(published.charge(message)?).await };
+    let receipt = publishing.await.inspect_err(|error| span.failed(error))?;
     published.published(1);
     shared.metrics.accepted(1);
     let mut json = Vec::with_capacity(128);

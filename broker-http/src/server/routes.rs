@@ -67,7 +67,7 @@ pub(crate) async fn check(shared: &Shared, request: Request) -> Answer<Request> 
 }
 
 async fn admit(shared: &Shared, parts: &Parts) -> Answer<Option<Caller>> {
-    let options = shared.options.load_full();
+    let options = shared.options.load();
     let max = shared.limits().uri_bytes;
     let length = parts.uri.path_and_query().map_or(0, |path| path.as_str().len());
     if length > max {

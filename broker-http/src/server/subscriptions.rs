@@ -67,12 +67,8 @@ pub(crate) async fn put(
     };
     finish(async move {
         let Some(spec) = shared.ask_endpoint(&name, spec, only_new, reservation).await? else {
-            if shared.asked.waits(&name) {
-                return Ok(respond(StatusCode::ACCEPTED, &json!({ "name": name, "consent": "awaited" })));
-            }
-            // It called back at once.
-            let subscribed = shared.registry.find(name.as_str())?;
-            return Ok(respond(StatusCode::CREATED, &view(&shared, &subscribed, None)));
+            // Said too where it has called back already: it may still be about to be made.
+            return Ok(respond(StatusCode::ACCEPTED, &json!({ "name": name, "consent": "awaited" })));
         };
         let (put, subscribed) = shared.registry.put(&shared, name, spec, only_new).await?;
         shared.try_save().await?;

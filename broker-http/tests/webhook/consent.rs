@@ -132,6 +132,25 @@ async fn permission_may_come_later_by_callback() {
     assert_eq!(running.put("s", spec(consents)).await.0, 201);
 }
 
+/// It answers the handshake only after it has consented at the callback.
+#[tokio::test]
+async fn permission_may_come_before_the_handshake_is_over() {
+    let options = ServerOptions::new().with_webhook_origin("broker.example").unwrap();
+    let running = Running::start(options.with_webhook_callback(BASE).unwrap()).await;
+    let address = running.address;
+    let options = async move |headers: HeaderMap| {
+        let path = headers["webhook-request-callback"].to_str().unwrap().strip_prefix(BASE).unwrap().to_owned();
+        let request = Request::builder().uri(path).body(Bytes::new()).unwrap();
+        assert_eq!(send(address, request).await.status(), StatusCode::OK);
+    };
+    let service = serve(Router::new().route("/hook", post(async || ()).options(options))).await;
+    for _ in 0..2 {
+        let (status, answer) = running.put("s", spec(service)).await;
+        assert_eq!((status, answer), (202, json!({"name": "s", "consent": "awaited"})));
+        assert_eq!(running.send(http::Method::GET, "/subscriptions/s", json!("")).await.0, 200, "it is made");
+    }
+}
+
 #[tokio::test]
 async fn our_own_receivers_consent_to_whom_they_know() {
     let running = asking().await;
