@@ -27,11 +27,11 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What an endpoint says.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Consent {
+pub(crate) enum Said {
     /// It wants pushes, so many requests a second if it says so.
-    Given(Option<f64>),
-    /// It says nothing, and may consent at the callback.
-    Later,
+    Yes(Option<f64>),
+    /// Nothing; it may consent at the callback.
+    Nothing,
 }
 
 /// Asks the endpoint of `spec`, which may consent later at the URL `callback`, if there is one.
@@ -45,8 +45,8 @@ pub(crate) async fn ask(
     spec: &SubscriptionSpec,
     origin: &HeaderValue,
     callback: Option<&HeaderValue>,
-) -> Result<Consent> {
-    let Some(endpoint) = &spec.endpoint else { return Ok(Consent::Given(None)) };
+) -> Result<Said> {
+    let Some(endpoint) = &spec.endpoint else { return Ok(Said::Yes(None)) };
     let silent = |why: &str| Error::backend(format!("endpoint: it was asked whether it wants pushes: {why}"));
     let route = Route::new(client.for_spec(spec)?, Target::new(endpoint)?.with_h2(spec.http2));
     let mut request = Encoder::new(spec)?.bare(Method::OPTIONS);
@@ -74,9 +74,9 @@ pub(crate) async fn ask(
         Err(_) => return Err(silent("no answer in time")),
     };
     if callback.is_some() && !answer.headers.contains_key(ALLOWED_ORIGIN) {
-        return Ok(Consent::Later);
+        return Ok(Said::Nothing);
     }
-    read(&answer.headers, origin).map(Consent::Given).map_err(|why| {
+    read(&answer.headers, origin).map(Said::Yes).map_err(|why| {
         Error::unauthorized(format!(
             "endpoint: it does not consent to pushes from {}: {why}; it is to answer OPTIONS with WebHook-Allowed-Origin",
             origin.to_str().unwrap_or_default()
@@ -103,14 +103,6 @@ pub(crate) fn allowed_rate(headers: &HeaderMap) -> Result<Option<f64>, &'static 
     match std::str::from_utf8(rate).ok().and_then(|rate| rate.parse::<u32>().ok()) {
         Some(per_minute @ 1..) => Ok(Some(f64::from(per_minute) / 60.0)),
         _ => Err("its WebHook-Allowed-Rate is neither * nor a number of requests a minute"),
-    }
-}
-
-/// The lower of what was asked for and what is allowed.
-pub(crate) fn within(asked: Option<f64>, allowed: Option<f64>) -> Option<f64> {
-    match (asked, allowed) {
-        (Some(asked), Some(allowed)) => Some(asked.min(allowed)),
-        (asked, allowed) => asked.or(allowed),
     }
 }
 

@@ -27,10 +27,7 @@ const MAX_TAKEN: usize = 256;
 #[derive(Debug)]
 pub(crate) struct Core {
     spec: Arc<SubscriptionSpec>,
-    /// The operator paused it.
-    paused: bool,
-    /// The endpoint said that it is gone.
-    disabled: bool,
+    holds: Holds,
     /// No more intake: finish what is in flight.
     stopping: bool,
     /// The broker is closing: push what can be pushed, and wait for nothing else.
@@ -55,6 +52,23 @@ pub(crate) struct Core {
     last_success: Option<Timestamp>,
 }
 
+/// What keeps a push from pushing; each is lifted by somebody else.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Holds {
+    /// The operator paused it.
+    pub(crate) paused: bool,
+    /// The endpoint said that it is gone.
+    pub(crate) disabled: bool,
+    /// The endpoint has not said yet that it wants pushes.
+    pub(crate) unconsented: bool,
+}
+
+impl Holds {
+    fn any(self) -> bool {
+        self.paused || self.disabled || self.unconsented
+    }
+}
+
 /// Messages for one request.
 #[derive(Debug)]
 pub(crate) struct Parcel {
@@ -77,10 +91,9 @@ pub(crate) enum Next {
 }
 
 impl Core {
-    pub(crate) fn new(spec: Arc<SubscriptionSpec>, paused: bool, now: Instant) -> Self {
+    pub(crate) fn new(spec: Arc<SubscriptionSpec>, holds: Holds, now: Instant) -> Self {
         Self {
-            paused,
-            disabled: false,
+            holds,
             stopping: false,
             draining: false,
             ended: false,
@@ -106,7 +119,7 @@ impl Core {
         if self.stopping || self.ended {
             return self.finish(now);
         }
-        if self.paused || self.disabled {
+        if self.holds.any() {
             return Next::Wait(None);
         }
         if self.subscription.is_none() {
@@ -227,10 +240,10 @@ impl Core {
     /// A push that waits for an operator, or for its endpoint while the broker closes, is no member
     /// of its group: nobody waits for it.
     fn leave_if_idle(&mut self) {
-        if self.draining && (self.paused || self.disabled || self.breaker.is_open()) {
+        if self.draining && (self.holds.any() || self.breaker.is_open()) {
             self.stopping = true;
         }
-        if self.stopping || self.paused || self.disabled {
+        if self.stopping || self.holds.any() {
             self.subscription = None;
             self.waiting = false;
         }
@@ -243,7 +256,7 @@ impl Core {
     /// The end: what was gathered is sent if it can be, what is in flight is waited for.
     fn finish(&mut self, now: Instant) -> Next {
         let free = self.in_flight < self.window.size() && self.breaker.admits(now) == Admission::Free;
-        if free && !self.paused && !self.disabled && !self.held.is_empty() {
+        if free && !self.holds.any() && !self.held.is_empty() {
             return Next::Send(self.parcel(self.parcel_size(), false));
         }
         if self.in_flight == 0 {
@@ -258,7 +271,7 @@ impl Core {
         self.waiting = false;
         self.ended = true;
         if let Some(error) = error.filter(|error| error.kind() != ErrorKind::Closed) {
-            self.note(&error);
+            self.note(&error.to_string());
         }
     }
 
@@ -269,11 +282,11 @@ impl Core {
 
     /// Subscribing failed, for good or not.
     pub(crate) fn not_subscribed(&mut self, error: Error) {
-        if error.is_retryable() { self.note(&error) } else { self.end(Some(error)) }
+        if error.is_retryable() { self.note(&error.to_string()) } else { self.end(Some(error)) }
     }
 
-    fn note(&mut self, error: &Error) {
-        self.last_error = Some(error.to_string().into());
+    pub(crate) fn note(&mut self, why: &str) {
+        self.last_error = Some(why.into());
     }
 
     /// What came of a request. To be called before its messages are settled: a message that goes
@@ -288,7 +301,7 @@ impl Core {
             }
             Health::Gone => {
                 self.breaker.succeeded();
-                disabled = !std::mem::replace(&mut self.disabled, true);
+                disabled = !std::mem::replace(&mut self.holds.disabled, true);
             }
             Health::Failing | Health::Overloaded => {
                 if verdict.health == Health::Overloaded {
@@ -319,19 +332,24 @@ impl Core {
     }
 
     pub(crate) fn pause(&mut self) {
-        self.paused = true;
+        self.holds.paused = true;
     }
 
     pub(crate) fn disable(&mut self) {
-        self.disabled = true;
+        self.holds.disabled = true;
     }
 
     /// Begins anew, as with an endpoint never seen before.
     pub(crate) fn resume(&mut self) {
-        self.paused = false;
-        self.disabled = false;
+        self.holds.paused = false;
+        self.holds.disabled = false;
         self.breaker = Breaker::new();
         self.window.restart();
+    }
+
+    /// Nothing is pushed before the endpoint consents.
+    pub(crate) fn set_unconsented(&mut self, unconsented: bool) {
+        self.holds.unconsented = unconsented;
     }
 
     pub(crate) fn stop(&mut self) {
@@ -347,12 +365,8 @@ impl Core {
         self.stopping || self.ended
     }
 
-    pub(crate) fn is_disabled(&self) -> bool {
-        self.disabled
-    }
-
-    pub(crate) fn is_paused(&self) -> bool {
-        self.paused
+    pub(crate) fn holds(&self) -> Holds {
+        self.holds
     }
 
     pub(crate) fn is_open(&self) -> bool {

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::connection::Route;
-use super::core::{Core, Next, Parcel};
+use super::core::{Core, Holds, Next, Parcel};
 use super::encode::Encoder;
 use super::{PushObserver, lane};
 use crate::{Mode, SubscriptionSpec};
@@ -70,8 +70,8 @@ struct After {
 
 impl Engine {
     pub(crate) fn new(parts: Parts) -> Arc<Self> {
-        let Parts { broker, name, group, spec, encoder, route, observer, paused } = parts;
-        let core = Core::new(Arc::clone(&spec), paused, Instant::now());
+        let Parts { broker, name, group, spec, encoder, route, observer, holds } = parts;
+        let core = Core::new(Arc::clone(&spec), holds, Instant::now());
         let state = State {
             core,
             driver: Waker::noop().clone(),
@@ -289,7 +289,7 @@ pub(crate) struct Parts {
     pub(crate) encoder: Encoder,
     pub(crate) route: Route,
     pub(crate) observer: Option<Arc<dyn PushObserver>>,
-    pub(crate) paused: bool,
+    pub(crate) holds: Holds,
 }
 
 impl State {

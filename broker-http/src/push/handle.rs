@@ -8,7 +8,7 @@ use broker_core::{Broker, Error, Group, GroupName, Message, Result, Timestamp, T
 use serde::Serialize;
 
 use super::connection::Route;
-use super::core::Core;
+use super::core::{Core, Holds};
 use super::encode::{Encoder, test_message};
 use super::engine::{Engine, Parts};
 use super::target::Target;
@@ -40,6 +40,10 @@ pub struct PushOptions {
     pub paused: bool,
     /// Who is told of pushes.
     pub observer: Option<Arc<dyn PushObserver>>,
+    /// Whether the endpoint said that it is gone, before.
+    pub(crate) disabled: bool,
+    /// Whether the endpoint has yet to consent.
+    pub(crate) unconsented: bool,
 }
 
 impl PushOptions {
@@ -47,7 +51,7 @@ impl PushOptions {
     pub fn new(name: GroupName, spec: impl Into<Arc<SubscriptionSpec>>) -> Self {
         let spec = spec.into();
         let group = Group::new(spec.group.clone().unwrap_or_else(|| name.clone()), spec.filter.clone());
-        Self { name, group, spec, paused: false, observer: None }
+        Self { name, group, spec, paused: false, observer: None, disabled: false, unconsented: false }
     }
 
     /// Sets whether it waits for [`Push::resume`].
@@ -138,6 +142,8 @@ pub enum PushState {
     Paused,
     /// Disabled by the endpoint's 410.
     Disabled,
+    /// The endpoint has not said yet that it wants pushes, and the server asks for that.
+    Unconsented,
     /// The breaker is open: the endpoint only fails, and is probed now and then.
     Open,
     /// Over: stopped, the broker closed or the group was deleted.
@@ -155,6 +161,7 @@ impl PushState {
             Self::Active => "active",
             Self::Paused => "paused",
             Self::Disabled => "disabled",
+            Self::Unconsented => "unconsented",
             Self::Open => "open",
             Self::Ended => "ended",
         }
@@ -183,7 +190,7 @@ impl Push {
     /// [`Invalid`](broker_core::ErrorKind::Invalid) for settings without an endpoint, or with an
     /// endpoint, header or key that cannot be used.
     pub fn start(broker: Arc<dyn Broker>, options: PushOptions, client: &PushClient) -> Result<Self> {
-        let PushOptions { name, group, spec, paused, observer } = options;
+        let PushOptions { name, group, spec, paused, observer, disabled, unconsented } = options;
         let endpoint = spec
             .endpoint
             .as_ref()
@@ -191,7 +198,8 @@ impl Push {
         let route = Route::new(client.for_spec(&spec)?, Target::new(endpoint)?.with_h2(spec.http2));
         let encoder = Encoder::new(&spec)?;
         let test_topic = test_topic(&group)?;
-        let engine = Engine::new(Parts { broker, name, group, spec, encoder, route, observer, paused });
+        let holds = Holds { paused, disabled, unconsented };
+        let engine = Engine::new(Parts { broker, name, group, spec, encoder, route, observer, holds });
         tokio::spawn(Arc::clone(&engine).drive());
         Ok(Self { engine, test_topic })
     }
@@ -213,7 +221,21 @@ impl Push {
 
     /// Whether it is disabled.
     pub fn is_disabled(&self) -> bool {
-        self.engine.lock().core.is_disabled()
+        self.engine.lock().core.holds().disabled
+    }
+
+    /// Pushes nothing more until the endpoint consents, or goes on.
+    pub(crate) fn set_unconsented(&self, unconsented: bool) {
+        self.engine.change(|core| core.set_unconsented(unconsented));
+    }
+
+    pub(crate) fn is_unconsented(&self) -> bool {
+        self.engine.lock().core.holds().unconsented
+    }
+
+    /// Remembers why it does not push.
+    pub(crate) fn note(&self, why: &str) {
+        self.engine.lock().core.note(why);
     }
 
     /// Ends it: it leaves its group, and what is in flight is finished and settled. See
@@ -241,9 +263,11 @@ impl Push {
         PushStatus {
             state: if core.is_ending() {
                 PushState::Ended
-            } else if core.is_disabled() {
+            } else if core.holds().disabled {
                 PushState::Disabled
-            } else if core.is_paused() {
+            } else if core.holds().unconsented {
+                PushState::Unconsented
+            } else if core.holds().paused {
                 PushState::Paused
             } else if core.is_open() {
                 PushState::Open

@@ -23,6 +23,7 @@ mod publishers;
 
 // Subscribing.
 mod asked;
+mod consent;
 mod groups;
 mod leases;
 mod pull;
@@ -49,9 +50,10 @@ use std::time::Duration;
 use arc_swap::{ArcSwap, Guard};
 use axum::Router;
 use axum::serve::ListenerExt;
-use broker_core::{Broker, DrainReport, ErrorKind, GroupName, Result};
+use broker_core::{Broker, DrainReport, GroupName, Result};
 use http::StatusCode;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -61,8 +63,7 @@ pub use options::ServerOptions;
 pub use tls::{Tls, TlsFiles};
 pub use topics::{TopicRule, Topics};
 
-use crate::push::consent::Consent;
-use crate::push::{Push, PushClient, PushObserver, PushOptions, consent};
+use crate::push::{Push, PushClient, PushObserver, PushOptions};
 use crate::traces::Traces;
 use crate::{Endpoint, SubscriptionSpec};
 use access::Gate;
@@ -70,7 +71,7 @@ use asked::Asked;
 use idempotency::Answers;
 use leases::Leases;
 use listen::Connections;
-use memory::{Ledger, Reservation};
+use memory::Ledger;
 use metered::Metered;
 use metrics::Metrics;
 use problem::{Answer, Problem};
@@ -120,6 +121,8 @@ pub(crate) struct Shared {
     pub(crate) idempotency: Answers,
     pub(crate) registry: Registry,
     pub(crate) asked: Asked,
+    /// Standing subscriptions whose endpoints are asked at a time.
+    pub(crate) asking: Semaphore,
     pub(crate) leases: Arc<Leases>,
     pub(crate) streams: Arc<AtomicUsize>,
     pub(crate) connections: Connections,
@@ -150,6 +153,7 @@ impl Server {
             idempotency: Answers::new(limits.idempotency_bytes),
             registry: Registry::default(),
             asked: Asked::default(),
+            asking: Semaphore::new(consent::MAX_ASKING),
             leases: Leases::new(limits.leases),
             streams: Arc::default(),
             connections: Connections::new(),
@@ -198,6 +202,7 @@ impl Server {
             kept.retain_mut(|kept| match declared.get(&kept.name) {
                 None => !kept.declared,
                 Some(spec) if spec.filter == kept.spec.filter && spec.group == kept.spec.group => {
+                    kept.consent = kept.consent.take().filter(|_| spec.endpoint == kept.spec.endpoint);
                     kept.spec = SubscriptionSpec { start: kept.spec.start.clone(), ..spec.clone() };
                     true
                 }
@@ -282,7 +287,8 @@ impl Server {
 
     /// Takes up what can change while a server is at work: limits, identities, topics, allowed origins, the
     /// name for the web-hook handshake, and of pushes the guard and TLS, which hold from the next
-    /// connection on; none that was made before is used again. Development mode, the state file and
+    /// connection on; none that was made before is used again. Under a new
+    /// name for the handshake every endpoint is asked anew, and pushes wait for its consent. Development mode, the state file and
     /// traces stay as they were; [`set_subscriptions`](Self::set_subscriptions) is apart, since it takes time.
     pub fn set_options(&self, options: ServerOptions) {
         let shared = &self.shared;
@@ -296,7 +302,11 @@ impl Server {
         shared.gate.set(options.access());
         shared.publishers.set_topics(options.topics().clone());
         options.instruct(&shared.push_client);
-        shared.options.store(Arc::new(options));
+        let before = shared.options.swap(Arc::new(options));
+        let now = shared.options.load();
+        if (before.origin(), before.webhook_callback()) != (now.origin(), now.webhook_callback()) {
+            shared.registry.reconsider(shared);
+        }
     }
 
     /// Shuts down: publishing and subscribing are refused from now on; until `deadline` what is in
@@ -338,41 +348,10 @@ impl Shared {
         })
     }
 
-    /// Asks the endpoint whether it wants pushes, where the options say so; what it allows at most is
-    /// the subscription's rate. `None` if it may consent later: then the subscription waits for it.
-    pub(crate) async fn ask_endpoint(
-        &self,
-        name: &GroupName,
-        mut spec: SubscriptionSpec,
-        only_new: bool,
-        reservation: Reservation,
-    ) -> Answer<Option<SubscriptionSpec>> {
-        let options = self.options.load_full();
-        let (Some(origin), Some(_)) = (options.origin(), &spec.endpoint) else { return Ok(Some(spec)) };
-        let wait = |base: &str| self.asked.wait(base, name, &spec, only_new, reservation);
-        let callback = options.webhook_callback().map(wait).transpose()?;
-        let answer = consent::ask(&self.push_client, &spec, origin, callback.as_ref()).await;
-        if matches!(answer, Ok(Consent::Later)) {
-            return Ok(None);
-        }
-        self.asked.forget(name);
-        match answer {
-            Ok(Consent::Given(allowed)) => spec.rate_limit = consent::within(spec.rate_limit, allowed),
-            Ok(Consent::Later) => {}
-            Err(error) if error.kind() == ErrorKind::Unauthorized => {
-                return Err(Problem::new(StatusCode::FORBIDDEN, error.kind(), error.message()));
-            }
-            Err(error) => return Err(error.into()),
-        }
-        Ok(Some(spec))
-    }
-
     /// Starts pushing; the group stands already.
-    pub(crate) fn start_push(&self, name: &GroupName, spec: &Arc<SubscriptionSpec>, paused: bool) -> Result<Push> {
-        let options = PushOptions::new(name.clone(), Arc::clone(spec))
-            .with_paused(paused)
-            .with_observer(Arc::clone(&self.observer) as Arc<dyn PushObserver>);
-        Push::start(Arc::clone(&self.broker), options, &self.push_client)
+    pub(crate) fn start_push(&self, options: PushOptions) -> Result<Push> {
+        let observer = Arc::clone(&self.observer) as Arc<dyn PushObserver>;
+        Push::start(Arc::clone(&self.broker), options.with_observer(observer), &self.push_client)
     }
 
     /// Writes the state file, if there is one.

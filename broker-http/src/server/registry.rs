@@ -8,19 +8,22 @@ use std::time::Duration;
 
 use broker_core::{ErrorKind, Group, GroupName, Result};
 use http::StatusCode;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
+use tokio::runtime::Handle;
 use tokio::sync::{Mutex as AsyncMutex, Notify};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::Shared;
+use super::consent::{self, Permission};
 use super::groups::Groups;
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::pull::Pull;
 use super::state::{self, Kept};
 use crate::SubscriptionSpec;
-use crate::push::{Push, PushStatus};
+use crate::push::{Push, PushOptions, PushStatus};
 
 /// Every subscription, by name.
 #[derive(Debug, Default)]
@@ -49,6 +52,20 @@ pub(crate) struct Subscribed {
     unpaused: Notify,
     /// The settings as the state file has them, secrets included; written once they are asked for.
     json: OnceLock<Box<str>>,
+    /// Its endpoint's consent to pushes, if it was asked and gave it.
+    permission: RwLock<Option<Permission>>,
+    /// Asks for it while it lacks.
+    seeking: Mutex<Option<AbortOnDropHandle<()>>>,
+    /// Where it was made, for what is begun elsewhere.
+    pub(crate) runtime: Handle,
+}
+
+/// What a life takes over from the one before it.
+#[derive(Default)]
+struct Inherited {
+    paused: bool,
+    disabled: bool,
+    permission: Option<Permission>,
 }
 
 impl fmt::Debug for Subscribed {
@@ -108,8 +125,18 @@ impl Subscribed {
         }
     }
 
+    /// Holds pushes while they lack a consent that is needed, and asks for it, at once.
+    fn reconsider(self: &Arc<Self>, shared: &Arc<Shared>) {
+        let Some(push) = self.push() else { return };
+        let mut seeking = self.seeking.lock();
+        let lacks = shared.lacks_consent(self.permission.read().as_ref());
+        push.set_unconsented(lacks);
+        *seeking = lacks.then(|| consent::seek(shared, self));
+    }
+
     /// Ends this life: what is in flight is settled as it comes in, leases come back at once.
     fn end(&self, shared: &Shared) {
+        *self.seeking.lock() = None;
         match &self.how {
             How::Push(push) => push.stop(),
             How::Pull(pull) => {
@@ -160,13 +187,14 @@ impl Registry {
     }
 
     /// Makes or replaces a subscription (or, `only_new`, does not replace it). Goes on to its end
-    /// whatever becomes of who asked.
+    /// whatever becomes of who asked. What the endpoint permitted bounds its rate.
     pub(crate) async fn put(
         &self,
         shared: &Arc<Shared>,
         name: GroupName,
-        spec: SubscriptionSpec,
+        mut spec: SubscriptionSpec,
         only_new: bool,
+        permission: Option<Permission>,
     ) -> Answer<(Put, Arc<Subscribed>)> {
         let _changing = self.changing.lock().await;
         if shared.is_draining() {
@@ -183,8 +211,10 @@ impl Registry {
                     ))
                     .counted(Refusal::Subscriptions));
                 }
+                limit(&mut spec, permission.as_ref());
                 self.groups.join(&*shared.broker, &group, &spec).await?;
-                match self.insert(shared, name, group.clone(), spec, false) {
+                let inherited = Inherited { permission, ..Inherited::default() };
+                match self.insert(shared, name, group.clone(), spec, inherited) {
                     Ok(made) => Ok((Put::Made, made)),
                     Err(error) => {
                         if self.groups.leave(&group) {
@@ -199,7 +229,7 @@ impl Registry {
                 ErrorKind::Conflict,
                 format!("if-none-match: subscription {name} is there already"),
             )),
-            Some(have) => self.replace(shared, have, group, spec).await,
+            Some(have) => self.replace(shared, have, group, spec, permission).await,
         }
     }
 
@@ -209,6 +239,7 @@ impl Registry {
         have: Arc<Subscribed>,
         group: Group,
         mut spec: SubscriptionSpec,
+        permission: Option<Permission>,
     ) -> Answer<(Put, Arc<Subscribed>)> {
         let fixed = |what: &str, before: String, after: String| {
             Problem::conflict(format!(
@@ -228,15 +259,21 @@ impl Registry {
             Some(start) if *start != begun => return Err(fixed("start", begun.to_string(), start.to_string())),
             _ => spec.start.clone_from(&have.spec.start),
         }
+        let same = spec.endpoint == have.spec.endpoint;
+        let permission = permission.or_else(|| have.permission.read().clone().filter(|_| same));
+        limit(&mut spec, permission.as_ref());
         self.groups.alter(&*shared.broker, &group, &spec).await?;
         if spec == *have.spec {
+            if *have.permission.read() != permission {
+                *have.permission.write() = permission;
+                self.changed();
+                have.reconsider(shared);
+            }
             return Ok((Put::Unchanged, have));
         }
-        let disabled = have.push().is_some_and(Push::is_disabled) && spec.endpoint == have.spec.endpoint;
-        let replaced = self.insert(shared, have.name.clone(), group, spec, have.is_paused())?;
-        if let Some(push) = replaced.push().filter(|_| disabled) {
-            push.disable();
-        }
+        let disabled = have.push().is_some_and(Push::is_disabled) && same;
+        let inherited = Inherited { paused: have.is_paused(), disabled, permission };
+        let replaced = self.insert(shared, have.name.clone(), group, spec, inherited)?;
         have.end(shared);
         Ok((Put::Replaced, replaced))
     }
@@ -248,11 +285,17 @@ impl Registry {
         name: GroupName,
         group: Group,
         spec: SubscriptionSpec,
-        paused: bool,
+        inherited: Inherited,
     ) -> Result<Arc<Subscribed>> {
         let spec = Arc::new(spec);
+        let Inherited { paused, disabled, permission } = inherited;
         let how = match spec.endpoint {
-            Some(_) => How::Push(shared.start_push(&name, &self.pushed_as(&group, &spec), paused)?),
+            Some(_) => {
+                let mut options = PushOptions::new(name.clone(), self.pushed_as(&group, &spec)).with_paused(paused);
+                options.disabled = disabled;
+                options.unconsented = shared.lacks_consent(permission.as_ref());
+                How::Push(shared.start_push(options)?)
+            }
             None => How::Pull(Pull::new()),
         };
         let subscribed = Arc::new(Subscribed {
@@ -263,8 +306,13 @@ impl Registry {
             paused: RwLock::new(paused),
             unpaused: Notify::new(),
             json: OnceLock::new(),
+            permission: RwLock::new(permission),
+            seeking: Mutex::default(),
+            runtime: Handle::current(),
         });
         self.table.write().insert(name.as_str().into(), Arc::clone(&subscribed));
+        // Once it is in the table: options that change from now on find it there.
+        subscribed.reconsider(shared);
         if subscribed.pull().is_some() {
             self.watch(shared);
         }
@@ -301,11 +349,37 @@ impl Registry {
         Ok(())
     }
 
-    /// Pauses or resumes; what the endpoint had disabled, `resume` enables.
-    pub(crate) async fn pause(&self, name: &str, paused: bool) -> Answer<Arc<Subscribed>> {
+    /// Takes up what the endpoint of a subscription permitted, unless it was replaced meanwhile.
+    pub(crate) async fn permit(
+        &self,
+        shared: &Arc<Shared>,
+        subscribed: &Arc<Subscribed>,
+        permission: Permission,
+    ) -> Answer<()> {
+        let _changing = self.changing.lock().await;
+        match self.find(subscribed.name.as_str()) {
+            Ok(have) if Arc::ptr_eq(&have, subscribed) => {
+                let (group, spec) = (have.group.clone(), (*have.spec).clone());
+                self.replace(shared, have, group, spec, Some(permission)).await.map(drop)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Endpoints are asked in another way from now on.
+    pub(crate) fn reconsider(&self, shared: &Arc<Shared>) {
+        self.table.read().values().for_each(|subscribed| subscribed.reconsider(shared));
+    }
+
+    /// Pauses or resumes; what the endpoint had disabled, `resume` enables, and one that has not
+    /// consented is asked at once.
+    pub(crate) async fn pause(&self, shared: &Arc<Shared>, name: &str, paused: bool) -> Answer<Arc<Subscribed>> {
         let _changing = self.changing.lock().await;
         let subscribed = self.find(name)?;
         subscribed.set_paused(paused);
+        if !paused {
+            subscribed.reconsider(shared);
+        }
         self.changed();
         Ok(subscribed)
     }
@@ -328,7 +402,8 @@ impl Registry {
         for subscribed in self.table.read().values() {
             let disabled = subscribed.push().is_some_and(Push::is_disabled);
             let declared = self.declared.read().contains(&subscribed.name);
-            writer.push(&subscribed.name, [subscribed.is_paused(), disabled, declared], subscribed.spec_json());
+            let states = [subscribed.is_paused(), disabled, declared];
+            writer.push(&subscribed.name, states, subscribed.permission.read().as_ref(), subscribed.spec_json());
         }
         (change, writer.finish())
     }
@@ -336,17 +411,16 @@ impl Registry {
     /// Makes the subscriptions of a state file.
     pub(crate) async fn restore(&self, shared: &Arc<Shared>, kept: Vec<Kept>) -> Result<()> {
         let _changing = self.changing.lock().await;
-        for Kept { name, spec, paused, disabled, .. } in kept {
+        for Kept { name, mut spec, paused, disabled, consent: permission, .. } in kept {
+            limit(&mut spec, permission.as_ref());
             let group = Group::new(spec.group.clone().unwrap_or_else(|| name.clone()), spec.filter.clone());
             self.groups
                 .join(&*shared.broker, &group, &spec)
                 .await
                 .map_err(|error| error.context(format!("restore subscription {name}")))?;
             let named = format!("restore subscription {name}");
-            let subscribed = self.insert(shared, name, group, spec, paused).map_err(|error| error.context(named))?;
-            if let Some(push) = subscribed.push().filter(|_| disabled) {
-                push.disable();
-            }
+            let inherited = Inherited { paused, disabled, permission };
+            self.insert(shared, name, group, spec, inherited).map_err(|error| error.context(named))?;
         }
         Ok(())
     }
@@ -378,7 +452,7 @@ impl Registry {
         for (name, spec) in wanted {
             let allowed = spec.endpoint.as_ref().map_or(Ok(()), |endpoint| shared.check_endpoint(endpoint));
             let put = match allowed {
-                Ok(()) => self.put(shared, name.clone(), spec.clone(), false).await.map(drop),
+                Ok(()) => self.put(shared, name.clone(), spec.clone(), false, None).await.map(drop),
                 Err(problem) => Err(problem),
             };
             if let Err(problem) = put {
@@ -410,6 +484,13 @@ impl Registry {
                 let _ = tokio::time::timeout_at(next, watch.notified()).await;
             }
         });
+    }
+}
+
+/// An endpoint's permission bounds the rate.
+fn limit(spec: &mut SubscriptionSpec, permission: Option<&Permission>) {
+    if let Some(permission) = permission {
+        spec.rate_limit = permission.within(spec.rate_limit);
     }
 }
 

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use broker_core::{Error, GroupName, Result};
 use serde::Deserialize;
 
+use super::consent::Permission;
 use crate::SubscriptionSpec;
 
 /// Bytes of a file that are read; no server keeps as many subscriptions.
@@ -39,6 +40,9 @@ pub(crate) struct Kept {
     /// Whether it was there because the operator declared it: no longer declared, it goes.
     #[serde(default)]
     pub(crate) declared: bool,
+    /// Its endpoint's consent to pushes, if it was asked.
+    #[serde(default)]
+    pub(crate) consent: Option<Permission>,
 }
 
 /// Puts the file's text together: one subscription a line, each written out only once in its life,
@@ -51,13 +55,21 @@ impl Writer {
     }
 
     /// Adds a subscription; `spec` is its JSON.
-    pub(crate) fn push(&mut self, name: &GroupName, [paused, disabled, declared]: [bool; 3], spec: &str) {
+    pub(crate) fn push(
+        &mut self,
+        name: &GroupName,
+        [paused, disabled, declared]: [bool; 3],
+        consent: Option<&Permission>,
+        spec: &str,
+    ) {
         let comma = if self.0.ends_with(b"[") { "" } else { "," };
         let paused = if paused { r#""paused":true,"# } else { "" };
         let disabled = if disabled { r#""disabled":true,"# } else { "" };
         let declared = if declared { r#""declared":true,"# } else { "" };
+        let consent = consent.and_then(|consent| serde_json::to_string(consent).ok());
+        let consent = consent.map(|consent| format!(r#""consent":{consent},"#)).unwrap_or_default();
         // A name's grammar needs no escaping; writing to a vector cannot fail.
-        let _ = write!(self.0, "{comma}\n{{\"name\":\"{name}\",{paused}{disabled}{declared}\"spec\":{spec}}}");
+        let _ = write!(self.0, "{comma}\n{{\"name\":\"{name}\",{paused}{disabled}{declared}{consent}\"spec\":{spec}}}");
     }
 
     pub(crate) fn finish(mut self) -> Vec<u8> {
@@ -175,15 +187,15 @@ mod tests {
 
     fn kept(name: &str) -> Kept {
         let json = format!(
-            r#"{{"name":"{name}","spec":{{"filter":"orders.>","endpoint":"http://127.0.0.1:1/","signing":{{"secret":"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"}}}},"paused":true}}"#
+            r#"{{"name":"{name}","spec":{{"filter":"orders.>","endpoint":"http://127.0.0.1:1/","signing":{{"secret":"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"}}}},"paused":true,"consent":{{"origin":"broker.example","rate":2.5}}}}"#
         );
         serde_json::from_str(&json).unwrap()
     }
 
     fn text(kept: &[Kept]) -> Vec<u8> {
         let mut writer = Writer::new();
-        for Kept { name, spec, paused, disabled, declared } in kept {
-            writer.push(name, [*paused, *disabled, *declared], &serde_json::to_string(spec).unwrap());
+        for Kept { name, spec, paused, disabled, declared, consent } in kept {
+            writer.push(name, [*paused, *disabled, *declared], consent.as_ref(), &serde_json::to_string(spec).unwrap());
         }
         writer.finish()
     }

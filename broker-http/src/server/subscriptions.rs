@@ -13,6 +13,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::access::{Action, Caller};
+use super::asked::Pending;
+use super::consent::Consent;
 use super::problem::{Answer, Problem};
 use super::publish::json_response;
 use super::pull::Pull;
@@ -66,11 +68,16 @@ pub(crate) async fn put(
         }
     };
     finish(async move {
-        let Some(spec) = shared.ask_endpoint(&name, spec, only_new, reservation).await? else {
+        let pending = Pending::Make { spec: Box::new(spec.clone()), only_new, reservation };
+        let permission = match shared.ask_endpoint(&name, &spec, pending).await? {
+            Consent::NeedNot => None,
+            Consent::Given(permission) => Some(permission),
             // Said too where it has called back already: it may still be about to be made.
-            return Ok(respond(StatusCode::ACCEPTED, &json!({ "name": name, "consent": "awaited" })));
+            Consent::Later => {
+                return Ok(respond(StatusCode::ACCEPTED, &json!({ "name": name, "consent": "awaited" })));
+            }
         };
-        let (put, subscribed) = shared.registry.put(&shared, name, spec, only_new).await?;
+        let (put, subscribed) = shared.registry.put(&shared, name, spec, only_new, permission).await?;
         shared.try_save().await?;
         let status = if put == Put::Made { StatusCode::CREATED } else { StatusCode::OK };
         Ok(respond(status, &view(&shared, &subscribed, None)))
@@ -135,7 +142,7 @@ async fn set_paused(shared: Arc<Shared>, uri: Uri, paused: bool) -> Answer {
     no_query(&uri)?;
     let name = name_in_path(&uri)?.into_owned();
     finish(async move {
-        let subscribed = shared.registry.pause(&name, paused).await?;
+        let subscribed = shared.registry.pause(&shared, &name, paused).await?;
         shared.try_save().await?;
         show(&shared, &subscribed).await
     })
@@ -149,6 +156,12 @@ pub(crate) async fn test(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer 
     let push = subscribed.push().ok_or_else(|| {
         Problem::conflict(format!("subscription {} has no endpoint to test; it is pulled", subscribed.name))
     })?;
+    if push.is_unconsented() {
+        return Err(Problem::conflict(format!(
+            "the endpoint of subscription {} has not consented to pushes; it is asked",
+            subscribed.name
+        )));
+    }
     let outcome = push.test().await;
     let status = shared.broker.status().await?;
     let mut view = view(&shared, &subscribed, Some(&status));

@@ -3,5 +3,6 @@
 
 mod consent;
 mod pushes;
+mod standing;
 mod support;
 mod verify;

@@ -43,6 +43,7 @@ impl Running {
     pub(crate) async fn start(options: ServerOptions) -> Self {
         let broker: Arc<dyn Broker> = Arc::new(MemoryBroker::new());
         let server = Server::new(Arc::clone(&broker), options.with_development(true));
+        server.restore().await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let serving = server.clone();

@@ -101,7 +101,7 @@ fn core(fields: &str, now: Instant) -> (Core, Arc<Broker>) {
     let comma = if fields.is_empty() { "" } else { "," };
     let json = format!(r#"{{"filter":"orders","endpoint":"http://localhost/"{comma}{fields}}}"#);
     let spec = SubscriptionSpec::from_json(json.as_bytes()).unwrap();
-    let mut core = Core::new(Arc::new(spec), false, now);
+    let mut core = Core::new(Arc::new(spec), Holds::default(), now);
     let broker = Arc::<Broker>::default();
     assert!(matches!(next(&mut core, now), Next::Subscribe));
     core.subscribed(Subscription::new(Member(Arc::clone(&broker))));
@@ -257,7 +257,7 @@ fn who_waits_for_an_operator_leaves_the_group() {
         }
         come_back(&mut core, parcels.remove(0), health, now);
         assert!(matches!(next(&mut core, now), Next::Wait(None)));
-        assert_eq!((core.is_disabled(), core.is_paused()), (gone, !gone));
+        assert_eq!((core.holds().disabled, core.holds().paused), (gone, !gone));
         assert_eq!(broker.counted(|broker| &broker.left), 1);
         core.resume();
         assert!(matches!(next(&mut core, now), Next::Subscribe));
@@ -359,8 +359,8 @@ proptest! {
             prop_assert_eq!(core.in_flight(), out.len() as u64, "all that was taken is on its way");
             prop_assert!(sent == 0 || out.len() <= max as usize);
             prop_assert!(!was_open || sent <= 1);
-            prop_assert!(!(core.is_paused() || core.is_disabled()) || sent == 0);
-            let free = !core.is_open() && !core.is_paused() && !core.is_disabled();
+            prop_assert!(!core.holds().any() || sent == 0);
+            let free = !core.is_open() && !core.holds().any();
             let room = out.len() < core.window.size() as usize;
             prop_assert!(!(free && room) || broker.queue.lock().is_empty(), "what can be sent is sent");
         }
