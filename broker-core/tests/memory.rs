@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use broker_core::*;
+use futures_util::FutureExt;
 
 /// History that is too old neither comes back nor keeps its topic alive.
 #[tokio::test]
@@ -90,4 +91,61 @@ async fn pieces_that_a_fast_reader_cuts_are_whole_for_a_slow_one() {
     let status = broker.status().await.unwrap();
     let lag: u64 = status.subscriptions.iter().filter_map(|it| it.lag).sum();
     assert_eq!(lag, sevens, "what was put back, and nothing else");
+}
+
+/// A publisher whose messages have gone to one log all the time finds who came and went since.
+#[tokio::test]
+async fn a_publisher_finds_who_came_and_went() {
+    let broker = MemoryBroker::new();
+    let topic = Topic::new("orders.created").unwrap();
+    let publisher = broker.publisher(&topic, PublisherOptions::new().with_require_route(true)).unwrap();
+    let publish = async |matched| {
+        for _ in 0..3 {
+            assert_eq!(publisher.publish(Message::new("42")).await.unwrap().matched, Some(matched));
+        }
+    };
+    let exact = broker.subscribe(&(&topic).into(), Subscribe::new()).await.unwrap();
+    publish(1).await;
+    let pattern = broker.subscribe(&TopicFilter::new("orders.>").unwrap(), Subscribe::new()).await.unwrap();
+    publish(2).await;
+    drop(exact);
+    publish(1).await;
+    drop(pattern);
+    assert_eq!(publisher.publish(Message::new("42")).await.unwrap_err().kind(), ErrorKind::Unroutable);
+    let mut again = broker.subscribe(&(&topic).into(), Subscribe::new()).await.unwrap();
+    publish(1).await;
+    for _ in 0..3 {
+        again.next().await.unwrap().expect("open").ack().await.unwrap();
+    }
+}
+
+/// What was confirmed while the broker closed stands in its report.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_close_beside_publishers_reports_all_they_were_confirmed() {
+    let topic = Topic::new("orders").unwrap();
+    let group = Group::new(GroupName::new("billing").unwrap(), (&topic).into());
+    for round in 0..500 {
+        let broker = MemoryBroker::new();
+        broker.create_group(&group, GroupOptions::new()).await.unwrap();
+        let publisher = broker.publisher(&topic, PublisherOptions::new()).unwrap();
+        publisher.publish(Message::new("first")).await.unwrap();
+        // More than there are cores: some are stopped between looking and publishing.
+        let publishing = [(); 4].map(|()| {
+            let publisher = publisher.clone();
+            tokio::task::spawn_blocking(move || {
+                let mut confirmed = 0;
+                while matches!(publisher.publish(Message::new("42")).now_or_never(), Some(Ok(_))) {
+                    confirmed += 1;
+                }
+                confirmed
+            })
+        });
+        tokio::time::sleep(Duration::from_micros(200)).await;
+        let report = broker.close(Duration::from_secs(1)).await;
+        let mut confirmed = 1;
+        for publisher in publishing {
+            confirmed += publisher.await.unwrap();
+        }
+        assert_eq!(report.undelivered, confirmed, "round {round}");
+    }
 }

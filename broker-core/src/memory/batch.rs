@@ -1,5 +1,7 @@
 //! Deliveries handed out together; their acks are tallied (`tally`) and told together too.
 
+use std::iter;
+use std::ops::Range;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
@@ -46,8 +48,8 @@ impl Batch {
         self.len as usize
     }
 
-    /// Of every delivery, in order.
-    pub(super) fn indices(&self) -> impl Iterator<Item = u32> {
+    /// The indices of all deliveries, in order.
+    pub(super) fn indices(&self) -> impl Iterator<Item = Range<u32>> {
         let (parts, list) = match &self.items {
             Items::Parts(parts) => (parts.as_slice(), 0),
             Items::List(list) => (&[] as &[Taken], list.len() as u32),
@@ -56,7 +58,7 @@ impl Batch {
             let first = (number * MAX_BATCH) as u32;
             first..first + part.len as u32
         };
-        parts.iter().enumerate().flat_map(of_part).chain(0..list)
+        parts.iter().enumerate().map(of_part).chain(iter::once(0..list))
     }
 
     /// What has been settled so far.

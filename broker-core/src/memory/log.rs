@@ -66,6 +66,9 @@ pub(super) struct LogState {
     skipping: SmallVec<[usize; 2]>,
     /// Readers to be told of the next entry.
     waiting: SmallVec<[usize; 2]>,
+    /// While this is the version of the patterns, the log is the only one that takes the messages of
+    /// its topic, and no publish waits: a publish need look nowhere else.
+    direct: Option<u64>,
     /// Topics with publishes that wait for room, and the reader they found at its bound.
     stalled: Vec<(usize, Arc<TopicState>)>,
 }
@@ -117,6 +120,20 @@ impl LogState {
     /// lets them run now and then finds them taking many.
     pub(super) fn has_crowd(&self) -> bool {
         self.crowds > 0
+    }
+
+    /// Says since which version of the patterns a publish need look nowhere else, if that is so.
+    pub(super) fn set_direct(&mut self, version: Option<u64>) {
+        self.direct = version;
+    }
+
+    /// Whether a publish need look nowhere else, and somebody receives it.
+    pub(super) fn is_direct(&self, version: u64) -> bool {
+        self.direct == Some(version) && !self.readers.is_empty()
+    }
+
+    pub(super) fn has_room(&mut self, size: u64) -> bool {
+        matches!(self.room(size), Room::Free)
     }
 
     /// Whether an entry of `size` bytes can be appended. Where a group drops its oldest, it does so

@@ -22,7 +22,8 @@ const FIRST_SWEEP: usize = 1024;
 pub(super) struct Registry {
     topics: HashMap<Topic, Arc<TopicState>>,
     sweep_at: usize,
-    logs: HashMap<TopicFilter, Arc<Log>>,
+    /// The logs of patterns; that of a topic is the topic's.
+    patterns: HashMap<TopicFilter, Arc<Log>>,
     last_log: u64,
     groups: HashMap<GroupId, Arc<Group>>,
     /// Subscriptions without group, by address.
@@ -105,20 +106,16 @@ impl Shared {
     }
 
     fn retire(&self, group: &Arc<Group>) {
-        if !group.delete() {
+        if !group.delete() || !group.filter().is_pattern() {
             return;
         }
         let mut registry = self.registry.lock();
         // Another group may have come to the same filter since.
         let filter = group.filter();
-        if registry.logs.get(filter).is_some_and(|log| log.lock().readers() == 0) {
-            registry.logs.remove(filter);
-            if filter.is_pattern() {
-                self.patterns.write().remove(filter);
-                self.patterns_version.fetch_add(1, Ordering::Release);
-            } else if let Some(topic) = filter.topic() {
-                registry.topic(&topic, self.clock.tick()).set_own(None);
-            }
+        if registry.patterns.get(filter).is_some_and(|log| log.lock().readers() == 0) {
+            registry.patterns.remove(filter);
+            self.patterns.write().remove(filter);
+            self.patterns_version.fetch_add(1, Ordering::Release);
         }
     }
 
@@ -139,9 +136,6 @@ impl Shared {
         *self.patterns.write() = Default::default();
         for group in registry.groups.values().chain(registry.solos.values()) {
             group.delete();
-        }
-        for topic in registry.topics.values() {
-            topic.set_own(None);
         }
     }
 }
@@ -168,16 +162,13 @@ impl Registry {
         settings: GroupSettings,
     ) -> Arc<Group> {
         let start = settings.start.clone();
-        let (log, linked) = match self.logs.get(filter) {
-            Some(log) => (Arc::clone(log), true),
-            None => {
-                self.last_log += 1;
-                (Log::new(self.last_log, filter.clone()), false)
-            }
-        };
+        let log = self.log(filter, shared.clock.tick());
         let group = Group::new(shared, id.clone(), settings, &log);
-        if !linked {
-            self.link(shared, &log);
+        if filter.is_pattern() && !self.patterns.contains_key(filter) {
+            // It has a reader now: what is published from here on has somewhere to go.
+            self.patterns.insert(filter.clone(), Arc::clone(&log));
+            shared.patterns.write().insert(filter, log);
+            shared.patterns_version.fetch_add(1, Ordering::Release);
         }
         if start != StartAt::New {
             self.replay(shared, &group, &start);
@@ -189,14 +180,17 @@ impl Registry {
         group
     }
 
-    fn link(&mut self, shared: &Shared, log: &Arc<Log>) {
-        self.logs.insert(log.filter.clone(), Arc::clone(log));
-        match log.filter.topic() {
-            Some(topic) => self.topic(&topic, shared.clock.tick()).set_own(Some(Arc::clone(log))),
-            None => {
-                shared.patterns.write().insert(&log.filter, Arc::clone(log));
-                shared.patterns_version.fetch_add(1, Ordering::Release);
-            }
+    /// The log of `filter`, made on first use.
+    fn log(&mut self, filter: &TopicFilter, now: u64) -> Arc<Log> {
+        if let Some(log) = self.patterns.get(filter) {
+            return Arc::clone(log);
+        }
+        self.last_log += 1;
+        let id = self.last_log;
+        let make = || Log::new(id, filter.clone());
+        match filter.topic() {
+            Some(topic) => Arc::clone(self.topic(&topic, now).own(make)),
+            None => make(),
         }
     }
 

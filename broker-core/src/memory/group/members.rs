@@ -89,9 +89,8 @@ impl Group {
         let received = self.fill(&mut state, id, cx, limit, &mut batches, &mut after);
         self.finish(state, after);
         for batch in batches {
-            for index in batch.indices() {
-                let batch: Arc<Batch> = Arc::clone(&batch);
-                deliveries.push(Delivery::new(batch, index));
+            for indices in batch.indices() {
+                deliveries.extend(indices.map(|index| Delivery::new(Arc::<Batch>::clone(&batch), index)));
             }
         }
         received

@@ -130,7 +130,7 @@ impl State {
 
     pub(super) fn in_flight_sum(&self) -> Sum {
         self.open.iter().fold(Sum::default(), |sum, (_, (batch, collected))| {
-            let bytes: u64 = batch.indices().map(|index| batch.size(index)).sum();
+            let bytes: u64 = batch.indices().flatten().map(|index| batch.size(index)).sum();
             Sum {
                 messages: sum.messages + batch.len() as u64 - collected.messages,
                 bytes: sum.bytes + bytes - collected.bytes,
