@@ -85,7 +85,7 @@ pub(crate) struct Callbacks {
     health: Arc<Health>,
     /// Rebalances that wait for the thread to act.
     pub(crate) rebalances: Mutex<Vec<(RDKafkaRespErr, TopicPartitionList)>>,
-    /// The thread has done its part: what is revoked now is let go at once.
+    /// The thread has done its part: what is assigned or revoked now is answered at once.
     pub(crate) closing: AtomicBool,
     /// The last commit that the server did not take.
     pub(crate) commit_failed: Mutex<Option<Error>>,
@@ -104,7 +104,12 @@ impl ClientContext for Callbacks {
 impl ConsumerContext for Callbacks {
     fn rebalance(&self, consumer: &Client, what: RDKafkaRespErr, partitions: &mut TopicPartitionList) {
         if self.closing.load(Ordering::Acquire) {
-            let _ = unassign(consumer, partitions);
+            // Each is answered by its like: to be rid of what was never taken is `_INVALID_ARG` to librdkafka, which then
+            // goes on waiting for its answer.
+            let _ = match what {
+                RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => assign(consumer, partitions),
+                _ => unassign(consumer, partitions),
+            };
         } else {
             self.rebalances.lock().push((what, partitions.clone()));
         }
