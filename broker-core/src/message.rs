@@ -154,15 +154,21 @@ impl Message {
 
     fn build(payload: Option<Bytes>) -> Self {
         let timestamp = Timestamp::now();
-        Self {
-            id: MessageId::random_at(timestamp),
-            timestamp,
-            key: None,
-            payload,
-            content_type: None,
-            headers: Headers::new(),
-            schedule: None,
-        }
+        Self::received(MessageId::random_at(timestamp), timestamp, payload)
+    }
+
+    /// For adapters: a message as it was received, with the id and time that it came with, so that neither is made
+    /// up first. Without a payload it is a tombstone.
+    ///
+    /// ```
+    /// use broker_core::{Message, Timestamp};
+    ///
+    /// let message = Message::received("orders-0-42".parse()?, Timestamp::from_millis(7), Some("paid".into()));
+    /// assert_eq!((message.id().to_string().as_str(), message.timestamp().as_millis()), ("orders-0-42", 7));
+    /// # Ok::<(), broker_core::Error>(())
+    /// ```
+    pub fn received(id: MessageId, timestamp: Timestamp, payload: Option<Bytes>) -> Self {
+        Self { id, timestamp, key: None, payload, content_type: None, headers: Headers::new(), schedule: None }
     }
 
     /// Changes the payload, if there is one: a tombstone stays what it is.

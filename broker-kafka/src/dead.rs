@@ -173,7 +173,7 @@ impl Grave {
 
     /// The dead letter that a record is, if it is one of the group's.
     fn letter(&self, record: &rdkafka::message::BorrowedMessage<'_>) -> Option<DeadLetter> {
-        let decoded = record::decode(record, Format::Native);
+        let decoded = record::decode(record, Format::Native, &mut record::Copies::default());
         let letter = DeadLetter::from_message(decoded.message).ok()?;
         (decoded.problem.is_none() && letter.group.as_ref() == Some(&self.group)).then_some(letter)
     }

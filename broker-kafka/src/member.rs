@@ -298,7 +298,7 @@ impl Member {
     }
 
     /// Records of one partition have arrived.
-    pub(crate) fn admit(&self, place: Place, arrivals: Vec<Arrival>) {
+    pub(crate) fn admit(&self, place: Place, arrivals: impl IntoIterator<Item = Arrival>) {
         let settings = self.settings();
         let own = self.group.as_ref().map(ToString::to_string);
         let mut state = self.state.lock();

@@ -30,7 +30,7 @@ use crate::lot::Lot;
 use crate::member::{Arrival, Member};
 use crate::producer::Publishing;
 use crate::progress::Progress;
-use crate::record::Travel;
+use crate::record::{Copies, Travel};
 use crate::retry_topics::RetryTopics;
 use crate::state::{Place, Transfer, TransferKind};
 use crate::{error, record, topic_pattern};
@@ -59,6 +59,9 @@ pub(crate) struct Poller {
     /// The queues of the partitions that are here.
     queues: Vec<(Place, PartitionQueue<Callbacks>)>,
     places: FxHashMap<Partition, Place>,
+    /// Records on their way from a queue to the member: empty between turns.
+    arrivals: Vec<Arrival>,
+    copies: Copies,
     roused: Receiver<()>,
     rouse: Sender<()>,
     /// Partitions whose committed offsets could not be read yet.
@@ -97,6 +100,8 @@ pub(crate) fn start(
         consumer,
         queues: Vec::new(),
         places: FxHashMap::default(),
+        arrivals: Vec::with_capacity(TURN),
+        copies: Copies::default(),
         roused,
         rouse,
         assigning: Vec::new(),
@@ -202,7 +207,7 @@ impl Poller {
     fn admit_stray(&mut self, record: &BorrowedMessage<'_>) {
         let Ok(topic) = Topic::new(record.topic()) else { return };
         if let Some(place) = self.places.get(&(topic, record.partition())) {
-            self.member.admit(*place, vec![arrival(record, self.admin.config().format)]);
+            self.member.admit(*place, [arrival(record, self.admin.config().format, &mut self.copies)]);
         }
     }
 
@@ -352,23 +357,24 @@ impl Poller {
     fn read(&mut self) -> bool {
         let mut busy = false;
         let format = self.admin.config().format;
+        let (mut arrivals, mut copies) = (std::mem::take(&mut self.arrivals), std::mem::take(&mut self.copies));
         for (place, queue) in &self.queues {
             if !self.member.state(|state| state.has_room(*place)) {
                 continue;
             }
-            let mut arrivals = Vec::new();
             while arrivals.len() < TURN {
                 match queue.poll(Duration::ZERO) {
-                    Some(Ok(record)) => arrivals.push(arrival(&record, format)),
+                    Some(Ok(record)) => arrivals.push(arrival(&record, format, &mut copies)),
                     Some(Err(error)) => self.failed(&error),
                     None => break,
                 }
             }
             busy |= arrivals.len() == TURN;
             if !arrivals.is_empty() {
-                self.member.admit(*place, arrivals);
+                self.member.admit(*place, arrivals.drain(..));
             }
         }
+        (self.arrivals, self.copies) = (arrivals, copies);
         busy
     }
 
@@ -525,8 +531,8 @@ impl Poller {
 /// How long a member that goes waits for a rebalance under way.
 const REBALANCE: Duration = Duration::from_secs(5);
 
-fn arrival(record: &BorrowedMessage<'_>, format: Format) -> Arrival {
-    Arrival { offset: record.offset(), decoded: record::decode(record, format) }
+fn arrival(record: &BorrowedMessage<'_>, format: Format, copies: &mut Copies) -> Arrival {
+    Arrival { offset: record.offset(), decoded: record::decode(record, format, copies) }
 }
 
 /// Rouses the polling thread when a message has arrived where it was sent.

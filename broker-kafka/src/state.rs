@@ -130,7 +130,8 @@ impl State {
 
     /// Up to `room` deliveries, the partitions taking turns at being first.
     pub(crate) fn hand_out(&mut self, room: usize, entry: &GroupEntry) -> Vec<Item> {
-        let mut items = Vec::new();
+        let ready: usize = self.lots.iter().map(|(_, lot)| lot.ready.len()).sum();
+        let mut items = Vec::with_capacity(room.min(ready));
         let now = Timestamp::now();
         let places: Vec<usize> = self.lots.iter().map(|(index, _)| index).collect();
         self.rotation = self.rotation.wrapping_add(1);

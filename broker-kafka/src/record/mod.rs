@@ -9,6 +9,7 @@
 //! A record with our `broker-id` is read as our own whatever the format is, so that dead letters,
 //! retries and redriven messages, always written natively, reach everybody who has this crate.
 
+mod copies;
 mod event;
 mod go_micro;
 mod native;
@@ -17,10 +18,12 @@ use std::borrow::Cow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use broker_core::{Message, MessageId, Result, Timestamp, Topic};
-use bytes::Bytes;
 use rdkafka::message::{BorrowedMessage, Header, Headers as _, Message as _, OwnedHeaders};
+use smallvec::SmallVec;
 
 use crate::config::Format;
+
+pub(crate) use copies::Copies;
 
 /// What a message takes along besides itself.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -93,16 +96,17 @@ pub(crate) struct Decoded {
 }
 
 /// Reads a record.
-pub(crate) fn decode(record: &BorrowedMessage<'_>, format: Format) -> Decoded {
-    let mut message = match record.payload() {
-        Some(payload) => Message::new(Bytes::copy_from_slice(payload)),
-        None => Message::tombstone(),
+pub(crate) fn decode(record: &BorrowedMessage<'_>, format: Format, copies: &mut Copies) -> Decoded {
+    let bare = |id| {
+        let payload = record.payload().map(|payload| copies.copy(payload));
+        let message =
+            Message::received(id, Timestamp::from_millis(record.timestamp().to_millis().unwrap_or(0)), payload);
+        match record.key() {
+            Some(key) => message.with_key(copies.copy(key)),
+            None => message,
+        }
     };
-    if let Some(key) = record.key() {
-        message = message.with_key(Bytes::copy_from_slice(key));
-    }
-    message = message.with_timestamp(Timestamp::from_millis(record.timestamp().to_millis().unwrap_or(0)));
-    let mut headers = Vec::with_capacity(record.headers().map_or(0, |headers| headers.count()));
+    let mut headers: SmallVec<[Field<'_>; 6]> = SmallVec::new();
     // rdkafka panics at a name that is not UTF-8; there is no other way to read one.
     let read = catch_unwind(AssertUnwindSafe(|| {
         for header in record.headers().into_iter().flat_map(|headers| headers.iter()) {
@@ -110,7 +114,7 @@ pub(crate) fn decode(record: &BorrowedMessage<'_>, format: Format) -> Decoded {
         }
     }));
     let place = || place(record.topic(), record.partition(), record.offset());
-    let mut decoded = from_headers(message, &headers, format, place);
+    let mut decoded = from_headers(bare, &headers, format, place);
     if read.is_err() && decoded.problem.is_none() {
         decoded.problem = Some("the name of a header is not UTF-8; it and those after it are left out".to_owned());
     }
@@ -126,36 +130,37 @@ fn place(topic: &str, partition: i32, offset: i64) -> Option<MessageId> {
 /// A header as it was read.
 type Field<'a> = (&'a str, &'a [u8]);
 
+/// `bare` makes the message but for what its headers say; it is made once, and again where they cannot be read.
 fn from_headers(
-    message: Message,
+    mut bare: impl FnMut(MessageId) -> Message,
     headers: &[Field<'_>],
     format: Format,
     place: impl FnOnce() -> Option<MessageId>,
 ) -> Decoded {
-    let placed = |message: Message| match place() {
-        Some(id) => message.with_id(id),
-        None => message,
-    };
-    let (message, error) = match native::our_headers(headers) {
-        Some(end) => match native::read(message.clone(), headers, end) {
+    let placed = || place().unwrap_or_else(MessageId::random);
+    let (id, read) = match native::our_headers(headers) {
+        Some(end) => match native::read(&mut bare, headers, end) {
             Ok((message, travel)) => return Decoded { message, problem: None, travel },
-            Err(error) => (placed(message), error),
+            Err(error) => (placed(), Err(error)),
         },
         None => {
-            let message = placed(message);
+            let id = placed();
+            let message = bare(id.clone());
             let read = match format {
-                Format::GoMicro => go_micro::read(message.clone(), headers),
-                Format::CloudEvents if event::is_event(headers) => event::read(message.clone(), headers),
-                _ => native::read_foreign(message.clone(), headers),
+                Format::GoMicro => go_micro::read(message, headers),
+                Format::CloudEvents if event::is_event(headers) => event::read(message, headers),
+                _ => native::read_foreign(message, headers),
             };
-            match read {
-                Ok(message) => return Decoded { message, problem: None, travel: Travel::default() },
-                Err(error) => (message, error),
-            }
+            (id, read)
         }
     };
-    let message = message.with_headers(native::raw(headers));
-    Decoded { message, problem: Some(error.message().to_owned()), travel: Travel::default() }
+    match read {
+        Ok(message) => Decoded { message, problem: None, travel: Travel::default() },
+        Err(error) => {
+            let message = bare(id).with_headers(native::raw(headers));
+            Decoded { message, problem: Some(error.message().to_owned()), travel: Travel::default() }
+        }
+    }
 }
 
 /// Headers under construction; always there between two calls, and taken out without making others.

@@ -5,7 +5,7 @@
 //! it is the user's own. A record without `broker-id` is somebody else's: its `content-type` header
 //! is taken for what it says, its id is its place.
 
-use broker_core::{Error, Headers, Message, Result, Timestamp, Topic};
+use broker_core::{Error, Headers, Message, MessageId, Result, Timestamp, Topic};
 use bytes::Bytes;
 use rdkafka::message::OwnedHeaders;
 
@@ -74,15 +74,20 @@ fn is_ours(name: &str) -> bool {
 }
 
 /// Reads what we wrote, whose own headers end at `end`.
-pub(super) fn read(mut message: Message, headers: &[Field<'_>], end: usize) -> Result<(Message, Travel)> {
+pub(super) fn read(
+    bare: &mut impl FnMut(MessageId) -> Message,
+    headers: &[Field<'_>],
+    end: usize,
+) -> Result<(Message, Travel)> {
+    let id = headers.get(end).map_or(&[][..], |(_, value)| value);
+    let mut message = bare(text(ID, id)?.parse()?);
     let mut travel = Travel::default();
     let mut retry = Draft::default();
-    for (name, value) in headers.iter().take(end + 1) {
+    for (name, value) in headers.iter().take(end) {
         message = match *name {
             CONTENT_TYPE => message.with_content_type(text(name, value)?)?,
             EXPIRES_AT => message.with_expires_at(time(name, value)?),
             TIMESTAMP => message.with_timestamp(time(name, value)?),
-            ID => message.with_id(text(name, value)?.parse()?),
             other => {
                 match other {
                     FOR_GROUP => travel.for_group = Some(text(name, value)?.to_owned()),
@@ -178,13 +183,19 @@ mod tests {
         let wire = super::super::encode(&topic, message, travel, format).unwrap();
         let headers = wire.headers.unwrap();
         let fields: Vec<_> = headers.iter().map(|header| (header.key, header.value.unwrap_or_default())).collect();
-        let bare = wire.payload.map_or_else(Message::tombstone, |payload| Message::new(payload.into_owned()));
-        let bare = match wire.key {
-            Some(key) => bare.with_key(key.to_vec()),
-            None => bare,
+        let bare = |id| {
+            let payload = wire.payload.as_ref().map(|payload| Bytes::copy_from_slice(payload));
+            let message = Message::received(id, Timestamp::from_millis(wire.timestamp.unwrap_or(0)), payload);
+            match wire.key {
+                Some(key) => message.with_key(key.to_vec()),
+                None => message,
+            }
         };
-        let bare = bare.with_timestamp(Timestamp::from_millis(wire.timestamp.unwrap_or(0)));
         from_headers(bare, &fields, Format::Native, || None)
+    }
+
+    fn bare(payload: &'static str) -> impl FnMut(MessageId) -> Message {
+        move |id| Message::received(id, Timestamp::from_millis(1), Some(payload.into()))
     }
 
     #[test]
@@ -233,7 +244,7 @@ mod tests {
     #[test]
     fn what_somebody_else_wrote_is_read_as_they_meant_it() {
         let headers: [(&str, &[u8]); 2] = [("content-type", b"text/plain"), ("x", b"1")];
-        let decoded = from_headers(Message::new("1"), &headers, Format::Native, || "orders-0-42".parse().ok());
+        let decoded = from_headers(bare("1"), &headers, Format::Native, || "orders-0-42".parse().ok());
         assert_eq!(decoded.message.content_type(), Some("text/plain"));
         assert_eq!(decoded.message.id().to_string(), "orders-0-42");
         assert_eq!(decoded.message.headers().len(), 1);
@@ -246,7 +257,7 @@ mod tests {
             [("a\nb", b"1"), ("x", b"1")],
             [("broker-id", b"\xff"), ("x", b"1")],
         ] {
-            let decoded = from_headers(Message::new("raw"), &headers, Format::Native, || None);
+            let decoded = from_headers(bare("raw"), &headers, Format::Native, || None);
             assert!(decoded.problem.is_some(), "{headers:?}");
             assert_eq!(decoded.message.payload(), "raw");
             assert_eq!(decoded.message.headers().get_str("x"), Some("1"));
