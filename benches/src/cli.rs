@@ -67,9 +67,9 @@ impl From<Outcome> for ExitCode {
 pub fn run(comparisons: Vec<Comparison>, arguments: &Arguments) -> Outcome {
     if arguments.list {
         for comparison in &comparisons {
-            let (name, unit) = (comparison.name(), comparison.unit().as_str());
-            let cpu = comparison.cpu_at_most().map(|part| format!(", client CPU at most {part:.2} of theirs"));
-            println!("{name:<42} bar {:6.3}  {unit}{}", comparison.bar(), cpu.unwrap_or_default());
+            let (name, unit, bars) = (comparison.name(), comparison.unit().as_str(), comparison.bars());
+            let at_limit = bars.at_limit.map(|bar| format!("; {bar} where the server is the limit"));
+            println!("{name:<42} {}  {unit}{}", bars.usual, at_limit.unwrap_or_default());
         }
         return Outcome::Holds;
     }

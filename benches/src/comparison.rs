@@ -53,6 +53,7 @@ pub type Side = Box<dyn FnMut() -> BoxFuture<'static, Result<Sample>> + Send>;
 pub struct Pair {
     pub(crate) ours: Side,
     pub(crate) theirs: Side,
+    pub(crate) limit: Option<f64>,
 }
 
 impl Pair {
@@ -69,7 +70,14 @@ impl Pair {
     {
         let ours = move || sampled(ours());
         let theirs = move || sampled(theirs());
-        Self { ours: Box::new(ours), theirs: Box::new(theirs) }
+        Self { ours: Box::new(ours), theirs: Box::new(theirs), limit: None }
+    }
+
+    /// With what the server that both sides use can do, in the comparison's unit.
+    #[must_use]
+    pub fn with_limit(mut self, limit: f64) -> Self {
+        self.limit = Some(limit);
+        self
     }
 }
 
@@ -82,6 +90,58 @@ fn sampled<S: Into<Sample>>(
 impl fmt::Debug for Pair {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Pair")
+    }
+}
+
+/// What ours has to reach.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Bar {
+    /// The ratio; nothing to reach where it is 0.
+    pub ratio: f64,
+    /// The part of their processor time a message that ours may take at most.
+    pub cpu_at_most: Option<f64>,
+}
+
+impl fmt::Display for Bar {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.ratio > 0.0 {
+            true => write!(f, "bar {:6.3}", self.ratio)?,
+            false => f.write_str("no bar    ")?,
+        }
+        match self.cpu_at_most {
+            Some(part) => write!(f, ", client CPU at most {part:.2} of theirs"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What ours has to reach, by whether the server that both sides use is the limit.
+///
+/// ```
+/// use broker_benches::comparison::{Bar, Bars};
+///
+/// let bar = |ratio| Bar { ratio, cpu_at_most: Some(0.6) };
+/// let bars = Bars { usual: bar(1.3), at_limit: Some(bar(0.97)) };
+/// assert_eq!(bars.beside(20.0, Some(30.0)), bar(1.3), "theirs is below three quarters of what the server can do");
+/// assert_eq!(bars.beside(24.0, Some(30.0)), bar(0.97));
+/// assert_eq!(bars.beside(24.0, None), bar(1.3), "nobody measured what the server can do");
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Bars {
+    /// Where it is not.
+    pub usual: Bar,
+    /// Where it is, if that makes a difference.
+    pub at_limit: Option<Bar>,
+}
+
+impl Bars {
+    /// A server is the limit where theirs comes to this part of what it can do: nobody can be much faster.
+    const AT_LIMIT: f64 = 0.75;
+
+    /// What to reach where theirs does this, and the server can do that.
+    pub fn beside(self, theirs: f64, limit: Option<f64>) -> Bar {
+        let is_at_limit = limit.is_some_and(|limit| theirs >= Self::AT_LIMIT * limit);
+        self.at_limit.filter(|_| is_at_limit).unwrap_or(self.usual)
     }
 }
 
@@ -98,8 +158,7 @@ impl fmt::Debug for Pair {
 pub struct Comparison {
     name: String,
     unit: Unit,
-    bar: f64,
-    cpu_at_most: Option<f64>,
+    bars: Bars,
     prepare: Box<dyn FnOnce() -> BoxFuture<'static, Result<Pair>> + Send>,
 }
 
@@ -111,13 +170,22 @@ impl Comparison {
         F: FnOnce() -> Fut + Send + 'static,
         Fut: Future<Output = Result<Pair>> + Send + 'static,
     {
-        Self { name: name.into(), unit, bar, cpu_at_most: None, prepare: Box::new(move || Box::pin(prepare())) }
+        let bars = Bars { usual: Bar { ratio: bar, cpu_at_most: None }, at_limit: None };
+        Self { name: name.into(), unit, bars, prepare: Box::new(move || Box::pin(prepare())) }
     }
 
     /// Holds only if ours also takes at most this part of the processor time a message that theirs takes.
     #[must_use]
     pub fn with_cpu_at_most(mut self, part: f64) -> Self {
-        self.cpu_at_most = Some(part);
+        self.bars.usual.cpu_at_most = Some(part);
+        self
+    }
+
+    /// Has another bar where the server is the limit: where theirs comes to three quarters of what the server
+    /// can do, which the [`Pair`] tells.
+    #[must_use]
+    pub fn with_bar_at_limit(mut self, bar: Bar) -> Self {
+        self.bars.at_limit = Some(bar);
         self
     }
 
@@ -131,14 +199,9 @@ impl Comparison {
         self.unit
     }
 
-    /// The ratio to reach.
-    pub fn bar(&self) -> f64 {
-        self.bar
-    }
-
-    /// The part of their processor time that ours may take at most.
-    pub fn cpu_at_most(&self) -> Option<f64> {
-        self.cpu_at_most
+    /// What to reach.
+    pub fn bars(&self) -> Bars {
+        self.bars
     }
 
     /// Whether `selector` is its name or a group it belongs to.
@@ -158,7 +221,7 @@ impl fmt::Debug for Comparison {
         f.debug_struct("Comparison")
             .field("name", &self.name)
             .field("unit", &self.unit)
-            .field("bar", &self.bar)
+            .field("bars", &self.bars)
             .finish()
     }
 }

@@ -21,8 +21,7 @@ const SMALL_SPREAD: f64 = 0.03;
 ///
 /// What a side reports: a broker's error, a message lost or doubled.
 pub async fn measure(comparison: Comparison, limit: Duration, mut progress: impl FnMut(usize, f64)) -> Result<Report> {
-    let (name, unit, bar) = (comparison.name().to_owned(), comparison.unit(), comparison.bar());
-    let cpu_at_most = comparison.cpu_at_most();
+    let (name, unit, bars) = (comparison.name().to_owned(), comparison.unit(), comparison.bars());
     let mut pair = comparison.prepare().await?;
 
     // Warm-up: caches, allocator, connections, the processor's clock.
@@ -45,8 +44,11 @@ pub async fn measure(comparison: Comparison, limit: Duration, mut progress: impl
             break ratio;
         }
     };
-    let sides = (side(&ours), side(&theirs));
-    Ok(Report::new(name, unit, bar, sides, ratio, ratios.len()).with_cpu_at_most(cpu_at_most))
+    let sides @ (our, their) = (side(&ours), side(&theirs));
+    // What a side did the server can do.
+    let limit = pair.limit.map(|limit| limit.max(our.value).max(their.value));
+    let bar = bars.beside(their.value, limit);
+    Ok(Report::new(name, unit, bar, sides, ratio, ratios.len()).with_limit(limit))
 }
 
 /// The medians of a side's rounds; of its processor time only if every round told it.
@@ -59,7 +61,7 @@ fn side(samples: &[Sample]) -> Sample {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::comparison::{Pair, Unit};
+    use crate::comparison::{Bar, Pair, Unit};
 
     fn constant(ours: f64, theirs: f64, bar: f64) -> Comparison {
         Comparison::new("test/constant", Unit::MessagesPerSecond, bar, async move || {
@@ -78,6 +80,22 @@ mod tests {
     async fn a_bar_above_the_ratio_does_not_hold() {
         let report = measure(constant(19.0, 10.0, 2.0), Duration::from_secs(60), |_, _| ()).await.unwrap();
         assert!(!report.holds);
+    }
+
+    #[tokio::test]
+    async fn what_the_server_can_do_chooses_the_bar() {
+        let beside = async |theirs: f64| {
+            let comparison = Comparison::new("test/limit", Unit::MessagesPerSecond, 1.3, async move || {
+                Ok(Pair::new(async || Ok(20.0), move || async move { Ok(theirs) }).with_limit(18.0))
+            });
+            let at_limit = Bar { ratio: 0.97, cpu_at_most: None };
+            let comparison = comparison.with_bar_at_limit(at_limit);
+            measure(comparison, Duration::from_secs(60), |_, _| ()).await.unwrap()
+        };
+        // Ours shows that it can do 20.
+        let (below, at) = (beside(14.5).await, beside(15.0).await);
+        assert_eq!([below.limit, at.limit], [Some(20.0); 2]);
+        assert_eq!([below.bar, at.bar], [1.3, 0.97]);
     }
 
     #[tokio::test]

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::comparison::Unit;
+use crate::comparison::{Bar, Unit};
 use crate::sample::Sample;
 use crate::statistics::Estimate;
 
@@ -27,7 +27,7 @@ pub struct Report {
     /// Half the width of the ratio's 95 % confidence interval; null in JSON where there were too few
     /// rounds for one.
     pub spread: f64,
-    /// The ratio to reach.
+    /// The ratio to reach; 0 where there is none.
     pub bar: f64,
     /// Whether the ratio, within its spread, reaches the bar; and where the processor time has a bar, that
     /// one too.
@@ -42,6 +42,9 @@ pub struct Report {
     /// The part of their processor time that ours may take at most, where there is such a bar.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_at_most: Option<f64>,
+    /// What the server that both sides use can do, in `unit`, where that is measured; it chooses the bar.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limit: Option<f64>,
     /// Rounds measured, the warm-up not counted.
     #[serde(skip)]
     pub rounds: usize,
@@ -51,35 +54,37 @@ impl Report {
     pub(crate) fn new(
         name: String,
         unit: Unit,
-        bar: f64,
+        bar: Bar,
         (ours, theirs): (Sample, Sample),
         ratio: Estimate,
         rounds: usize,
     ) -> Self {
         // Too few rounds for an interval say nothing but the ratio itself.
         let margin = if ratio.spread.is_finite() { ratio.spread } else { 0.0 };
-        let holds = ratio.median + margin >= bar;
-        Self {
+        let reaches = ratio.median + margin >= bar.ratio;
+        let report = Self {
             name,
             unit,
             ours: ours.value,
             theirs: theirs.value,
             ratio: ratio.median,
             spread: ratio.spread,
-            bar,
-            holds,
+            bar: bar.ratio,
+            holds: reaches,
             ours_cpu_us: ours.cpu_micros,
             theirs_cpu_us: theirs.cpu_micros,
-            cpu_at_most: None,
+            cpu_at_most: bar.cpu_at_most,
+            limit: None,
             rounds,
-        }
+        };
+        // Processor time that is not measured does not hold.
+        let is_spare = bar.cpu_at_most.is_none_or(|part| report.cpu_ratio().is_some_and(|ratio| ratio <= part));
+        Self { holds: reaches && is_spare, ..report }
     }
 
-    /// With a bar for the processor time; it does not hold where that is not measured.
-    pub(crate) fn with_cpu_at_most(mut self, part: Option<f64>) -> Self {
-        self.cpu_at_most = part;
-        self.holds &= part.is_none_or(|part| self.cpu_ratio().is_some_and(|ratio| ratio <= part));
-        self
+    /// With what the server can do.
+    pub(crate) fn with_limit(self, limit: Option<f64>) -> Self {
+        Self { limit, ..self }
     }
 
     /// Our processor time as a part of theirs, of the medians.
@@ -102,7 +107,12 @@ impl fmt::Display for Report {
         let Self { name, unit, ours, theirs, ratio, spread, bar, holds, ours_cpu_us, theirs_cpu_us, rounds, .. } = self;
         let (ours, theirs, unit) = (Short(*ours), Short(*theirs), unit.as_str());
         write!(f, "{name:<38} ours {ours} theirs {theirs} {unit:<12} ratio {ratio:7.3} ± {spread:5.3}")?;
-        write!(f, " of {rounds:>3} rounds  bar {bar:6.3} {}", if *holds { "holds" } else { "DOES NOT HOLD" })?;
+        write!(f, " of {rounds:>3} rounds  ")?;
+        match (*bar > 0.0, *holds) {
+            (false, _) => f.write_str("no bar")?,
+            (true, true) => write!(f, "bar {bar:6.3} holds")?,
+            (true, false) => write!(f, "bar {bar:6.3} DOES NOT HOLD")?,
+        }
         if self.is_indistinguishable() {
             f.write_str(", indistinguishable")?;
         }
@@ -111,6 +121,14 @@ impl fmt::Display for Report {
         }
         if let (Some(part), Some(ratio)) = (self.cpu_at_most, self.cpu_ratio()) {
             write!(f, ", {ratio:.2} of theirs, bar at most {part:.2}")?;
+        }
+        if let Some(limit) = self.limit {
+            write!(
+                f,
+                "  the server can do {}, theirs is {:.2} of it",
+                Short(limit).to_string().trim(),
+                self.theirs / limit
+            )?;
         }
         Ok(())
     }
@@ -136,6 +154,7 @@ mod tests {
     use super::*;
 
     fn report(median: f64, spread: f64, bar: f64) -> Report {
+        let bar = Bar { ratio: bar, cpu_at_most: None };
         let sides = (Sample::from(127.1e6), Sample::from(7.0e6));
         Report::new("group/name".into(), Unit::DeliveriesPerSecond, bar, sides, Estimate { median, spread }, 9)
     }
@@ -162,8 +181,8 @@ mod tests {
         let sides = |ours| [ours, 10.0].map(|cpu| Sample { value: 1.0, cpu_micros: Some(cpu) });
         let ratio = Estimate { median: 2.0, spread: 0.5 };
         let report = |[ours, theirs]: [Sample; 2]| {
-            let report = Report::new("g/n".into(), Unit::MessagesPerSecond, 1.0, (ours, theirs), ratio, 9);
-            report.with_cpu_at_most(Some(0.6))
+            let bar = Bar { ratio: 1.0, cpu_at_most: Some(0.6) };
+            Report::new("g/n".into(), Unit::MessagesPerSecond, bar, (ours, theirs), ratio, 9)
         };
         assert!(report(sides(6.0)).holds);
         assert!(!report(sides(6.1)).holds);
@@ -174,11 +193,25 @@ mod tests {
     #[test]
     fn processor_time_is_shown_where_both_sides_have_it() {
         let side = |value| Sample { value, cpu_micros: Some(value) };
-        let ratio = Estimate { median: 2.0, spread: 0.5 };
-        let report = Report::new("g/n".into(), Unit::MessagesPerSecond, 1.0, (side(2.0), side(1.0)), ratio, 9);
+        let (ratio, bar) = (Estimate { median: 2.0, spread: 0.5 }, Bar { ratio: 1.0, cpu_at_most: None });
+        let report = Report::new("g/n".into(), Unit::MessagesPerSecond, bar, (side(2.0), side(1.0)), ratio, 9);
         assert!(report.to_string().ends_with("client CPU 2.00 to 1.00 µs a message"), "{report}");
         let json = serde_json::to_string(&report).unwrap();
         assert!(json.ends_with(r#""ours_cpu_us":2.0,"theirs_cpu_us":1.0}"#), "{json}");
+    }
+
+    #[test]
+    fn what_the_server_can_do_is_told() {
+        let report = report(18.0, 0.5, 10.0).with_limit(Some(14.0e6));
+        assert!(report.to_string().ends_with("the server can do 14.00 M, theirs is 0.50 of it"), "{report}");
+        let json = serde_json::to_string(&report).unwrap();
+        assert!(json.ends_with(r#""holds":true,"limit":14000000.0}"#), "{json}");
+    }
+
+    #[test]
+    fn without_a_bar_nothing_is_said_to_hold() {
+        let report = report(0.5, 0.02, 0.0);
+        assert!(report.holds && report.to_string().ends_with("no bar"), "{report}");
     }
 
     #[test]

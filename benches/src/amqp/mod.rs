@@ -8,16 +8,18 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::comparison::{Comparison, Pair, Unit};
+use crate::comparison::{Bar, Comparison, Pair, Unit};
 use crate::sample::{Sample, Stopwatch};
 use crate::{Failure, Result};
 
 mod consume;
 mod go;
+mod limit;
 mod publish;
 mod raw;
 mod scene;
 
+use consume::Acks;
 use go::Program;
 use scene::Scene;
 pub use scene::{Kind, Load};
@@ -39,15 +41,27 @@ pub fn comparisons() -> Vec<Comparison> {
 fn of(load: Load) -> Vec<Comparison> {
     let mut comparisons = vec![publish(load, 1, ONE_BY_ONE, 0.97)];
     for window in [64, 1_000] {
-        let bar = if load.is_bound_by_server() { 0.97 } else { 1.3 };
-        comparisons.push(publish(load, window, MANY, bar).with_cpu_at_most(0.6));
+        let pipelined = publish(load, window, MANY, 1.3).with_cpu_at_most(0.6);
+        comparisons.push(bound_by_server(load, pipelined));
         comparisons.push(publish_beside(load, window, "go", "amqp091"));
     }
     // For the reader: its messages are its own, with other headers.
     comparisons.push(publish_beside(load, 64, "watermill", "watermill"));
-    comparisons.push(consume(load, "single", 1, 2.5));
-    comparisons.push(consume(load, "multiple", 64, 0.9));
+    let every_64th = Acks::Every(64);
+    comparisons.push(bound_by_server(load, consume(load, "consume_single", Acks::Each, 2.5)));
+    comparisons.push(bound_by_server(load, consume(load, "consume_multiple", every_64th, 0.9)));
+    // For the reader: what a client gains at most by acking less.
+    comparisons.push(ceiling(load, "ceiling_multiple", every_64th));
+    comparisons.push(ceiling(load, "ceiling_no_ack", Acks::No));
     comparisons
+}
+
+/// Of persistent messages the server may be the limit; then the bar is on the processor time.
+fn bound_by_server(load: Load, comparison: Comparison) -> Comparison {
+    match load.is_persistent() {
+        true => comparison.with_bar_at_limit(Bar { ratio: 0.97, cpu_at_most: Some(0.6) }),
+        false => comparison,
+    }
 }
 
 /// Ours beside raw lapin that awaits each `basic_publish`, so many confirms outstanding.
@@ -57,9 +71,11 @@ fn publish(load: Load, window: usize, messages: u64, bar: f64) -> Comparison {
         let scene = Arc::new(Scene::open(load).await?);
         let raw = Arc::new(raw::Publisher::open(&scene).await?);
         scene.check_alike(&raw).await?;
+        let limit = limit::publishing(&scene).await?;
         let theirs = Arc::clone(&scene);
         let ours = move || publish::ours(Arc::clone(&scene), messages, window);
-        Ok(Pair::new(ours, move || raw::publish(Arc::clone(&raw), Arc::clone(&theirs), messages, window)))
+        let theirs = move || raw::publish(Arc::clone(&raw), Arc::clone(&theirs), messages, window);
+        Ok(Pair::new(ours, theirs).with_limit(limit))
     })
 }
 
@@ -75,14 +91,24 @@ fn publish_beside(load: Load, window: usize, peer: &str, program: &'static str) 
     })
 }
 
-/// Ours, each delivery acked, beside raw lapin that acks every so many.
-fn consume(load: Load, how: &str, every: u64, bar: f64) -> Comparison {
-    let name = load.name(&format!("consume_{how}"));
-    Comparison::new(name, Unit::DeliveriesPerSecond, bar, async move || {
+/// Ours, each delivery acked, beside raw lapin.
+fn consume(load: Load, name: &str, acks: Acks, bar: f64) -> Comparison {
+    Comparison::new(load.name(name), Unit::DeliveriesPerSecond, bar, async move || {
         let scene = Arc::new(Scene::open(load).await?);
+        let limit = limit::consuming(&scene).await?;
         let theirs = Arc::clone(&scene);
         let ours = move || consume::ours(Arc::clone(&scene), MANY);
-        Ok(Pair::new(ours, move || consume::raw(Arc::clone(&theirs), MANY, every)))
+        Ok(Pair::new(ours, move || consume::raw(Arc::clone(&theirs), MANY, acks)).with_limit(limit))
+    })
+}
+
+/// Raw lapin that acks less beside raw lapin that acks one by one.
+fn ceiling(load: Load, name: &str, acks: Acks) -> Comparison {
+    Comparison::new(load.name(name), Unit::DeliveriesPerSecond, 0.0, async move || {
+        let scene = Arc::new(Scene::open(load).await?);
+        let theirs = Arc::clone(&scene);
+        let less = move || consume::raw(Arc::clone(&scene), MANY, acks);
+        Ok(Pair::new(less, move || consume::raw(Arc::clone(&theirs), MANY, Acks::Each)))
     })
 }
 

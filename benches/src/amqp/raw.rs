@@ -8,6 +8,7 @@ use broker_amqp::lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use broker_amqp::lapin::types::{AMQPValue, FieldTable, ShortString};
 use broker_amqp::lapin::{BasicProperties, Channel, Confirmation, Connection, PublisherConfirm};
 use bytes::Bytes;
+use futures_util::future::try_join_all;
 
 use super::scene::connect;
 use super::{Load, Scene, timed};
@@ -46,6 +47,26 @@ impl Publisher {
 
     pub(super) async fn publish_one(&self) -> Result<()> {
         confirmed(self.send().await?.await?)
+    }
+
+    /// Hands so many at a time to lapin, which costs it less than one by one.
+    pub(super) async fn publish_joined(&self, messages: u64, window: usize, joined: usize) -> Result<()> {
+        let mut confirms = VecDeque::with_capacity(window);
+        let mut left = usize::try_from(messages)?;
+        while left > 0 {
+            let many = joined.min(left);
+            left -= many;
+            while confirms.len() + many > window
+                && let Some(confirm) = confirms.pop_front()
+            {
+                confirmed(confirm.await?)?;
+            }
+            confirms.extend(try_join_all((0..many).map(|_| self.send())).await?);
+        }
+        for confirm in confirms {
+            confirmed(confirm.await?)?;
+        }
+        Ok(())
     }
 
     async fn publish(&self, messages: u64, window: usize) -> Result<()> {

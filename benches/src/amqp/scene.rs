@@ -41,13 +41,6 @@ impl Load {
         format!("amqp/{}/{size}/{what}", self.kind.as_str())
     }
 
-    /// Whether the server is taken for the limit: where raw lapin's pipelined publishes come to three
-    /// quarters of what the server can do, nobody can be much faster, and the bar is on the CPU. Decided by
-    /// the kind alone: the server's own limit has not been measured for each.
-    pub(super) fn is_bound_by_server(self) -> bool {
-        self.kind != Kind::Classic
-    }
-
     /// Whether messages are persistent.
     pub fn is_persistent(self) -> bool {
         self.kind != Kind::Classic
