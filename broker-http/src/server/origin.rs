@@ -5,13 +5,15 @@ use std::net::IpAddr;
 
 use axum::response::{IntoResponse, Response};
 use broker_core::ErrorKind;
-use http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
+use http::request::Parts;
+use http::{HeaderMap, HeaderValue, StatusCode, Version, header};
 
 use super::problem::{Answer, Problem};
 
 /// Checks where a request comes from. A web page on this machine's browser can reach a loopback
 /// port; it cannot hide its `Origin`, nor the name it resolved (`Host`).
-pub(crate) fn check(development: bool, allowed: &[String], uri: &Uri, headers: &HeaderMap) -> Answer<()> {
+pub(crate) fn check(development: bool, allowed: &[String], parts: &Parts) -> Answer<()> {
+    let headers = &parts.headers;
     let origin = headers.get(header::ORIGIN).map(|origin| origin.to_str().unwrap_or_default());
     if let Some(origin) = origin
         && !allowed.iter().any(|allowed| allowed.eq_ignore_ascii_case(origin))
@@ -23,20 +25,24 @@ pub(crate) fn check(development: bool, allowed: &[String], uri: &Uri, headers: &
             "the origin of this request is not among the allowed ones; add it to allowed_origins"
         }));
     }
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let (host, another) = (hosts.next(), hosts.next());
+    // RFC 9112, section 3.2: who would be asked is not to be guessed.
+    if another.is_some() || host.is_none() && parts.version == Version::HTTP_11 {
+        return Err(Problem::invalid("host: a request has one Host header"));
+    }
     if !development {
         return Ok(());
     }
-    // HTTP/2 has the authority in the request's URI.
-    let host = match headers.get(header::HOST) {
-        Some(host) => Some(host.to_str().unwrap_or_default()),
-        None => uri.authority().map(|authority| authority.as_str()),
-    };
-    match host {
-        Some(host) if !is_loopback_authority(host) => Err(forbidden(
+    // HTTP/2 has the authority in the request's URI, HTTP/1.1 may say one there that counts before `Host`.
+    let host = host.map(|host| host.to_str().unwrap_or_default());
+    let authority = parts.uri.authority().map(|authority| authority.as_str());
+    if [host, authority].into_iter().flatten().any(|name| !is_loopback_authority(name)) {
+        return Err(forbidden(
             "the host of this request is not this machine (localhost, 127.0.0.1 or [::1]), and the server is in development mode",
-        )),
-        _ => Ok(()),
+        ));
     }
+    Ok(())
 }
 
 /// Answers a browser that asks ahead whether a page may send a request (the CORS protocol of the

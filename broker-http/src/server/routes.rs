@@ -74,7 +74,7 @@ async fn admit(shared: &Shared, parts: &Parts) -> Answer<Option<Caller>> {
         let detail = format!("the path and query have {length} bytes, and {max} are the most");
         return Err(Problem::new(StatusCode::URI_TOO_LONG, ErrorKind::TooLarge, detail));
     }
-    origin::check(options.is_development(), options.allowed_origins(), &parts.uri, &parts.headers)?;
+    origin::check(options.is_development(), options.allowed_origins(), parts)?;
     if is_preflight(parts) {
         // A browser sends it without credentials; what it asks about is checked when it comes.
         return Ok(None);

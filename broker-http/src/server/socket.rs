@@ -20,6 +20,9 @@ use super::stream::{Place, copy, join};
 /// Bytes of a frame from the other side.
 const MAX_FRAME: usize = 1 << 20;
 
+/// Bytes read from a socket at a time: each has a buffer of that size for as long as it stands.
+const READ: usize = 8 << 10;
+
 /// Deliveries sent in one frame, and lent to one socket, at most.
 const AT_ONCE: usize = 64;
 const MAX_LENT: usize = 10_000;
@@ -53,7 +56,8 @@ pub(crate) async fn open(
         None => copy(&shared, &filter, StartAt::New).await?,
     };
     let lending = Lending { shared, subscription: Some(subscription), holder: Arc::default(), hold, name, credit: 0 };
-    Ok(upgrade.max_message_size(MAX_FRAME).max_frame_size(MAX_FRAME).on_upgrade(|socket| async move {
+    let upgrade = upgrade.max_message_size(MAX_FRAME).max_frame_size(MAX_FRAME).read_buffer_size(READ);
+    Ok(upgrade.on_upgrade(|socket| async move {
         lending.run(socket).await;
         drop(place);
     }))

@@ -173,9 +173,7 @@ async fn sighup_takes_up_limits_endpoints_and_origins_and_names_what_takes_a_res
     assert!(soon(told.recv()).await.unwrap().ends_with("one"));
 
     // No longer allowed, it is not pushed to, though there is a connection to it.
-    with(
-        "webhook_origin = \"broker.example\"\n[limits]\nmessage_body_bytes = 3\nsubscriptions = 1\nleases = 1\nconnections = 5",
-    );
+    with("[limits]\nmessage_body_bytes = 3\nsubscriptions = 1\nleases = 1\nconnections = 5");
     daemon.signal("-HUP");
     daemon.says("reloaded").await;
     assert_eq!(daemon.raw(&ask("POST /topics/a"), "two").await.0, 202);
@@ -212,6 +210,8 @@ async fn sighup_takes_up_limits_endpoints_and_origins_and_names_what_takes_a_res
     daemon.says("reloaded").await;
     let (status, said) = daemon.raw(&put, &spec.replace("\"a\"", "\"a\",\"timeout\":\"5s\"")).await;
     assert!(status == 403 && said.contains("WebHook-Allowed-Origin"), "{status} {said}");
+    let (_, view) = daemon.raw(&ask("GET /subscriptions/q"), "").await;
+    assert!(view.contains("\"state\":\"unconsented\""), "who was not asked is held: {view}");
 
     with(
         "listen = \"127.0.0.1:1\"\nbroker = \"memory:?retain=1\"\nlog_format = \"json\"\nstate = \"x.json\"\ndev = true\n[otlp]\nendpoint = \"http://127.0.0.1:4318\"",

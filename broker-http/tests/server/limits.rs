@@ -172,9 +172,25 @@ async fn web_pages_and_other_hosts_are_refused_in_development() {
     let reply = running.send("OPTIONS /subscriptions/a", &asks, "").await;
     assert_eq!((reply.status, reply.header("access-control-allow-headers")), (204, Some("x-a")));
     assert!(reply.header("access-control-allow-methods").unwrap().contains("PUT"));
+    for head in ["/healthz HTTP/1.1\r\nhost: evil.example", "http://evil.example/healthz HTTP/1.1\r\nhost: localhost"] {
+        raw(&running, head).await.is_problem(403, "host");
+    }
+}
+
+async fn raw(running: &Running, head: &str) -> Reply {
     let mut stream = running.connect().await;
-    stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: evil.example\r\nconnection: close\r\n\r\n").await.unwrap();
+    stream.write_all(format!("GET {head}\r\nconnection: close\r\n\r\n").as_bytes()).await.unwrap();
     let mut answer = Vec::new();
     soon(stream.read_to_end(&mut answer)).await.unwrap();
-    Reply::parse(&answer).is_problem(403, "host");
+    Reply::parse(&answer)
+}
+
+#[tokio::test]
+async fn who_is_asked_is_said_once() {
+    let running = Running::start().await;
+    for head in ["HTTP/1.1", "HTTP/1.1\r\nhost: localhost\r\nhost: localhost", "HTTP/1.1\r\nhost: a\r\nHost: b"] {
+        raw(&running, &format!("/healthz {head}")).await.is_problem(400, "host");
+    }
+    assert_eq!(raw(&running, "/healthz HTTP/1.0").await.status, 200);
+    assert_eq!(raw(&running, "/healthz HTTP/1.1\r\nHost: localhost:1").await.status, 200);
 }
