@@ -52,6 +52,8 @@ pub(crate) struct Lot {
     pub(crate) dirty: bool,
     /// A commit was sent.
     pub(crate) sent: bool,
+    /// Its last commit is made: what is settled now would be in none, and is refused.
+    pub(crate) sealed: bool,
 }
 
 impl Lot {
@@ -75,6 +77,7 @@ impl Lot {
             leaving: false,
             dirty: false,
             sent: false,
+            sealed: false,
         }
     }
 

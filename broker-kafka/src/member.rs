@@ -120,7 +120,7 @@ impl Member {
         if state.closed {
             return Settled::Refused(Error::closed("the broker is closed; the message comes back"));
         }
-        let Some(lot) = state.lot(item.place) else {
+        let Some(lot) = state.open_lot(item.place) else {
             return self.too_late(&state);
         };
         lot.out -= 1;
@@ -406,7 +406,7 @@ impl Member {
         }
         let (mut places, mut settling): (Vec<Place>, Vec<Vec<u64>>) = (Vec::new(), Vec::new());
         for item in items {
-            if state.lot(item.place).is_none() {
+            if state.open_lot(item.place).is_none() {
                 return Err(moved());
             }
             let known = places.iter().position(|place| *place == item.place);

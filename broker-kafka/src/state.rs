@@ -124,6 +124,11 @@ impl State {
         self.lots.get_mut(place.index).filter(|lot| lot.id == place.id)
     }
 
+    /// The lot, if it still takes settlements.
+    pub(crate) fn open_lot(&mut self, place: Place) -> Option<&mut Lot> {
+        self.lot(place).filter(|lot| !lot.sealed)
+    }
+
     pub(crate) fn has_ready(&self) -> bool {
         self.lots.iter().any(|(_, lot)| !lot.leaving && !lot.ready.is_empty())
     }
@@ -208,18 +213,23 @@ impl State {
     }
 
     /// What is to be committed for the last time, of `places` or of all: also what was sent before,
-    /// because whether the server took it is not known yet.
+    /// because whether the server took it is not known yet. What is settled from then on would be in no commit.
     pub(crate) fn last_commits(&mut self, places: Option<&[Place]>) -> Vec<(Partition, Progress)> {
         let gone = |place: Place| places.is_none_or(|places| places.contains(&place));
         let last = self.lots.iter_mut().filter(|(index, lot)| gone(Place { index: *index, id: lot.id }));
-        last.filter(|(_, lot)| (lot.dirty || lot.sent) && lot.transactions == 0)
-            .filter_map(|(_, lot)| lot.commit())
+        last.filter(|(_, lot)| lot.transactions == 0)
+            .filter_map(|(_, lot)| {
+                lot.sealed = true;
+                if lot.dirty || lot.sent { lot.commit() } else { None }
+            })
             .collect()
     }
 
     /// A commit was not taken: what it said is to be said again.
     pub(crate) fn not_committed(&mut self) {
-        self.lots.iter_mut().for_each(|(_, lot)| lot.dirty = true);
+        for (_, lot) in &mut self.lots {
+            (lot.dirty, lot.sealed) = (true, false);
+        }
     }
 
     pub(crate) fn take_transfers(&mut self) -> Vec<Transfer> {

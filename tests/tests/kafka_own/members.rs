@@ -38,6 +38,45 @@ async fn a_handler_slower_than_the_poll_interval_keeps_its_membership() -> Resul
     Ok(())
 }
 
+/// A member that goes waits for what is in flight no longer than it was told to, and makes its last commit; an ack after
+/// that is refused, not taken and forgotten.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_ack_that_was_taken_while_its_member_goes_holds() -> Result<()> {
+    // As many as are in flight at most.
+    const MESSAGES: usize = 256;
+    let (broker, topic) = (broker("&drain_timeout=200ms")?, topic("going")?);
+    let group: Group = format!("going@{topic}").parse()?;
+    let mut member = join(&broker, &group, GroupOptions::new()).await?;
+    let publisher = broker.publisher(&topic, broker_core::PublisherOptions::new())?;
+    for published in publisher.publish_batch((0..MESSAGES).map(|n| Message::new(n.to_string())).collect()).await? {
+        published?;
+    }
+    let deliveries = take(&mut member, MESSAGES).await?;
+    let closing = tokio::spawn(async move { member.close().await });
+    let mut acked = std::collections::BTreeSet::new();
+    for delivery in deliveries {
+        tokio::time::sleep(Duration::from_millis(3)).await;
+        let number = payload(&delivery);
+        if delivery.ack().await.is_ok() {
+            acked.insert(number);
+        }
+    }
+    closing.await.unwrap()?;
+    let mut next = join(&broker, &group, GroupOptions::new()).await?;
+    let mut came = std::collections::BTreeSet::new();
+    for delivery in take(&mut next, MESSAGES - acked.len()).await? {
+        came.insert(payload(&delivery));
+        delivery.ack().await?;
+    }
+    assert!(is_quiet(&mut next).await, "more came again than was refused");
+    let both: Vec<_> = came.intersection(&acked).collect();
+    assert!(both.is_empty(), "acked and come again: {both:?}");
+    assert_eq!(came.len() + acked.len(), MESSAGES, "lost");
+    broker.delete_group(&group).await?;
+    close(&broker).await;
+    Ok(())
+}
+
 /// A member with an `instance_id` that goes and comes back is the same to the group: its partition waits for it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_static_member_comes_back_to_its_partition() -> Result<()> {
