@@ -312,7 +312,8 @@ impl Member {
                 }
                 continue;
             }
-            match decoded.travel.retried.filter(|_| lot.partition.0.is_reserved()) {
+            let Travel { for_group, retried } = decoded.travel.map(|travel| *travel).unwrap_or_default();
+            match retried.filter(|_| lot.partition.0.is_reserved()) {
                 Some(retried) => {
                     let due = retried.due;
                     if let Some(entry) = lot.admit_retried(offset, decoded.message, *retried) {
@@ -321,7 +322,6 @@ impl Member {
                     }
                 }
                 None => {
-                    let for_group = decoded.travel.for_group;
                     let wanted = for_group.is_none() || for_group == own;
                     lot.admit(offset, decoded.message, wanted);
                 }

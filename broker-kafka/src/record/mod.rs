@@ -91,8 +91,9 @@ pub(crate) struct Decoded {
     /// The message; of what could not be decoded, as much as there is.
     pub(crate) message: Message,
     /// Why it could not be decoded.
-    pub(crate) problem: Option<String>,
-    pub(crate) travel: Travel,
+    pub(crate) problem: Option<Box<str>>,
+    /// What few records have, apart, so that the others are moved cheaply.
+    pub(crate) travel: Option<Box<Travel>>,
 }
 
 /// Reads a record.
@@ -116,7 +117,7 @@ pub(crate) fn decode(record: &BorrowedMessage<'_>, format: Format, copies: &mut 
     let place = || place(record.topic(), record.partition(), record.offset());
     let mut decoded = from_headers(bare, &headers, format, place);
     if read.is_err() && decoded.problem.is_none() {
-        decoded.problem = Some("the name of a header is not UTF-8; it and those after it are left out".to_owned());
+        decoded.problem = Some("the name of a header is not UTF-8; it and those after it are left out".into());
     }
     decoded
 }
@@ -155,10 +156,10 @@ fn from_headers(
         }
     };
     match read {
-        Ok(message) => Decoded { message, problem: None, travel: Travel::default() },
+        Ok(message) => Decoded { message, problem: None, travel: None },
         Err(error) => {
             let message = bare(id).with_headers(native::raw(headers));
-            Decoded { message, problem: Some(error.message().to_owned()), travel: Travel::default() }
+            Decoded { message, problem: Some(error.message().into()), travel: None }
         }
     }
 }
