@@ -207,7 +207,8 @@ async fn a_blocked_publisher_fails_in_time_and_stops_no_ack() {
     if !fault("block").await {
         return;
     }
-    let outcome = broker.publish(&topic, Message::new("blocked")).await;
+    // Far from the publish timeout of a few seconds, and as far from never.
+    let outcome = tokio::time::timeout(Duration::from_secs(15), broker.publish(&topic, Message::new("blocked"))).await;
     delivery.ack().await.unwrap();
     let mut lag = None;
     for _ in 0..200 {
@@ -218,7 +219,7 @@ async fn a_blocked_publisher_fails_in_time_and_stops_no_ack() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     fault("unblock").await;
-    let error = outcome.unwrap_err();
+    let error = outcome.expect("the publish ends within its timeout").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
     assert!(error.is_retryable() && error.message().contains("blocks"), "{error}");
     assert_eq!(lag, Some(0), "the ack did not go through while publishers were blocked");
