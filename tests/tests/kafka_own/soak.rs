@@ -37,6 +37,7 @@ struct Again {
     number: usize,
     acked_by: usize,
     acked_at: Duration,
+    at: Duration,
 }
 
 #[derive(Default)]
@@ -60,7 +61,7 @@ impl History {
         if what == "d" {
             fate.delivered += 1;
             if let Some((acked_by, acked_at)) = fate.acked {
-                self.again.push(Again { number, acked_by, acked_at });
+                self.again.push(Again { number, acked_by, acked_at, at: now });
             }
         } else {
             self.last_acks.insert(member, now);
@@ -153,7 +154,7 @@ fn a_million_messages_survive_kills_and_restarts() {
 
     // Every two seconds one goes, by its own will or not, and another comes.
     let mut members = Vec::new();
-    let (mut next, mut kills, mut leaves) = (0, Vec::new(), 0);
+    let (mut next, mut kills, mut left) = (0, Vec::new(), Vec::new());
     while history.lock().acked < MESSAGES {
         assert!(began.elapsed() < Duration::from_secs(900), "{} are acked after 15 min", history.lock().acked);
         while members.len() < MEMBERS {
@@ -169,7 +170,7 @@ fn a_million_messages_survive_kills_and_restarts() {
                 kills.push((member.number, began.elapsed()));
                 member.kill();
             } else {
-                leaves += 1;
+                left.push((member.number, began.elapsed()));
                 member.leave();
             }
         }
@@ -182,12 +183,33 @@ fn a_million_messages_survive_kills_and_restarts() {
     let never = history.fates.iter().filter(|fate| fate.acked.is_none() || fate.delivered == 0).count();
     let twice = history.fates.iter().filter(|fate| fate.delivered > 1).count();
     println!(
-        "{MESSAGES} messages in {:?}: {next} members, {} killed, {leaves} left, restarts {restarts:?}; {never} lost, {twice} delivered \
+        "{MESSAGES} messages in {:?}: {next} members, {} killed, {} left, restarts {restarts:?}; {never} lost, {twice} delivered \
          more than once, {} of them after an ack",
         began.elapsed(),
         kills.len(),
+        left.len(),
         history.again.len(),
     );
+    println!("killed {kills:?}\nleft {left:?}");
+    let end = |ends: &[(usize, Duration)], again: &Again| {
+        ends.iter().find(|(member, _)| *member == again.acked_by).map(|(_, at)| *at)
+    };
+    let mut causes: BTreeMap<(&str, usize), (usize, Duration, Duration, Duration)> = BTreeMap::new();
+    for again in &history.again {
+        let (cause, age) = match (end(&kills, again), end(&left, again)) {
+            (Some(at), _) => ("killed", at.saturating_sub(again.acked_at)),
+            (_, Some(at)) => ("left", at.saturating_sub(again.acked_at)),
+            _ => ("stayed", again.at.saturating_sub(again.acked_at)),
+        };
+        let entry =
+            causes.entry((cause, again.acked_by)).or_insert((0, Duration::ZERO, again.acked_at, again.acked_at));
+        *entry = (entry.0 + 1, entry.1.max(age), entry.2.min(again.acked_at), entry.3.max(again.acked_at));
+    }
+    for ((cause, member), (count, age, first, last)) in &causes {
+        println!(
+            "came again: {count} acked by member {member}, which was {cause}; acked at most {age:?} before, from {first:?} to {last:?}"
+        );
+    }
     assert_eq!(never, 0, "lost");
     assert_eq!(history.strange, Vec::<String>::new());
     // What was acked comes again only if no commit with it was taken. While a rebalance waits for a member that was
