@@ -50,7 +50,9 @@ impl Acks {
         match self {
             Self::No => None,
             Self::Each => Some(BasicAckOptions { multiple: false }),
-            Self::Every(every) => (number % every == 0 || number == last).then_some(BasicAckOptions { multiple: true }),
+            Self::Every(every) => {
+                (number.is_multiple_of(every) || number == last).then_some(BasicAckOptions { multiple: true })
+            }
         }
     }
 }
