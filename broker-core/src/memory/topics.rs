@@ -19,6 +19,7 @@ use super::entry::Entry;
 use super::group::Group;
 use super::history::History;
 use super::log::{Log, LogState, Room, Wake};
+use super::run::MAX_SEGMENT;
 use crate::{
     Confirm, Error, Message, Operation, Overflow, Producer, Publish, PublishBatch, PublisherOptions, Receipt, Result,
     Topic,
@@ -117,27 +118,37 @@ impl TopicState {
         }
     }
 
-    /// The way of most messages, with one lock: they go to the topic's own log and nowhere else, and
-    /// nobody waits. `None` leaves the message where it was, for the way that sees to everything.
+    /// The way of most messages, with one lock: see [`append_direct`](Self::append_direct).
     #[inline]
     fn publish_direct(&self, shared: &Shared, message: &mut Option<Message>) -> Option<Publish> {
-        let waiting = message.as_ref().filter(|message| message.dedup_key().is_none())?;
-        let (id, size) = (waiting.id().clone(), waiting.size() as u64);
         let mut wake = Wake::new();
-        let mut log = self.own.get()?.lock();
-        // Under the lock: a drain looks into the log after it has closed the broker.
-        if !log.is_direct(shared.patterns_version.load(Ordering::Acquire)) || !shared.is_open() || !log.has_room(size) {
-            return None;
-        }
-        log.append(&self.topic, message, size, &mut wake);
-        let (matched, cooperate) = (log.readers() as u64, log.has_crowd());
-        drop(log);
+        let publish = self.append_direct(shared, &mut self.own.get()?.lock(), message, &mut wake)?;
         // Mostly there is nobody to tell; moved all the same, the list was a tenth of a publish.
         if !wake.is_empty() {
             wake.into_iter().for_each(|group| group.notify());
         }
-        let receipt = Receipt::new(id).with_matched(matched);
-        Some(if cooperate { Operation::cooperative(Ok(receipt)) } else { Operation::ready(Ok(receipt)) })
+        Some(publish)
+    }
+
+    /// Appends a message that goes to the topic's own `log` and nowhere else, while nobody waits.
+    /// `None` leaves the message where it was, for the way that sees to everything.
+    #[inline]
+    fn append_direct(
+        &self,
+        shared: &Shared,
+        log: &mut LogState,
+        message: &mut Option<Message>,
+        wake: &mut Wake,
+    ) -> Option<Publish> {
+        let waiting = message.as_ref().filter(|message| message.dedup_key().is_none())?;
+        let (id, size) = (waiting.id().clone(), waiting.size() as u64);
+        // With the log locked: a drain looks into it after it has closed the broker.
+        if !log.is_direct(shared.patterns_version.load(Ordering::Acquire)) || !shared.is_open() || !log.has_room(size) {
+            return None;
+        }
+        log.append(&self.topic, message, size, wake);
+        let receipt = Receipt::new(id).with_matched(log.readers() as u64);
+        Some(if log.has_crowd() { Operation::cooperative(Ok(receipt)) } else { Operation::ready(Ok(receipt)) })
     }
 
     fn publish_in_turn(
@@ -154,19 +165,43 @@ impl TopicState {
         publish
     }
 
-    /// The same for several, in order, under one lock.
+    /// The same for several, in order: those that go to one log a segment at a time, so that readers get
+    /// their turn, the rest under one lock.
     fn publish_batch(
         self: &Arc<Self>,
         shared: &Arc<Shared>,
         messages: Vec<Message>,
         require_route: bool,
     ) -> Vec<Publish> {
-        let mut after = After::default();
-        let mut inner = self.state.lock();
-        let publish = |message| inner.publish(self, shared, &mut Some(message), require_route, &mut after);
-        let publishes = messages.into_iter().map(publish).collect();
-        drop(inner);
-        after.run(shared);
+        let mut publishes = Vec::with_capacity(messages.len());
+        let mut messages = messages.into_iter().map(Some);
+        let mut next = None;
+        while let Some(log) = self.own.get()
+            && next.is_none()
+            && messages.len() > 0
+        {
+            let mut wake = Wake::new();
+            let mut log = log.lock();
+            for mut message in messages.by_ref().take(MAX_SEGMENT) {
+                match self.append_direct(shared, &mut log, &mut message, &mut wake) {
+                    Some(publish) => publishes.push(publish),
+                    None => {
+                        next = message;
+                        break;
+                    }
+                }
+            }
+            drop(log);
+            wake.into_iter().for_each(|group| group.notify());
+        }
+        if next.is_some() || messages.len() > 0 {
+            let mut after = After::default();
+            let mut inner = self.state.lock();
+            let publish = |mut message| inner.publish(self, shared, &mut message, require_route, &mut after);
+            publishes.extend(next.map(Some).into_iter().chain(messages).map(publish));
+            drop(inner);
+            after.run(shared);
+        }
         publishes
     }
 

@@ -114,14 +114,16 @@ impl Lines {
         }
         let mut out = Vec::new();
         let lines = self.pending.len().min(AT_ONCE);
-        let mut messages = Outgoing::default();
+        let published = Arc::clone(&self.published);
+        let mut messages = Outgoing::to(&published);
         let drained: Vec<_> = self.pending.drain(..lines).collect();
         for line in drained {
             match line {
                 Ok(line) => messages.push(ndjson::decode(&line, &self.options)),
                 Err(problem) => {
                     // It stands alone or last: what came before is published first, in order.
-                    self.ended |= self.publish(std::mem::take(&mut messages), &mut out).await;
+                    self.ended |=
+                        self.publish(std::mem::replace(&mut messages, Outgoing::to(&published)), &mut out).await;
                     write_problem(&mut out, &problem);
                     out.push(b'\n');
                 }
@@ -135,7 +137,7 @@ impl Lines {
     }
 
     /// Publishes lines and appends their results; true if no further one could be published.
-    async fn publish(&mut self, messages: Outgoing, out: &mut Vec<u8>) -> bool {
+    async fn publish(&mut self, messages: Outgoing<'_>, out: &mut Vec<u8>) -> bool {
         let count = messages.len();
         if count == 0 {
             return false;
@@ -148,11 +150,10 @@ impl Lines {
             }
             return false;
         }
-        let results =
-            match publish_all(shared, published, &self.options, self.caller.as_ref(), &self.parent, messages).await {
-                Ok(results) => results,
-                Err(error) => vec![Err(error); count],
-            };
+        let results = match publish_all(shared, &self.options, self.caller.as_ref(), &self.parent, messages).await {
+            Ok(results) => results,
+            Err(error) => vec![Err(error); count],
+        };
         let mut ends = false;
         for result in results {
             ends |= result.as_ref().is_err_and(ends_stream);

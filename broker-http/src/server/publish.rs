@@ -18,6 +18,7 @@ use super::idempotency::{Fingerprint, Key, Slot};
 use super::problem::{Answer, Problem};
 use super::publishers::Published;
 use super::query::name_in_path;
+use super::topics::Bounds;
 use super::{Shared, body, lines};
 use crate::event::{Decoded, Format, Options, binary, json, ndjson};
 use crate::traces::Parent;
@@ -116,11 +117,11 @@ async fn publish_body(
         Format::Batch => {
             let decoded = json::decode_batch(&body, options, Some(topic))?;
             check_count(shared, decoded.len())?;
-            let mut outgoing = Outgoing::default();
+            let mut outgoing = Outgoing::to(published);
             decoded.into_iter().for_each(|decoded| outgoing.push(decoded.map(|decoded| decoded.message)));
             let mut answer = Results::new(outgoing.len());
             let parent = shared.traces.parent(headers);
-            answer.extend(topic, publish_all(shared, published, options, caller, &parent, outgoing).await?);
+            answer.extend(topic, publish_all(shared, options, caller, &parent, outgoing).await?);
             Ok(answer.finish())
         }
         Format::Lines => collected(shared, published, options, caller, &shared.traces.parent(headers), &body).await,
@@ -156,10 +157,10 @@ async fn collected(
     let mut lines = lines::of(body).peekable();
     while lines.peek().is_some() {
         // A few at a time stay in the processor's cache, and their readers need not wait for all.
-        let mut outgoing = Outgoing::default();
+        let mut outgoing = Outgoing::to(published);
         lines.by_ref().take(lines::AT_ONCE).for_each(|line| outgoing.push(ndjson::decode(line, options)));
         let count = outgoing.len();
-        let results = match publish_all(shared, published, options, caller, parent, outgoing).await {
+        let results = match publish_all(shared, options, caller, parent, outgoing).await {
             Err(error) if answer.is_empty() => return Err(error.into()),
             Err(error) => vec![Err(error); count],
             Ok(results) => results,
@@ -173,7 +174,7 @@ async fn one(shared: &Shared, published: &Published, options: &Options, decoded:
     let publisher = published.publisher(&*shared.broker, options.require_route)?;
     let mut message = decoded.message;
     let mut span = shared.traces.publish(published.topic(), &mut message);
-    let publishing = async { publisher.publish(published.charge(message)?).await };
+    let publishing = async { publisher.publish(published.charge(&published.bounds(), message)?).await };
     let receipt = publishing.await.inspect_err(|error| span.failed(error))?;
     published.published(1);
     shared.metrics.accepted(1);
@@ -182,52 +183,42 @@ async fn one(shared: &Shared, published: &Published, options: &Options, decoded:
     Ok(json_response(StatusCode::ACCEPTED, json))
 }
 
-/// Messages to publish, and where one could not be read, why.
-#[derive(Default)]
-pub(crate) struct Outgoing {
+/// Messages to publish, charged to their topic; and why, where one could not be read or is not taken.
+pub(crate) struct Outgoing<'a> {
+    published: &'a Published,
+    bounds: Bounds,
     messages: Vec<Message>,
-    unread: Vec<(usize, Error)>,
+    refused: Vec<(usize, Error)>,
 }
 
-impl Outgoing {
+impl<'a> Outgoing<'a> {
+    pub(crate) fn to(published: &'a Published) -> Self {
+        Self { published, bounds: published.bounds(), messages: Vec::new(), refused: Vec::new() }
+    }
+
     pub(crate) fn push(&mut self, message: Result<Message, Error>) {
-        match message {
+        match message.and_then(|message| self.published.charge(&self.bounds, message)) {
             Ok(message) => self.messages.push(message),
-            Err(error) => self.unread.push((self.len(), error)),
+            Err(error) => self.refused.push((self.len(), error)),
         }
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.messages.len() + self.unread.len()
-    }
-
-    /// Charges the messages to their topic; one it does not take is as one that could not be read.
-    fn charged(self, published: &Published) -> Self {
-        let mut unread = self.unread.into_iter().peekable();
-        let mut charged = Self::default();
-        for message in self.messages {
-            while let Some((_, error)) = unread.next_if(|(index, _)| *index == charged.len()) {
-                charged.push(Err(error));
-            }
-            charged.push(published.charge(message));
-        }
-        unread.for_each(|(_, error)| charged.push(Err(error)));
-        charged
+        self.messages.len() + self.refused.len()
     }
 }
 
-/// Publishes what could be read, in order; what could not keeps its place among the results.
+/// Publishes what is taken, in order; what is not keeps its place among the results.
 pub(crate) async fn publish_all(
     shared: &Shared,
-    published: &Published,
     options: &Options,
     caller: Option<&Caller>,
     parent: &Parent,
-    mut outgoing: Outgoing,
+    outgoing: Outgoing<'_>,
 ) -> Result<Vec<Result<Receipt, Error>>, Error> {
+    let Outgoing { published, mut messages, refused, .. } = outgoing;
     let publisher = published.publisher(&*shared.broker, options.require_route)?;
-    let mut span = shared.traces.publish_many(published.topic(), parent, &mut outgoing.messages);
-    let Outgoing { messages, unread } = outgoing.charged(published);
+    let mut span = shared.traces.publish_many(published.topic(), parent, &mut messages);
     if let Some(caller) = caller {
         caller.overdraw(messages.len());
     }
@@ -242,12 +233,12 @@ pub(crate) async fn publish_all(
     }
     published.published(accepted);
     shared.metrics.accepted(accepted);
-    if unread.is_empty() {
+    if refused.is_empty() {
         return Ok(results);
     }
     let mut good = results.drain(..);
-    let mut all = Vec::with_capacity(good.len() + unread.len());
-    for (index, error) in unread {
+    let mut all = Vec::with_capacity(good.len() + refused.len());
+    for (index, error) in refused {
         all.extend(good.by_ref().take(index - all.len()));
         all.push(Err(error));
     }

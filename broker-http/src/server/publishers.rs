@@ -172,13 +172,18 @@ impl Published {
 
     /// Refuses publishers where the topic, or all of them together, hold too much.
     pub(crate) fn check_room(&self) -> Answer<()> {
-        let own = self.bounds.lock().memory;
+        let own = self.bounds().memory;
         self.account.check(self.topic().as_str(), own)
     }
 
-    /// Charges a message to the topic, if the topic takes one so large.
-    pub(crate) fn charge(&self, message: Message) -> Result<Message> {
-        self.bounds.lock().check(self.topic(), message.size())?;
+    /// The bounds the topic has of its own.
+    pub(crate) fn bounds(&self) -> Bounds {
+        *self.bounds.lock()
+    }
+
+    /// Charges a message to the topic, if these bounds of it let one so large pass.
+    pub(crate) fn charge(&self, bounds: &Bounds, message: Message) -> Result<Message> {
+        bounds.check(self.topic(), message.size())?;
         Ok(self.account.charge(message))
     }
 
