@@ -215,6 +215,16 @@ impl Subscription {
     /// # Errors
     ///
     /// As [`close`](Self::close).
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> broker_core::Result<()> {
+    /// use broker_core::{BrokerExt, MemoryBroker, Subscribe, TopicFilter};
+    ///
+    /// let broker = MemoryBroker::new();
+    /// let mut subscription = broker.subscribe(&TopicFilter::new("orders.>")?, Subscribe::new()).await?;
+    /// std::future::poll_fn(|cx| subscription.poll_close(cx)).await?;
+    /// # Ok(()) }
+    /// ```
     pub fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
         self.consumer.poll_close(cx)
     }

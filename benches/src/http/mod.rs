@@ -24,6 +24,8 @@ mod lines;
 mod load;
 mod publish;
 mod push;
+#[cfg(feature = "otlp")]
+mod traced;
 
 use bare::Client;
 pub(crate) use endpoint::Endpoint;
@@ -46,6 +48,8 @@ pub fn comparisons() -> Vec<Comparison> {
         latency::comparisons(),
         isolation::comparisons(),
         footprint::comparisons(),
+        #[cfg(feature = "otlp")]
+        traced::comparisons(),
     ]
     .into_iter()
     .flatten()
@@ -61,9 +65,13 @@ pub(crate) struct Ours {
 
 impl Ours {
     pub(crate) async fn start() -> Result<Self> {
+        Self::with(ServerOptions::new()).await
+    }
+
+    async fn with(options: ServerOptions) -> Result<Self> {
         let broker = Connectors::new().open("memory:")?;
         // Development mode allows endpoints on loopback, which is where all of them are.
-        let server = Server::new(Arc::clone(&broker), ServerOptions::new().with_development(true));
+        let server = Server::new(Arc::clone(&broker), options.with_development(true));
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?;
         let serving = server.clone();

@@ -188,6 +188,15 @@ impl PushClient {
     }
 
     /// Tells of every push here: a span for the messages, and one for the request.
+    ///
+    /// ```
+    /// use broker_http::Traces;
+    /// use broker_http::push::{Guard, PushClient};
+    ///
+    /// let provider = opentelemetry_sdk::trace::SdkTracerProvider::builder().build();
+    /// let client = PushClient::new(Guard::new()).with_traces(Traces::new(provider));
+    /// # let _ = client;
+    /// ```
     #[cfg(feature = "otlp")]
     #[must_use]
     pub fn with_traces(mut self, traces: Traces) -> Self {

@@ -287,9 +287,21 @@ impl Server {
 
     /// Takes up what can change while a server is at work: limits, identities, topics, allowed origins, the
     /// name for the web-hook handshake, and of pushes the guard and TLS, which hold from the next
-    /// connection on; none that was made before is used again. Under a new
-    /// name for the handshake every endpoint is asked anew, and pushes wait for its consent. Development mode, the state file and
-    /// traces stay as they were; [`set_subscriptions`](Self::set_subscriptions) is apart, since it takes time.
+    /// connection on; none that was made before is used again. Under a new name for the handshake every
+    /// endpoint is asked anew, and pushes wait for its consent. Development mode, the state file and
+    /// traces stay as they were; [`set_subscriptions`](Self::set_subscriptions) is apart, since it takes
+    /// time.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use broker_core::MemoryBroker;
+    /// use broker_http::{Limits, Server, ServerOptions};
+    ///
+    /// let server = Server::new(Arc::new(MemoryBroker::new()), ServerOptions::new());
+    /// let mut limits = Limits::default();
+    /// limits.connections = 100;
+    /// server.set_options(ServerOptions::new().with_limits(limits));
+    /// ```
     pub fn set_options(&self, options: ServerOptions) {
         let shared = &self.shared;
         let options = options.with_development(shared.options.load().is_development());

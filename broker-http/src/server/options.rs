@@ -187,6 +187,15 @@ impl ServerOptions {
     }
 
     /// Tells of every publish and push here: one trace from the publisher to the endpoint.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> broker_core::Result<()> {
+    /// use broker_http::{OtlpOptions, ServerOptions, Traces};
+    ///
+    /// let traces = Traces::otlp(OtlpOptions::new("http://127.0.0.1:4318")?)?;
+    /// let options = ServerOptions::new().with_traces(traces);
+    /// # let _ = options; Ok(()) }
+    /// ```
     #[cfg(feature = "otlp")]
     #[must_use]
     pub fn with_traces(mut self, traces: Traces) -> Self {

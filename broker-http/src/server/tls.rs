@@ -158,7 +158,17 @@ impl Tls {
     ///
     /// # Errors
     ///
-    /// As [`load`](Self::load).
+    /// As [`load`](Self::load); then it goes on with the files it had.
+    ///
+    /// ```no_run
+    /// use broker_http::{Tls, TlsFiles};
+    ///
+    /// # fn main() -> broker_core::Result<()> {
+    /// let tls = Tls::load(TlsFiles::new("cert.pem", "key.pem"))?;
+    /// // True if what they hold is something else.
+    /// let changed = tls.set_files(TlsFiles::new("next/cert.pem", "next/key.pem"))?;
+    /// # let _ = changed; Ok(()) }
+    /// ```
     pub fn set_files(&self, files: TlsFiles) -> Result<bool> {
         let contents = files.read()?;
         {
@@ -174,6 +184,15 @@ impl Tls {
     }
 
     /// Sets how often the files are looked at while they are served from (default 5 s).
+    ///
+    /// ```no_run
+    /// # fn main() -> broker_core::Result<()> {
+    /// use std::time::Duration;
+    /// use broker_http::{Tls, TlsFiles};
+    ///
+    /// let tls = Tls::load(TlsFiles::new("cert.pem", "key.pem"))?.with_look(Duration::from_secs(60));
+    /// # let _ = tls; Ok(()) }
+    /// ```
     #[must_use]
     pub fn with_look(self, every: Duration) -> Self {
         let millis = u64::try_from(every.as_millis()).unwrap_or(u64::MAX).max(1);

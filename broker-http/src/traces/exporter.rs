@@ -90,6 +90,17 @@ impl Traces {
     /// # Errors
     ///
     /// [`Invalid`](broker_core::ErrorKind::Invalid) for settings of the environment that cannot be used.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use std::time::Duration;
+    /// use broker_http::{OtlpOptions, Traces};
+    ///
+    /// let traces = Traces::otlp(OtlpOptions::new("http://127.0.0.1:4318")?.with_sample(0.1)?)?;
+    /// // At the end; it blocks.
+    /// let ended = tokio::task::spawn_blocking(move || traces.shutdown(Duration::from_secs(5))).await?;
+    /// # let _ = ended; Ok(()) }
+    /// ```
     pub fn otlp(options: OtlpOptions) -> Result<Self> {
         let url = format!("{}{PATH}", options.collector.name());
         let client = Collector { http: Arc::new(Http::new(options.collector)), runtime: Handle::current() };
