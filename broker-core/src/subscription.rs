@@ -218,7 +218,7 @@ impl Subscription {
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> broker_core::Result<()> {
-    /// use broker_core::{BrokerExt, MemoryBroker, Subscribe, TopicFilter};
+    /// use broker_core::{Broker, MemoryBroker, Subscribe, TopicFilter};
     ///
     /// let broker = MemoryBroker::new();
     /// let mut subscription = broker.subscribe(&TopicFilter::new("orders.>")?, Subscribe::new()).await?;
