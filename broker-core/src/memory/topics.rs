@@ -123,7 +123,7 @@ impl TopicState {
     fn publish_direct(&self, shared: &Shared, message: &mut Option<Message>) -> Option<Publish> {
         let mut wake = Wake::new();
         let publish = self.append_direct(shared, &mut self.own.get()?.lock(), message, &mut wake)?;
-        // Mostly there is nobody to tell; moved all the same, the list was a tenth of a publish.
+        // Mostly there is nobody to tell.
         if !wake.is_empty() {
             wake.into_iter().for_each(|group| group.notify());
         }
