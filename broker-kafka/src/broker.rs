@@ -254,7 +254,7 @@ impl Shared {
         self.registry.enter(group, settings.clone()).alter(settings);
         // Members write them with their next commit.
         for member in own {
-            member.state(|state| state.not_committed());
+            member.state(|state| state.commit_all());
             member.rouse();
         }
         Ok(())

@@ -68,7 +68,7 @@ pub(crate) fn make(admin: &Admin, source: &Source, number: usize, rouse: &Sender
         health: Arc::clone(admin.health()),
         rebalances: Mutex::default(),
         closing: AtomicBool::new(false),
-        commit_failed: Mutex::default(),
+        commits_failed: Mutex::default(),
     };
     let consumer = Client::from_config_and_context(&settings, callbacks);
     let mut consumer = consumer.map_err(|error| client::not_made(&error))?;
@@ -87,8 +87,8 @@ pub(crate) struct Callbacks {
     pub(crate) rebalances: Mutex<Vec<(RDKafkaRespErr, TopicPartitionList)>>,
     /// The thread has done its part: what is assigned or revoked now is answered at once.
     pub(crate) closing: AtomicBool,
-    /// The last commit that the server did not take.
-    pub(crate) commit_failed: Mutex<Option<Error>>,
+    /// Commits that the server did not take.
+    pub(crate) commits_failed: Mutex<Vec<(Error, TopicPartitionList)>>,
 }
 
 impl ClientContext for Callbacks {
@@ -115,11 +115,11 @@ impl ConsumerContext for Callbacks {
         }
     }
 
-    fn commit_callback(&self, result: KafkaResult<()>, _: &TopicPartitionList) {
+    fn commit_callback(&self, result: KafkaResult<()>, carried: &TopicPartitionList) {
         match result {
             Ok(()) => self.health.recovered(),
             Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => {}
-            Err(error) => *self.commit_failed.lock() = Some(error::failed("commit", &error)),
+            Err(error) => self.commits_failed.lock().push((error::failed("commit", &error), carried.clone())),
         }
     }
 }

@@ -244,11 +244,8 @@ impl Poller {
     }
 
     fn revoke(&mut self, partitions: TopicPartitionList) {
-        let places: Vec<Place> = partitions
-            .elements()
-            .iter()
-            .filter_map(|element| self.places.remove(&(Topic::new(element.topic()).ok()?, element.partition())))
-            .collect();
+        let places: Vec<Place> =
+            named(&partitions).iter().filter_map(|partition| self.places.remove(partition)).collect();
         self.queues.retain(|(place, _)| !places.contains(place));
         let lost = self.consumer.assignment_lost();
         self.member.state(|state| places.iter().for_each(|place| state.let_go(*place)));
@@ -273,6 +270,7 @@ impl Poller {
             let committed = lost || self.commit_now(Some(&leaving.places));
             if !committed && now < leaving.deadline + REBALANCE {
                 // The group is just between two generations: a moment later it takes commits again.
+                self.member.state(|state| state.unseal(Some(&leaving.places)));
                 self.leaving.push(leaving);
                 continue;
             }
@@ -305,6 +303,8 @@ impl Poller {
             self.queues.push((place, queue));
             self.places.insert(partition, place);
         }
+        // The group is between two rebalances: in the next one the server takes no commits.
+        self.next_commit = Instant::now();
         let positions = list(positions.iter().map(|(partition, offset)| (partition, *offset)))?;
         assign(&self.consumer, &positions).map_err(|error| error::failed("take partitions", &error))
     }
@@ -419,9 +419,10 @@ impl Poller {
         if self.member.group.is_none() {
             return;
         }
-        if let Some(error) = self.consumer.context().commit_failed.lock().take() {
+        let failed = std::mem::take(&mut *self.consumer.context().commits_failed.lock());
+        for (error, carried) in failed {
             self.member.entry.failed(error.message());
-            self.member.state(|state| state.not_committed());
+            self.member.state(|state| state.not_committed(&named(&carried)));
         }
         let now = Instant::now();
         if now < self.next_commit {
@@ -432,7 +433,8 @@ impl Poller {
         self.send_commit(&commits, CommitMode::Async);
     }
 
-    /// Commits, and waits until the server has it; false if it may have it a moment later.
+    /// Commits for the last time, and waits until the server has it; false if it may have it a moment later, and who
+    /// tries again unseals what is to be in it.
     fn commit_now(&self, places: Option<&[Place]>) -> bool {
         if self.member.group.is_none() {
             return true;
@@ -449,7 +451,8 @@ impl Poller {
         let sent = group::commit_list(&stored, commits)
             .and_then(|list| self.consumer.commit(&list, mode).map_err(|error| error::failed("commit", &error)));
         let Err(error) = sent else { return true };
-        self.member.state(|state| state.not_committed());
+        let carried: Vec<Partition> = commits.iter().map(|(partition, _)| partition.clone()).collect();
+        self.member.state(|state| state.not_committed(&carried));
         let passing = error.kind() == ErrorKind::Unavailable;
         self.report_error(Err(error));
         !passing
@@ -477,6 +480,7 @@ impl Poller {
         // commit, and what comes next in its rebalance is for this thread to do.
         let deadline = Instant::now() + REBALANCE;
         while !self.commit_now(None) && Instant::now() < deadline && !self.consumer.assignment_lost() {
+            self.member.state(|state| state.unseal(None));
             self.serve_events();
             self.finish_leaving();
             let _ = self.roused.recv_timeout(Duration::from_millis(20));
@@ -530,6 +534,12 @@ impl Poller {
 
 /// How long a member that goes waits for a rebalance under way.
 const REBALANCE: Duration = Duration::from_secs(5);
+
+/// The partitions of a list of librdkafka's.
+fn named(list: &TopicPartitionList) -> Vec<Partition> {
+    let elements = list.elements();
+    elements.iter().filter_map(|element| Some((Topic::new(element.topic()).ok()?, element.partition()))).collect()
+}
 
 fn arrival(record: &BorrowedMessage<'_>, format: Format, copies: &mut Copies) -> Arrival {
     Arrival { offset: record.offset(), decoded: record::decode(record, format, copies) }

@@ -213,23 +213,34 @@ impl State {
     }
 
     /// What is to be committed for the last time, of `places` or of all: also what was sent before,
-    /// because whether the server took it is not known yet. What is settled from then on would be in no commit.
+    /// because whether the server took it is not known yet. What is settled from then on would be in no commit, and is
+    /// refused. What changed elsewhere goes along: in the rebalance that follows the server takes no commit.
     pub(crate) fn last_commits(&mut self, places: Option<&[Place]>) -> Vec<(Partition, Progress)> {
-        let gone = |place: Place| places.is_none_or(|places| places.contains(&place));
-        let last = self.lots.iter_mut().filter(|(index, lot)| gone(Place { index: *index, id: lot.id }));
-        last.filter(|(_, lot)| lot.transactions == 0)
-            .filter_map(|(_, lot)| {
-                lot.sealed = true;
-                if lot.dirty || lot.sent { lot.commit() } else { None }
-            })
-            .collect()
+        let free = self.lots.iter_mut().filter(|(_, lot)| lot.transactions == 0);
+        free.filter_map(|(index, lot)| {
+            let last = is_among(places, Place { index, id: lot.id });
+            lot.sealed |= last;
+            if lot.dirty || (last && lot.sent) { lot.commit() } else { None }
+        })
+        .collect()
     }
 
-    /// A commit was not taken: what it said is to be said again.
-    pub(crate) fn not_committed(&mut self) {
-        for (_, lot) in &mut self.lots {
-            (lot.dirty, lot.sealed) = (true, false);
-        }
+    /// The last commit of `places`, or of all, is to be made again: until then they take settlements.
+    pub(crate) fn unseal(&mut self, places: Option<&[Place]>) {
+        let again = self.lots.iter_mut().filter(|(index, lot)| is_among(places, Place { index: *index, id: lot.id }));
+        again.for_each(|(_, lot)| lot.sealed = false);
+    }
+
+    /// A commit of these partitions was not taken: what it said of them is to be said again. Nothing is unsealed by
+    /// that: the server may have taken a later commit, the last one.
+    pub(crate) fn not_committed(&mut self, partitions: &[Partition]) {
+        let carried = self.lots.iter_mut().filter(|(_, lot)| partitions.contains(&lot.partition));
+        carried.for_each(|(_, lot)| lot.dirty = true);
+    }
+
+    /// All is to be committed, also what is as it was: the group's settings travel with it.
+    pub(crate) fn commit_all(&mut self) {
+        self.lots.iter_mut().for_each(|(_, lot)| lot.dirty = true);
     }
 
     pub(crate) fn take_transfers(&mut self) -> Vec<Transfer> {
@@ -271,5 +282,70 @@ impl State {
     /// Whether nothing is in flight.
     pub(crate) fn is_settled(&self) -> bool {
         self.out == 0 && self.moving == 0
+    }
+}
+
+fn is_among(places: Option<&[Place]>, place: Place) -> bool {
+    places.is_none_or(|places| places.contains(&place))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A partition of which one record is acked.
+    fn acked(state: &mut State, number: i32) -> (Place, Partition) {
+        let partition = (Topic::new("orders").unwrap(), number);
+        let place = state.add(|id| Lot::new(id, partition.clone(), Some(Progress::default()), 1000, false));
+        ack_another(state, place);
+        (place, partition)
+    }
+
+    fn ack_another(state: &mut State, place: Place) {
+        let lot = state.open_lot(place).unwrap();
+        let (offset, message) = (lot.tracker.watermark().unwrap(), Message::new("1"));
+        let seq = lot.admit(offset, message.clone(), true).unwrap();
+        assert!(lot.tracker.hand_out(seq));
+        lot.finish(seq, &message);
+    }
+
+    fn offsets(commits: Vec<(Partition, Progress)>) -> Vec<(i32, i64)> {
+        commits.into_iter().map(|((_, number), progress)| (number, progress.watermark)).collect()
+    }
+
+    #[test]
+    fn a_commit_that_failed_says_its_own_again_and_unseals_nothing() {
+        let mut state = State::default();
+        let ((going, first), (staying, second)) = (acked(&mut state, 0), acked(&mut state, 1));
+        // In the background, of both; its failure is heard of after the last commit of one was taken.
+        assert_eq!(offsets(state.commits()), [(0, 1), (1, 1)]);
+        assert_eq!(offsets(state.last_commits(Some(&[going]))), [(0, 1)]);
+        state.not_committed(&[first.clone(), second.clone()]);
+        assert!(state.open_lot(going).is_none(), "its last commit is made");
+        assert!(state.open_lot(staying).is_some());
+        assert_eq!(offsets(state.commits()), [(0, 1), (1, 1)]);
+        // Of one only.
+        state.not_committed(std::slice::from_ref(&second));
+        assert_eq!(offsets(state.commits()), [(1, 1)]);
+        state.commit_all();
+        assert!(state.open_lot(going).is_none());
+        assert_eq!(offsets(state.commits()), [(0, 1), (1, 1)]);
+    }
+
+    #[test]
+    fn a_last_commit_that_is_made_again_has_what_was_acked_between() {
+        let mut state = State::default();
+        let ((one, first), (other, _)) = (acked(&mut state, 0), acked(&mut state, 1));
+        let sealed = |state: &mut State| [one, other].map(|place| state.open_lot(place).is_none());
+        // What stays goes along, and is not sealed.
+        assert_eq!(offsets(state.last_commits(Some(&[one]))), [(0, 1), (1, 1)]);
+        assert_eq!(sealed(&mut state), [true, false]);
+        assert_eq!(offsets(state.last_commits(Some(&[other]))), [(1, 1)], "it was sent, and may have been lost");
+        assert_eq!(sealed(&mut state), [true, true]);
+        state.not_committed(&[first]);
+        state.unseal(Some(&[one]));
+        assert_eq!(sealed(&mut state), [false, true], "the other's last commit is made");
+        ack_another(&mut state, one);
+        assert_eq!(offsets(state.last_commits(Some(&[one]))), [(0, 2)]);
     }
 }
