@@ -206,14 +206,19 @@ impl Comparison {
 
     /// Whether `selector` is its name or a group it belongs to.
     pub fn is_selected_by(&self, selector: &str) -> bool {
-        let selector = selector.trim_end_matches('/');
-        self.name.strip_prefix(selector).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        is_selected(&self.name, selector)
     }
 
     /// Sets up both sides.
     pub(crate) fn prepare(self) -> BoxFuture<'static, Result<Pair>> {
         (self.prepare)()
     }
+}
+
+/// Whether `selector` is this name or a group it belongs to.
+pub(crate) fn is_selected(name: &str, selector: &str) -> bool {
+    let selector = selector.trim_end_matches('/');
+    name.strip_prefix(selector).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 impl fmt::Debug for Comparison {

@@ -1,7 +1,9 @@
-//! Other people's brokers and channels beside ours: one publisher, a copy for every subscriber, the
-//! same payload. `cargo run --release --bin ratios -- peers` in the project's own workspace builds
+//! Other people's brokers and channels beside ours. In one process: one publisher, a copy for every subscriber, the
+//! same payload. With a feature each, other people's adapters of RabbitMQ. `cargo run --release --bin ratios -- peers` in the project's own workspace builds
 //! and runs this one.
 
+#[cfg(feature = "amqp")]
+mod amqp;
 mod channels;
 mod mq_bridge;
 mod ruststream;
@@ -29,6 +31,8 @@ pub fn comparisons() -> Vec<Comparison> {
         comparisons.push(versus(name("flume"), 1.0, load, fan_out::ours, channels::flume));
         comparisons.push(versus(name("async_broadcast"), 1.0, load, fan_out::ours, channels::async_broadcast));
     }
+    #[cfg(feature = "amqp")]
+    comparisons.extend(amqp::comparisons());
     comparisons
 }
 
@@ -39,8 +43,9 @@ mod tests {
     #[test]
     fn the_names_are_those_that_the_list_promises() {
         let mut ours: Vec<_> = comparisons().iter().map(|it| (it.name().to_owned(), it.bars().usual.ratio)).collect();
-        let mut listed: Vec<_> =
-            broker_benches::peers::NAMES.iter().map(|(name, bar)| ((*name).to_owned(), *bar)).collect();
+        let is_built = |name: &str| cfg!(feature = "amqp") || !name.starts_with("peers/amqp/");
+        let listed = broker_benches::peers::NAMES.iter().filter(|(name, _)| is_built(name));
+        let mut listed: Vec<_> = listed.map(|(name, bar)| ((*name).to_owned(), *bar)).collect();
         ours.sort_by(|one, other| one.0.cmp(&other.0));
         listed.sort_by(|one, other| one.0.cmp(&other.0));
         assert_eq!(ours, listed);

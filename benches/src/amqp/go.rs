@@ -57,7 +57,6 @@ async fn build(name: &str) -> Result<PathBuf> {
 
 /// A round.
 pub(super) async fn publish(go: Arc<Program>, scene: Arc<Scene>, messages: u64, window: usize) -> Result<Sample> {
-    scene.purge().await?;
     let arguments = [
         format!("{}/%2f", scene.url),
         scene.exchange().to_owned(),

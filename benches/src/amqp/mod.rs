@@ -21,8 +21,7 @@ mod scene;
 
 use consume::Acks;
 use go::Program;
-use scene::Scene;
-pub use scene::{Kind, Load};
+pub use scene::{Kind, Load, PREFETCH, Scene};
 
 /// How long a round may take before it is taken for a hang.
 const HANG: Duration = Duration::from_secs(120);
@@ -82,12 +81,98 @@ fn publish(load: Load, window: usize, messages: u64, bar: f64) -> Comparison {
 /// Ours beside a program in Go.
 fn publish_beside(load: Load, window: usize, peer: &str, program: &'static str) -> Comparison {
     let name = load.name(&format!("publish_{window}_{peer}"));
-    Comparison::new(name, Unit::MessagesPerSecond, 1.0, async move || {
+    publish_versus(name, load, window, 1.0, move |_| Program::build(program), go::publish)
+}
+
+/// Ours, so many publishes unconfirmed, beside a peer that is opened once and publishes as many messages to the
+/// same exchange. After each round of either side the queue holds every message, or the round is an error.
+pub fn publish_versus<P, O, R>(
+    name: String,
+    load: Load,
+    window: usize,
+    bar: f64,
+    open: impl FnOnce(Arc<Scene>) -> O + Send + 'static,
+    round: fn(Arc<P>, Arc<Scene>, u64, usize) -> R,
+) -> Comparison
+where
+    P: Send + Sync + 'static,
+    O: Future<Output = Result<P>> + Send + 'static,
+    R: Future<Output = Result<Sample>> + Send + 'static,
+{
+    Comparison::new(name, Unit::MessagesPerSecond, bar, async move || {
         let scene = Arc::new(Scene::open(load).await?);
-        let go = Arc::new(Program::build(program).await?);
-        let theirs = Arc::clone(&scene);
-        let ours = move || publish::ours(Arc::clone(&scene), MANY, window);
-        Ok(Pair::new(ours, move || go::publish(Arc::clone(&go), Arc::clone(&theirs), MANY, window)))
+        let peer = Arc::new(open(Arc::clone(&scene)).await?);
+        let beside = Arc::clone(&scene);
+        let ours = move || {
+            let scene = Arc::clone(&scene);
+            async move {
+                let sample = publish::ours(Arc::clone(&scene), MANY, window).await?;
+                scene.check_left(&scene.queue(), MANY).await?;
+                Ok(sample)
+            }
+        };
+        Ok(Pair::new(ours, move || {
+            let (peer, scene) = (Arc::clone(&peer), Arc::clone(&beside));
+            async move {
+                scene.purge().await?;
+                let sample = round(peer, Arc::clone(&scene), MANY, window).await?;
+                scene.check_left(&scene.queue(), MANY).await?;
+                Ok(sample)
+            }
+        }))
+    })
+}
+
+/// The queue that a peer consumes.
+#[derive(Clone, Copy, Debug)]
+pub enum PeerQueue {
+    /// That of our group, which the peer takes as it is.
+    Ours,
+    /// One of this name, durable and without arguments: what a peer declares itself, whose declaration would not
+    /// fit ours.
+    Plain(&'static str),
+}
+
+/// Ours, each delivery acked, beside a peer that empties the queue that is named to it, which holds as many of the
+/// same messages. After each round of either side nothing is left, or the round is an error.
+pub fn consume_versus<R>(
+    name: String,
+    load: Load,
+    queue: PeerQueue,
+    round: fn(Arc<Scene>, String, u64) -> R,
+) -> Comparison
+where
+    R: Future<Output = Result<Sample>> + Send + 'static,
+{
+    Comparison::new(name, Unit::DeliveriesPerSecond, 0.0, async move || {
+        let scene = Arc::new(Scene::open(load).await?);
+        let beside = Arc::clone(&scene);
+        let ours = move || {
+            let scene = Arc::clone(&scene);
+            async move {
+                let sample = consume::ours(Arc::clone(&scene), MANY).await?;
+                scene.check_left(&scene.queue(), 0).await?;
+                Ok(sample)
+            }
+        };
+        Ok(Pair::new(ours, move || {
+            let scene = Arc::clone(&beside);
+            async move {
+                let queue = match queue {
+                    PeerQueue::Ours => {
+                        scene.fill(MANY).await?;
+                        scene.queue()
+                    }
+                    PeerQueue::Plain(name) => {
+                        scene.fill_plain(name, MANY).await?;
+                        name.to_owned()
+                    }
+                };
+                let sample = round(Arc::clone(&scene), queue.clone(), MANY).await?;
+                scene.check_left(&queue, 0).await?;
+                Ok(sample)
+            }
+        }))
     })
 }
 
@@ -113,7 +198,11 @@ fn ceiling(load: Load, name: &str, acks: Acks) -> Comparison {
 }
 
 /// Does a round's work, which is about so many messages.
-async fn timed(messages: u64, work: impl Future<Output = Result<()>>) -> Result<Sample> {
+///
+/// # Errors
+///
+/// What the work says, and that it hangs.
+pub async fn timed(messages: u64, work: impl Future<Output = Result<()>>) -> Result<Sample> {
     let watch = Stopwatch::start();
     bounded("a round", work).await?;
     Ok(watch.per_message(messages))

@@ -26,15 +26,20 @@ pub(super) struct Publisher {
 }
 
 impl Publisher {
+    /// To the exchange of the scene.
     pub(super) async fn open(scene: &Scene) -> Result<Self> {
+        Self::open_to(scene, scene.exchange(), scene.topic.as_str()).await
+    }
+
+    pub(super) async fn open_to(scene: &Scene, exchange: &str, key: &str) -> Result<Self> {
         let (connection, channel) = connect(&scene.url).await?;
         channel.confirm_select(ConfirmSelectOptions::default()).await?;
         Ok(Self {
             _connection: connection,
             channel,
             properties: properties(scene.load),
-            exchange: scene.exchange().into(),
-            key: scene.topic.as_str().into(),
+            exchange: exchange.into(),
+            key: key.into(),
             body: scene.load.body(),
         })
     }

@@ -1,9 +1,11 @@
 //! The server, and what stands on it for one comparison.
 
+use std::fmt;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use broker_amqp::lapin::options::BasicGetOptions;
-use broker_amqp::lapin::types::ShortString;
+use broker_amqp::lapin::options::{BasicGetOptions, QueueDeclareOptions, QueuePurgeOptions};
+use broker_amqp::lapin::types::{FieldTable, ShortString};
 use broker_amqp::lapin::{Channel, Connection, ConnectionProperties};
 use broker_core::{Broker, Connectors, Group, GroupOptions, Message, PublisherOptions, Subscribe, Subscription, Topic};
 use bytes::Bytes;
@@ -12,7 +14,10 @@ use super::raw;
 use crate::{Result, server};
 
 /// Deliveries unacked at most, on every side.
-pub(super) const PREFETCH: usize = 256;
+pub const PREFETCH: usize = 256;
+
+/// How long a consumer that has ended may still be the queue's.
+const GONE: Duration = Duration::from_secs(5);
 
 /// What the queue is, and whether messages outlive the server's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,14 +76,24 @@ impl Kind {
 }
 
 /// A group's queue behind a topic exchange, our broker on it, and a raw channel beside it.
-pub(super) struct Scene {
-    pub(super) load: Load,
-    pub(super) url: String,
+pub struct Scene {
+    /// What is sent.
+    pub load: Load,
+    /// The server, without a virtual host.
+    pub url: String,
     pub(super) broker: Arc<dyn Broker>,
-    pub(super) topic: Topic,
+    /// What is published to, which is the routing key.
+    pub topic: Topic,
     group: Group,
     _connection: Connection,
     channel: Channel,
+}
+
+impl fmt::Debug for Scene {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Not the URL, which has a password.
+        f.debug_struct("Scene").field("load", &self.load).field("topic", &self.topic).finish_non_exhaustive()
+    }
 }
 
 impl Scene {
@@ -98,11 +113,13 @@ impl Scene {
         Ok(scene)
     }
 
-    pub(super) fn exchange(&self) -> &'static str {
+    /// The topic exchange.
+    pub fn exchange(&self) -> &'static str {
         "bench"
     }
 
-    pub(super) fn queue(&self) -> String {
+    /// The group's queue, which the exchange routes the topic to.
+    pub fn queue(&self) -> String {
         self.group.to_string()
     }
 
@@ -116,6 +133,33 @@ impl Scene {
     pub(super) async fn fill(&self, messages: u64) -> Result<()> {
         self.purge().await?;
         super::publish::publish(self, messages, 1_000).await
+    }
+
+    /// Declares a durable queue without arguments, and puts so many messages into it, the same as into ours.
+    pub(super) async fn fill_plain(&self, name: &str, messages: u64) -> Result<()> {
+        let queue = ShortString::from(name);
+        self.channel.queue_declare(queue.clone(), QueueDeclareOptions::durable(), FieldTable::default()).await?;
+        self.channel.queue_purge(queue, QueuePurgeOptions::default()).await?;
+        raw::Publisher::open_to(self, "", name).await?.publish_joined(messages, 1_000, 64).await
+    }
+
+    /// Checks that a queue holds so many messages, once nobody consumes it anymore: what was delivered and never
+    /// acked is in it again by then.
+    pub(super) async fn check_left(&self, queue: &str, messages: u64) -> Result<()> {
+        let since = Instant::now();
+        loop {
+            let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+            let state = self.channel.queue_declare(queue.into(), passive, FieldTable::default()).await?;
+            if state.consumer_count() > 0 && since.elapsed() < GONE {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                continue;
+            }
+            let (left, consumers) = (u64::from(state.message_count()), state.consumer_count());
+            return match (left, consumers) == (messages, 0) {
+                true => Ok(()),
+                false => Err(format!("{queue} holds {left} messages ({consumers} consumers), not {messages}").into()),
+            };
+        }
     }
 
     pub(super) async fn join(&self) -> Result<Subscription> {
