@@ -11,7 +11,7 @@ use crate::comparison::{Bar, is_selected};
 const FEATURES: [&str; 2] = ["amqp", "kafka"];
 
 /// The peers' names and bars (0 is none), told without building them; a test of theirs checks that it is these.
-pub const NAMES: [(&str, f64); 13] = [
+pub const NAMES: [(&str, f64); 19] = [
     ("peers/ruststream_10", 5.0),
     ("peers/ruststream_100", 5.0),
     ("peers/mq_bridge_10", 1.5),
@@ -25,6 +25,12 @@ pub const NAMES: [(&str, f64); 13] = [
     ("peers/amqp/mq_bridge_publish_64", 0.0),
     ("peers/amqp/mq_bridge_batch_64", 0.0),
     ("peers/amqp/mq_bridge_consume", 0.0),
+    ("peers/kafka/ruststream_publish", 0.0),
+    ("peers/kafka/mq_bridge_publish", 0.0),
+    ("peers/kafka/sea_streamer_publish", 0.0),
+    ("peers/kafka/ruststream_consume", 0.0),
+    ("peers/kafka/mq_bridge_consume", 0.0),
+    ("peers/kafka/sea_streamer_consume", 0.0),
 ];
 
 /// Whether a name asked for is the peers'.

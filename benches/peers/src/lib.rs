@@ -1,10 +1,13 @@
 //! Other people's brokers and channels beside ours. In one process: one publisher, a copy for every subscriber, the
-//! same payload. With a feature each, other people's adapters of RabbitMQ. `cargo run --release --bin ratios -- peers` in the project's own workspace builds
+//! same payload. With a feature each, other people's adapters of RabbitMQ
+//! and Kafka. `cargo run --release --bin ratios -- peers` in the project's own workspace builds
 //! and runs this one.
 
 #[cfg(feature = "amqp")]
 mod amqp;
 mod channels;
+#[cfg(feature = "kafka")]
+mod kafka;
 mod mq_bridge;
 mod ruststream;
 
@@ -33,6 +36,8 @@ pub fn comparisons() -> Vec<Comparison> {
     }
     #[cfg(feature = "amqp")]
     comparisons.extend(amqp::comparisons());
+    #[cfg(feature = "kafka")]
+    comparisons.extend(kafka::comparisons());
     comparisons
 }
 
@@ -43,7 +48,10 @@ mod tests {
     #[test]
     fn the_names_are_those_that_the_list_promises() {
         let mut ours: Vec<_> = comparisons().iter().map(|it| (it.name().to_owned(), it.bars().usual.ratio)).collect();
-        let is_built = |name: &str| cfg!(feature = "amqp") || !name.starts_with("peers/amqp/");
+        let is_built = |name: &str| {
+            let needs = |group: &str| name.starts_with(group);
+            (cfg!(feature = "amqp") || !needs("peers/amqp/")) && (cfg!(feature = "kafka") || !needs("peers/kafka/"))
+        };
         let listed = broker_benches::peers::NAMES.iter().filter(|(name, _)| is_built(name));
         let mut listed: Vec<_> = listed.map(|(name, bar)| ((*name).to_owned(), *bar)).collect();
         ours.sort_by(|one, other| one.0.cmp(&other.0));

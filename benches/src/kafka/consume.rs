@@ -19,6 +19,9 @@ use crate::sample::{Sample, Stopwatch};
 /// Deliveries taken off at once at most.
 const BATCH: usize = 256;
 
+/// Records of a backlog beside a peer: a second or two of the slower.
+const PEERS: u64 = 200_000;
+
 /// Deliveries that a handler holds on to, so that its acks are out of order.
 const HELD: usize = 100;
 
@@ -58,6 +61,36 @@ fn versus(name: String, bar: f64, load: Load) -> Comparison {
         Ok(Pair::new(ours, move || {
             let scene = Arc::clone(&theirs);
             blocking(move || bare(&scene, load))
+        }))
+    })
+}
+
+/// Ours, each delivery acked, beside a peer that is a member of the group that is named to it, which has no commits
+/// yet, and reads as many records of the same topic of one partition. After each round of either side the group's
+/// commits are at the end, or the round is an error.
+pub fn consume_versus<R>(name: String, size: usize, round: fn(Arc<Scene>, String, u64) -> R) -> Comparison
+where
+    R: Future<Output = Result<Sample>> + Send + 'static,
+{
+    let load = Load { size, many: PEERS, partitions: 1, shuffled: false, tuned: true };
+    Comparison::new(name, Unit::DeliveriesPerSecond, 0.0, async move || {
+        let scene = Arc::new(Scene::open(load.size, 1).await?);
+        fill(&scene, load.many - 1).await?;
+        let beside = Arc::clone(&scene);
+        let (our_rounds, their_rounds) = (AtomicU64::new(0), AtomicU64::new(0));
+        let ours = move || {
+            let number = our_rounds.fetch_add(1, Ordering::Relaxed);
+            bounded(ours(Arc::clone(&scene), load, number))
+        };
+        Ok(Pair::new(ours, move || {
+            let number = their_rounds.fetch_add(1, Ordering::Relaxed);
+            let scene = Arc::clone(&beside);
+            bounded(async move {
+                let group = format!("peer-{number}@{}", scene.topic);
+                let sample = round(Arc::clone(&scene), group.clone(), load.many).await?;
+                scene.check_committed(&group, load.many).await?;
+                Ok(sample)
+            })
         }))
     })
 }
@@ -110,6 +143,7 @@ async fn ours(scene: Arc<Scene>, load: Load, round: u64) -> Result<Sample> {
     if received > load.many {
         return Err(format!("{received} deliveries of {} messages", load.many).into());
     }
+    scene.check_committed(&scene.config.group_id(&group), load.many).await?;
     scene.broker.delete_group(&group).await?;
     Ok(sample)
 }

@@ -39,6 +39,9 @@ impl AsyncRuntime for Tokio {
 
 const ONE_BY_ONE: u64 = 3_000;
 
+/// Records of a round beside a peer: a second or so.
+const PEERS: u64 = 200_000;
+
 /// Publishes outstanding at most where they are pipelined: a future each, the oldest awaited.
 const WINDOW: usize = 10_000;
 
@@ -92,6 +95,44 @@ pub(super) fn comparisons(size: usize) -> Vec<Comparison> {
             },
         ),
     ]
+}
+
+/// Ours, a future each, beside a peer that is opened once and publishes as many records to the same topic, as many
+/// outstanding. After each round of either side the topic holds as many more, or the round is an error.
+pub fn publish_versus<P, O, R>(
+    name: String,
+    size: usize,
+    open: impl FnOnce(Arc<Scene>) -> O + Send + 'static,
+    round: fn(Arc<P>, Arc<Scene>, u64, usize) -> R,
+) -> Comparison
+where
+    P: Send + Sync + 'static,
+    O: Future<Output = Result<P>> + Send + 'static,
+    R: Future<Output = Result<Sample>> + Send + 'static,
+{
+    Comparison::new(name, Unit::MessagesPerSecond, 0.0, async move || {
+        let scene = Arc::new(Scene::open(size, 1).await?);
+        let peer = Arc::new(open(Arc::clone(&scene)).await?);
+        let beside = Arc::clone(&scene);
+        let ours = move || {
+            let scene = Arc::clone(&scene);
+            counted(Arc::clone(&scene), pipelined(scene, PEERS))
+        };
+        Ok(Pair::new(ours, move || {
+            let (peer, scene) = (Arc::clone(&peer), Arc::clone(&beside));
+            counted(Arc::clone(&scene), round(peer, scene, PEERS, WINDOW))
+        }))
+    })
+}
+
+/// A round that publishes, if the server has as many records more after it.
+async fn counted(scene: Arc<Scene>, round: impl Future<Output = Result<Sample>>) -> Result<Sample> {
+    let before = scene.records().await?;
+    let sample = bounded(round).await?;
+    match scene.records().await? - before {
+        PEERS => Ok(sample),
+        other => Err(format!("the topic holds {other} records more, not {PEERS}").into()),
+    }
 }
 
 async fn awaited(scene: Arc<Scene>) -> Result<Sample> {
