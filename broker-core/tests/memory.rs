@@ -149,3 +149,114 @@ async fn a_close_beside_publishers_reports_all_they_were_confirmed() {
         assert_eq!(report.undelivered, confirmed, "round {round}");
     }
 }
+
+/// A member of group `g` on `orders` that takes one message, tells of it, and keeps it unsettled.
+fn holds_one(
+    mut member: Subscription,
+    told: tokio::sync::mpsc::UnboundedSender<String>,
+) -> tokio::task::JoinHandle<()> {
+    tokio::spawn(async move {
+        let delivery = member.next().await.unwrap().expect("open");
+        told.send(String::from_utf8_lossy(delivery.message().payload()).into_owned()).unwrap();
+        std::future::pending::<()>().await;
+    })
+}
+
+async fn soon<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(10), future).await.expect("within ten seconds")
+}
+
+/// Three members of a group that hold one message at most.
+async fn three(broker: &MemoryBroker, topic: &Topic) -> [Subscription; 3] {
+    let one = || Subscribe::group(GroupName::new("g").unwrap()).with_max_in_flight(1).unwrap();
+    let join = async || broker.subscribe(&topic.into(), one()).await.unwrap();
+    [join().await, join().await, join().await]
+}
+
+/// The member that sleeps until a retry is due takes another message meanwhile: a member that is idle
+/// sees to the retry.
+#[tokio::test]
+async fn a_retry_that_is_due_does_not_wait_for_a_busy_member() {
+    let (broker, topic) = (MemoryBroker::new(), Topic::new("orders").unwrap());
+    let [mut a, b, c] = three(&broker, &topic).await;
+    broker.publish(&topic, Message::new("fails")).await.unwrap();
+    let failing = a.next().await.unwrap().expect("open");
+    let (told, mut hear) = tokio::sync::mpsc::unbounded_channel();
+    let members = [a, b, c].map(|member| holds_one(member, told.clone()));
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    failing.retry_after(Duration::from_millis(200)).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    broker.publish(&topic, Message::new("slow")).await.unwrap();
+    assert_eq!(soon(hear.recv()).await.as_deref(), Some("slow"));
+    assert_eq!(soon(hear.recv()).await.as_deref(), Some("fails"), "while the other works on, unsettled");
+    members.iter().for_each(tokio::task::JoinHandle::abort);
+}
+
+/// The member that sleeps until a retry is due gives up waiting.
+#[tokio::test]
+async fn a_retry_that_is_due_does_not_wait_for_a_member_that_gave_up() {
+    let (broker, topic) = (MemoryBroker::new(), Topic::new("orders").unwrap());
+    let [mut a, b, c] = three(&broker, &topic).await;
+    drop(c);
+    broker.publish(&topic, Message::new("fails")).await.unwrap();
+    let failing = a.next().await.unwrap().expect("open");
+    let (told, mut hear) = tokio::sync::mpsc::unbounded_channel();
+    let waiting = tokio::spawn(async move {
+        let given_up = tokio::time::timeout(Duration::from_millis(100), a.next()).await.is_err();
+        (a, given_up)
+    });
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let member = holds_one(b, told);
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    failing.retry_after(Duration::from_millis(300)).await.unwrap();
+    let (_a, given_up) = waiting.await.unwrap();
+    assert!(given_up);
+    assert_eq!(soon(hear.recv()).await.as_deref(), Some("fails"));
+    member.abort();
+}
+
+/// `select!` keeps a `next()` alive that nobody polls while another arm works.
+#[tokio::test]
+async fn a_member_that_is_told_and_not_polled_does_not_starve_its_group() {
+    let (broker, topic) = (MemoryBroker::new(), Topic::new("orders").unwrap());
+    let [mut a, b, c] = three(&broker, &topic).await;
+    let (told, mut hear) = tokio::sync::mpsc::unbounded_channel();
+    let mut unpolled = Box::pin(a.next());
+    assert!((&mut unpolled).now_or_never().is_none());
+    let members = [b, c].map(|member| holds_one(member, told.clone()));
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    for number in 0..3 {
+        broker.publish(&topic, Message::new(number.to_string())).await.unwrap();
+    }
+    assert_eq!(soon(hear.recv()).await.as_deref(), Some("0"));
+    assert_eq!(soon(hear.recv()).await.as_deref(), Some("1"));
+    assert_eq!(soon(unpolled).await.unwrap().expect("open").message().payload().as_ref(), b"2");
+    members.iter().for_each(tokio::task::JoinHandle::abort);
+}
+
+/// Dead letters that nobody takes are bounded, and hold up neither who rejects nor the end.
+#[tokio::test]
+async fn dead_letters_for_a_full_group_are_bounded() {
+    let (broker, topic, dead) = (MemoryBroker::new(), Topic::new("orders").unwrap(), Topic::new("dead").unwrap());
+    let full = GroupOptions::new().with_backlog(Backlog::default().with_max_messages(10).unwrap());
+    broker.create_group(&"reader@dead".parse().unwrap(), full).await.unwrap();
+    let billing = Subscribe::group(GroupName::new("billing").unwrap())
+        .with_options(GroupOptions::new().with_dead_letter(dead.clone()));
+    let mut member = broker.subscribe(&(&topic).into(), billing).await.unwrap();
+    for _ in 0..20_000 {
+        broker.publish(&topic, Message::new(vec![0; 1_000])).await.unwrap();
+        member.next().await.unwrap().expect("open").reject("bad").await.unwrap();
+    }
+    let report = soon(broker.close(Duration::from_secs(60))).await;
+    assert_eq!(report.unconfirmed, 0, "a dead letter is no publish of anybody's: {report:?}");
+}
+
+/// A closed broker changes nothing.
+#[tokio::test]
+async fn what_is_closed_is_not_altered() {
+    let (broker, group) = (MemoryBroker::new(), "g@orders".parse().unwrap());
+    broker.create_group(&group, GroupOptions::new()).await.unwrap();
+    broker.close(Duration::from_secs(1)).await;
+    assert_eq!(broker.alter_group(&group, GroupOptions::new()).await.unwrap_err().kind(), ErrorKind::Closed);
+    assert_eq!(broker.purge_group(&group).await.unwrap_err().kind(), ErrorKind::Closed);
+}

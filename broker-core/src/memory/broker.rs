@@ -159,7 +159,7 @@ impl Broker for MemoryBroker {
     }
 
     fn alter_group(&self, group: &Group, options: GroupOptions) -> BoxFuture<'_, Result<()>> {
-        done(self.shared().find_group(group).and_then(|found| {
+        done(self.shared().open_group(group).and_then(|found| {
             let now = found.settings();
             if options.start.as_ref().is_some_and(|start| *start != now.start) {
                 return Err(Error::conflict(format!(
@@ -188,7 +188,7 @@ impl Broker for MemoryBroker {
     }
 
     fn purge_group(&self, group: &Group) -> BoxFuture<'_, Result<u64>> {
-        done(self.shared().find_group(group).map(|group| group.purge()))
+        done(self.shared().open_group(group).map(|group| group.purge()))
     }
 
     fn dead_letters(&self, group: &Group, max: usize) -> BoxFuture<'_, Result<Vec<DeadLetter>>> {
@@ -201,16 +201,12 @@ impl Broker for MemoryBroker {
 
     fn redrive(&self, group: &Group, max: u64) -> BoxFuture<'_, Result<u64>> {
         let shared = self.shared();
-        done(if shared.is_open() {
-            shared.find_group(group).map(|found| {
-                let letters = shared.keeps.take(group, max);
-                let count = letters.len() as u64;
-                found.redrive(letters.into_iter());
-                count
-            })
-        } else {
-            Err(closed())
-        })
+        done(shared.open_group(group).map(|found| {
+            let letters = shared.keeps.take(group, max);
+            let count = letters.len() as u64;
+            found.redrive(letters.into_iter());
+            count
+        }))
     }
 
     fn status(&self) -> BoxFuture<'_, Result<Status>> {

@@ -50,6 +50,10 @@ impl Lanes {
         let next = lane.behind.pop_front();
         if next.is_none() {
             self.0.remove(key);
+            // What a burst of keys took is given back once nothing is out.
+            if self.0.is_empty() && self.0.capacity() > 1_024 {
+                self.0 = HashMap::new();
+            }
         }
         next
     }

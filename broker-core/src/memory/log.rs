@@ -86,8 +86,10 @@ struct Reader {
     crowd: bool,
     /// Entries dropped because the group was at its bound.
     dropped: u64,
-    /// Whether it is listed in `waiting`.
-    waits: bool,
+    /// Its place in `waiting`, if it is listed there.
+    place: Option<usize>,
+    /// Where the tail is to come to for it to be told.
+    tell_at: u64,
 }
 
 /// What a publish finds.
@@ -263,16 +265,35 @@ impl LogState {
         self.burst += 1;
         self.room = self.room.saturating_sub(1);
         self.room_bytes = self.room_bytes.saturating_sub(size);
-        for key in self.waiting.drain(..) {
-            if let Some(reader) = self.readers.get_mut(key) {
-                reader.waits = false;
-                wake.push(Arc::clone(&reader.group));
-            }
+        if !self.waiting.is_empty() {
+            self.tell_waiting(wake);
         }
         while let Some(key) = self.skipping.pop() {
             self.advance(key, 1);
             self.count_dropped(key);
         }
+    }
+
+    /// Tells the readers that wait for the tail to come here. One member of a group is told of the first
+    /// entry. If it does not come, being alive but not polled, another is told where there is twice as much
+    /// before the group: nobody starves for one that is busy elsewhere, and few are told in vain.
+    fn tell_waiting(&mut self, wake: &mut Wake) {
+        let (tail, readers) = (self.tail, &mut self.readers);
+        let mut kept = 0;
+        self.waiting.retain(|key| {
+            let Some(reader) = readers.get_mut(*key) else { return false };
+            if reader.tell_at <= tail {
+                wake.push(Arc::clone(&reader.group));
+                if !reader.crowd {
+                    reader.place = None;
+                    return false;
+                }
+                reader.tell_at = tail + (tail - reader.cursor).max(1);
+            }
+            reader.place = Some(kept);
+            kept += 1;
+            true
+        });
     }
 
     /// Has `topic` told when the reader that was found at its bound has room again.
@@ -299,7 +320,8 @@ impl LogState {
             backlog,
             crowd: false,
             dropped: 0,
-            waits: false,
+            place: None,
+            tell_at: 0,
         })
     }
 
@@ -307,7 +329,13 @@ impl LogState {
     pub(super) fn remove_reader(&mut self, key: usize) -> (bool, Vec<Arc<TopicState>>) {
         if let Some(reader) = self.readers.try_remove(key) {
             self.crowds -= usize::from(reader.crowd);
-            self.waiting.retain(|have| *have != key);
+            if let Some(place) = reader.place {
+                self.waiting.swap_remove(place);
+                let moved = self.waiting.get(place).and_then(|key| self.readers.get_mut(*key));
+                if let Some(moved) = moved {
+                    moved.place = Some(place);
+                }
+            }
             if reader.cursor == self.tail {
                 self.caught_up -= 1;
             } else {
@@ -406,7 +434,9 @@ impl LogState {
     /// Lists a reader to be told of the next entry; false if there is one already.
     pub(super) fn wait(&mut self, key: usize) -> bool {
         let Some(reader) = self.readers.get_mut(key).filter(|reader| reader.cursor == self.tail) else { return false };
-        if !std::mem::replace(&mut reader.waits, true) {
+        reader.tell_at = self.tail + 1;
+        if reader.place.is_none() {
+            reader.place = Some(self.waiting.len());
             self.waiting.push(key);
         }
         true

@@ -86,6 +86,11 @@ impl Shared {
         group.ok_or_else(|| Error::not_found(format!("group {id} does not exist")))
     }
 
+    /// The group called `id`, to change it: a closed broker changes nothing.
+    pub(super) fn open_group(&self, id: &GroupId) -> Result<Arc<Group>> {
+        if self.is_open() { self.find_group(id) } else { Err(closed()) }
+    }
+
     /// Deletes the group called `id`; false if there is none.
     pub(super) fn remove_group(&self, id: &GroupId) -> bool {
         let Some(group) = self.registry.lock().groups.remove(id) else { return false };

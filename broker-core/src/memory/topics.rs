@@ -43,11 +43,16 @@ struct Inner {
     /// Publishes that wait for room, in the order of their calls.
     waiting: BTreeMap<u64, Waiting>,
     last_ticket: u64,
+    /// Of those that wait, dead letters of which nobody hears.
+    unheard: usize,
     /// Outcomes of those that waited, not heard yet.
     done: FxHashMap<u64, Result<Receipt>>,
     history: Option<Box<History>>,
     dedup: Option<Box<Window>>,
 }
+
+/// Dead letters that wait for room in a topic at most; further ones are in their group's keep alone.
+const MAX_UNHEARD: usize = 1_000;
 
 struct Waiting {
     message: Message,
@@ -230,8 +235,14 @@ impl TopicState {
             Some(Err(error)) => {
                 tracing::warn!(topic = %self.topic, %error, "a dead letter did not reach a subscriber; it is kept")
             }
-            None => drop(
-                message.map(|message| inner.wait(Waiting { message, require_route: false, waker: None, heard: false })),
+            None if inner.unheard < MAX_UNHEARD => {
+                let wait = |message| inner.wait(Waiting { message, require_route: false, waker: None, heard: false });
+                message.map(wait);
+            }
+            // It is no publisher that could be slowed down: whoever rejects goes on.
+            None => tracing::warn!(
+                topic = %self.topic,
+                "a dead letter did not reach a subscriber, whose backlog is full; it is kept"
             ),
         }
         drop(inner);
@@ -249,6 +260,8 @@ impl TopicState {
                 Some(result) => {
                     if heard {
                         inner.done.insert(ticket, result);
+                    } else {
+                        inner.unheard -= 1;
                     }
                     wakers.extend(waker);
                 }
@@ -268,11 +281,13 @@ impl TopicState {
     pub(super) fn fail_waiting(&self) -> u64 {
         let mut inner = self.state.lock();
         let waiting = std::mem::take(&mut inner.waiting);
-        let failed = waiting.len() as u64;
+        inner.unheard = 0;
+        let mut failed = 0;
         let mut wakers = Vec::new();
         for (ticket, Waiting { waker, heard, .. }) in waiting {
             if heard {
                 inner.done.insert(ticket, Err(closed()));
+                failed += 1;
             }
             wakers.extend(waker);
         }
@@ -281,9 +296,10 @@ impl TopicState {
         failed
     }
 
-    /// Whether publishes wait for room.
+    /// Whether publishes wait for room, of which somebody will hear. Dead letters are kept besides.
     pub(super) fn has_waiting(&self) -> bool {
-        !self.state.lock().waiting.is_empty()
+        let inner = self.state.lock();
+        inner.waiting.len() > inner.unheard
     }
 }
 
@@ -299,6 +315,7 @@ enum Full {
 
 impl Inner {
     fn wait(&mut self, waiting: Waiting) -> u64 {
+        self.unheard += usize::from(!waiting.heard);
         self.last_ticket += 1;
         self.waiting.insert(self.last_ticket, waiting);
         self.last_ticket

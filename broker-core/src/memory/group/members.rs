@@ -1,5 +1,6 @@
 //! The members of a group: they come, receive, wait and go.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::task::Context;
 
@@ -48,6 +49,8 @@ impl Group {
         self.log.lock().set_crowd(self.reader(), state.members.len() > 1);
         // It may have been woken for messages that nobody else knows of.
         state.wake_one(&mut after);
+        state.timekeeper.take_if(|keeper| *keeper == id);
+        state.keep_time(&mut after);
         let last = state.members.is_empty();
         self.finish(state, after);
         self.tell_drain();
@@ -64,6 +67,8 @@ impl Group {
                 state.wake_one(&mut after);
             }
         }
+        state.timekeeper.take_if(|keeper| *keeper == id);
+        state.keep_time(&mut after);
         self.finish(state, after);
     }
 
@@ -118,11 +123,13 @@ impl Group {
         if let Some(member) = state.member(id) {
             (member.woken, member.full, member.waker) = (false, false, None);
         }
+        state.timekeeper.take_if(|keeper| *keeper == id);
         let window = self.window(state, id, limit, after);
         if window == 0 {
             if let Some(member) = state.member(id) {
                 (member.full, member.waker) = (true, Some(cx.waker().clone()));
             }
+            state.keep_time(after);
             return Ok(Received::Wait(None));
         }
         let now = self.shared.clock.tick();
@@ -154,6 +161,7 @@ impl Group {
             if state.members.iter().any(Member::waits) && self.has_more(state) {
                 state.wake_one(after);
             }
+            state.keep_time(after);
             return Ok(Received::Some { drained: taken < window && state.members.len() == 1 });
         }
         if self.has_more(state) {
@@ -162,7 +170,11 @@ impl Group {
         if let Some(member) = state.member(id) {
             member.waker = Some(cx.waker().clone());
         }
-        Ok(Received::Wait(state.timer.as_ref().and_then(|timer| timer.next())))
+        let due = state.timer.as_ref().and_then(|timer| timer.next());
+        if due.is_some() {
+            state.timekeeper = Some(id);
+        }
+        Ok(Received::Wait(due))
     }
 
     /// Whether there is more to look at; if not, the log will tell of the next entry.
@@ -218,6 +230,9 @@ impl Group {
             list.push(queued);
         }
         self.apply(change, after);
+        if state.ready.is_empty() && state.ready.capacity() > 1_024 {
+            state.ready = VecDeque::new();
+        }
         let taken = list.len();
         if taken > 0 {
             self.hand_out(state, id, Items::List(list), batches);

@@ -63,6 +63,7 @@ impl Group {
                 settings,
                 ready: VecDeque::new(),
                 timer: None,
+                timekeeper: None,
                 lanes: Lanes::default(),
                 members: Vec::new(),
                 last_member: 0,

@@ -110,9 +110,10 @@ impl Group {
             }
         }
         // A message may be ready now, or be due sooner than the members that wait think.
-        if !state.ready.is_empty() || state.timer.is_some() {
+        if !state.ready.is_empty() {
             state.wake_one(&mut after);
         }
+        state.keep_time(&mut after);
         self.apply(change, &mut after);
         self.rest(&state);
         self.finish(state, after);

@@ -21,6 +21,8 @@ pub(super) struct State {
     pub(super) ready: VecDeque<Queued>,
     /// Messages due later.
     pub(super) timer: Option<Box<Wheel<Queued>>>,
+    /// The waiting member that sleeps until the timer's next tick.
+    pub(super) timekeeper: Option<u64>,
     pub(super) lanes: Lanes,
     pub(super) members: Vec<Member>,
     pub(super) last_member: u64,
@@ -87,6 +89,14 @@ impl State {
         if let Some(member) = self.members.iter_mut().find(|member| member.waits()) {
             member.woken = true;
             after.wakers.extend(member.waker.take());
+            self.timekeeper.take_if(|keeper| *keeper == member.id);
+        }
+    }
+
+    /// Wakes a member that waits if none of them sleeps until the timer's next tick: it will.
+    pub(super) fn keep_time(&mut self, after: &mut After) {
+        if self.timer.is_some() && self.timekeeper.is_none() {
+            self.wake_one(after);
         }
     }
 
@@ -101,7 +111,11 @@ impl State {
     }
 
     pub(super) fn delay(&mut self, now: u64, queued: Queued) {
-        self.timer.get_or_insert_with(|| Box::new(Wheel::new(now))).insert(queued);
+        let timer = self.timer.get_or_insert_with(|| Box::new(Wheel::new(now)));
+        if timer.next().is_none_or(|next| queued.due < next) {
+            self.timekeeper = None;
+        }
+        timer.insert(queued);
     }
 
     /// Takes over what a batch counted since the last time.
