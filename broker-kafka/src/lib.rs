@@ -31,6 +31,7 @@ mod progress;
 mod state;
 mod tracker;
 
+mod batch;
 mod consumer;
 mod delivery;
 mod member;

@@ -14,17 +14,17 @@ use std::time::{Duration, Instant};
 
 use broker_core::{Error, ErrorKind, Publish, Result, Topic};
 use crossbeam_channel::{Receiver, Sender};
-use rdkafka::consumer::base_consumer::PartitionQueue;
 use rdkafka::consumer::{CommitMode, Consumer as _};
 use rdkafka::error::{KafkaError, KafkaResult};
-use rdkafka::message::{BorrowedMessage, Message as _};
+use rdkafka::message::{BorrowedMessage, Message as RdMessage};
 use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{Offset, TopicPartitionList};
 use rustc_hash::FxHashMap;
 
 use crate::admin::{Admin, Partition, list};
+use crate::batch::{BATCH, Batches};
 use crate::config::Format;
-use crate::consumer::{Callbacks, Client, Source, assign, make, unassign};
+use crate::consumer::{Client, Source, assign, make, unassign};
 use crate::group::{self, Stored};
 use crate::lot::Lot;
 use crate::member::{Arrival, Member};
@@ -38,8 +38,8 @@ use crate::{error, record, topic_pattern};
 /// How long the thread waits at most where it has nothing to do: everything else rouses it.
 const IDLE: Duration = Duration::from_millis(200);
 
-/// Records read from one partition before the next has its turn.
-const TURN: usize = 512;
+/// Events of the group that are served before records have their turn.
+const EVENTS: usize = 512;
 
 /// Between tries of what the server did not take.
 const AGAIN: Duration = Duration::from_millis(500);
@@ -57,7 +57,7 @@ pub(crate) struct Poller {
     publishing: Arc<Publishing>,
     consumer: Arc<Client>,
     /// The queues of the partitions that are here.
-    queues: Vec<(Place, PartitionQueue<Callbacks>)>,
+    queues: Vec<(Place, Batches)>,
     places: FxHashMap<Partition, Place>,
     /// Records on their way from a queue to the member: empty between turns.
     arrivals: Vec<Arrival>,
@@ -100,7 +100,7 @@ pub(crate) fn start(
         consumer,
         queues: Vec::new(),
         places: FxHashMap::default(),
-        arrivals: Vec::with_capacity(TURN),
+        arrivals: Vec::with_capacity(BATCH),
         copies: Copies::default(),
         roused,
         rouse,
@@ -173,7 +173,7 @@ impl Poller {
 
     fn serve_events(&mut self) {
         // Bounded: events must not keep records waiting.
-        for _ in 0..TURN {
+        for _ in 0..EVENTS {
             let consumer = Arc::clone(&self.consumer);
             match consumer.poll(Duration::ZERO) {
                 // Fetched before its partition had a queue of its own.
@@ -290,16 +290,15 @@ impl Poller {
             positions.push((partition.clone(), from));
             let lot = |id| Lot::new(id, partition.clone(), progress, capacity, settings.ordered);
             let place = self.member.state(|state| state.add(lot));
-            let (topic, number) = &partition;
-            // Before the assignment, so that nothing is fetched into the common queue first.
-            let queue = self.consumer.split_partition_queue(topic.as_str(), *number);
-            let mut queue =
-                queue.ok_or_else(|| Error::backend(format!("partition {number} of {topic} has no queue")))?;
             let rouse = self.rouse.clone();
-            queue.set_nonempty_callback(move || {
+            let roused = move || {
                 // Full means that it is roused already.
                 let _ = rouse.try_send(());
-            });
+            };
+            // Before the assignment, so that nothing is fetched into the common queue first.
+            let queue = Batches::split(&self.consumer, &partition, roused);
+            let (topic, number) = &partition;
+            let queue = queue.ok_or_else(|| Error::backend(format!("partition {number} of {topic} has no queue")))?;
             self.queues.push((place, queue));
             self.places.insert(partition, place);
         }
@@ -362,14 +361,11 @@ impl Poller {
             if !self.member.state(|state| state.has_room(*place)) {
                 continue;
             }
-            while arrivals.len() < TURN {
-                match queue.poll(Duration::ZERO) {
-                    Some(Ok(record)) => arrivals.push(arrival(&record, format, &mut copies)),
-                    Some(Err(error)) => self.failed(&error),
-                    None => break,
-                }
-            }
-            busy |= arrivals.len() == TURN;
+            let read = queue.read(|record| match record {
+                Ok(record) => arrivals.push(arrival(&record, format, &mut copies)),
+                Err(error) => self.failed(&error),
+            });
+            busy |= read == BATCH;
             if !arrivals.is_empty() {
                 self.member.admit(*place, arrivals.drain(..));
             }
@@ -541,7 +537,7 @@ fn named(list: &TopicPartitionList) -> Vec<Partition> {
     elements.iter().filter_map(|element| Some((Topic::new(element.topic()).ok()?, element.partition()))).collect()
 }
 
-fn arrival(record: &BorrowedMessage<'_>, format: Format, copies: &mut Copies) -> Arrival {
+fn arrival(record: &impl RdMessage, format: Format, copies: &mut Copies) -> Arrival {
     Arrival { offset: record.offset(), decoded: record::decode(record, format, copies) }
 }
 

@@ -18,7 +18,7 @@ use std::borrow::Cow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use broker_core::{Message, MessageId, Result, Timestamp, Topic};
-use rdkafka::message::{BorrowedMessage, Header, Headers as _, Message as _, OwnedHeaders};
+use rdkafka::message::{Header, Headers as _, Message as RdMessage, OwnedHeaders};
 use smallvec::SmallVec;
 
 use crate::config::Format;
@@ -97,7 +97,7 @@ pub(crate) struct Decoded {
 }
 
 /// Reads a record.
-pub(crate) fn decode(record: &BorrowedMessage<'_>, format: Format, copies: &mut Copies) -> Decoded {
+pub(crate) fn decode(record: &impl RdMessage, format: Format, copies: &mut Copies) -> Decoded {
     let bare = |id| {
         let payload = record.payload().map(|payload| copies.copy(payload));
         let message =
