@@ -173,9 +173,9 @@ async fn collected(
 async fn one(shared: &Shared, published: &Published, options: &Options, decoded: Decoded) -> Answer {
     let publisher = published.publisher(&*shared.broker, options.require_route)?;
     let mut message = decoded.message;
+    published.check(&published.bounds(), &message)?;
     let mut span = shared.traces.publish(published.topic(), &mut message);
-    let publishing = async { publisher.publish(published.charge(&published.bounds(), message)?).await };
-    let receipt = publishing.await.inspect_err(|error| span.failed(error))?;
+    let receipt = publisher.publish(published.charge(message)).await.inspect_err(|error| span.failed(error))?;
     published.published(1);
     shared.metrics.accepted(1);
     let mut json = Vec::with_capacity(128);
@@ -183,7 +183,7 @@ async fn one(shared: &Shared, published: &Published, options: &Options, decoded:
     Ok(json_response(StatusCode::ACCEPTED, json))
 }
 
-/// Messages to publish, charged to their topic; and why, where one could not be read or is not taken.
+/// Messages to publish; and why, where one could not be read or is not taken.
 pub(crate) struct Outgoing<'a> {
     published: &'a Published,
     bounds: Bounds,
@@ -197,7 +197,7 @@ impl<'a> Outgoing<'a> {
     }
 
     pub(crate) fn push(&mut self, message: Result<Message, Error>) {
-        match message.and_then(|message| self.published.charge(&self.bounds, message)) {
+        match message.and_then(|message| self.published.check(&self.bounds, &message).map(|()| message)) {
             Ok(message) => self.messages.push(message),
             Err(error) => self.refused.push((self.len(), error)),
         }
@@ -219,6 +219,7 @@ pub(crate) async fn publish_all(
     let Outgoing { published, mut messages, refused, .. } = outgoing;
     let publisher = published.publisher(&*shared.broker, options.require_route)?;
     let mut span = shared.traces.publish_many(published.topic(), parent, &mut messages);
+    let messages: Vec<_> = messages.into_iter().map(|message| published.charge(message)).collect();
     if let Some(caller) = caller {
         caller.overdraw(messages.len());
     }

@@ -181,10 +181,14 @@ impl Published {
         *self.bounds.lock()
     }
 
-    /// Charges a message to the topic, if these bounds of it let one so large pass.
-    pub(crate) fn charge(&self, bounds: &Bounds, message: Message) -> Result<Message> {
-        bounds.check(self.topic(), message.size())?;
-        Ok(self.account.charge(message))
+    /// Refuses a message that these bounds of the topic do not let pass, as it came.
+    pub(crate) fn check(&self, bounds: &Bounds, message: &Message) -> Result<()> {
+        bounds.check(self.topic(), message.size())
+    }
+
+    /// Charges a message to the topic, as it is kept: with the trace that it belongs to.
+    pub(crate) fn charge(&self, message: Message) -> Message {
+        self.account.charge(message)
     }
 
     pub(crate) fn topic(&self) -> &Topic {

@@ -118,6 +118,42 @@ async fn the_publisher_decides_what_is_kept_and_else_the_share() {
     assert_eq!(collector.more(), 0);
 }
 
+/// Bytes that a daemon holds of the messages that these requests have published, of which nobody takes any.
+async fn held(daemon: &Daemon, requests: &[(&str, &str)]) -> Vec<u64> {
+    let spec = json!({"filter": "a", "endpoint": "http://127.0.0.1:9/", "retry": {"initial": "1h", "max": "1h"}});
+    assert_eq!(daemon.send("PUT /subscriptions/q", &spec.to_string()).await.0, 201);
+    let mut before = memory(daemon).await;
+    let mut held = Vec::new();
+    for (head, body) in requests {
+        assert_eq!(daemon.raw(head, body).await.0, 202);
+        let now = memory(daemon).await;
+        held.push(now - before);
+        before = now;
+    }
+    held
+}
+
+async fn memory(daemon: &Daemon) -> u64 {
+    let metrics = daemon.send("GET /metrics", "").await.1;
+    let value = metrics.lines().find_map(|line| line.strip_prefix("broker_memory_bytes "));
+    value.unwrap_or_else(|| panic!("{metrics}")).parse().unwrap()
+}
+
+#[tokio::test]
+async fn what_a_trace_adds_to_a_message_is_accounted_one_by_one_and_many_at_once() {
+    let collector = Collector::start().await;
+    let lines = "{\"payload\":1}\n".repeat(100);
+    let requests = [
+        ("POST /topics/a HTTP/1.1\r\ncontent-type: application/json", "1"),
+        ("POST /topics/a HTTP/1.1\r\ncontent-type: application/x-ndjson", lines.as_str()),
+    ];
+    let traced = held(&daemon(&collector, &[], &[]).await, &requests).await;
+    let plain = held(&Daemon::start_with(&[], &[]).await, &requests).await;
+    let header = "traceparent".len() as u64 + format!("00-{TRACE}-{PUBLISHER}-01").len() as u64;
+    let added: Vec<_> = traced.iter().zip(&plain).map(|(traced, plain)| traced - plain).collect();
+    assert_eq!(added, [header, 100 * header], "{traced:?} {plain:?}");
+}
+
 #[tokio::test]
 async fn the_last_spans_are_sent_before_the_end() {
     let mut collector = Collector::start().await;
