@@ -229,6 +229,8 @@ async fn a_member_that_is_told_and_not_polled_does_not_starve_its_group() {
     tokio::time::sleep(Duration::from_millis(20)).await;
     for number in 0..3 {
         broker.publish(&topic, Message::new(number.to_string())).await.unwrap();
+        // Longer than a member that was told has to come.
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
     assert_eq!(soon(hear.recv()).await.as_deref(), Some("0"));
     assert_eq!(soon(hear.recv()).await.as_deref(), Some("1"));

@@ -10,6 +10,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard};
 use slab::Slab;
@@ -21,6 +22,9 @@ use super::run::{MAX_SEGMENT, Run};
 use super::tally::Sum;
 use super::topics::TopicState;
 use crate::{Backlog, Message, Overflow, Topic, TopicFilter};
+
+/// How long a member that was told may take to come before another is.
+const MOMENT: Duration = Duration::from_millis(1);
 
 /// Groups to be told, once no lock is held.
 pub(super) type Wake = SmallVec<[Arc<Group>; 4]>;
@@ -88,8 +92,9 @@ struct Reader {
     dropped: u64,
     /// Its place in `waiting`, if it is listed there.
     place: Option<usize>,
-    /// Where the tail is to come to for it to be told.
+    /// Where the tail is to come to for it to be told, or for a look at when it was told last.
     tell_at: u64,
+    told: Option<Instant>,
 }
 
 /// What a publish finds.
@@ -275,20 +280,24 @@ impl LogState {
     }
 
     /// Tells the readers that wait for the tail to come here. One member of a group is told of the first
-    /// entry. If it does not come, being alive but not polled, another is told where there is twice as much
-    /// before the group: nobody starves for one that is busy elsewhere, and few are told in vain.
+    /// entry. If it has not come a moment later, being alive but not polled, the next entries tell others:
+    /// nobody starves for one that is busy elsewhere, and in a burst few are told in vain.
     fn tell_waiting(&mut self, wake: &mut Wake) {
         let (tail, readers) = (self.tail, &mut self.readers);
         let mut kept = 0;
         self.waiting.retain(|key| {
             let Some(reader) = readers.get_mut(*key) else { return false };
             if reader.tell_at <= tail {
-                wake.push(Arc::clone(&reader.group));
                 if !reader.crowd {
+                    wake.push(Arc::clone(&reader.group));
                     reader.place = None;
                     return false;
                 }
-                reader.tell_at = tail + (tail - reader.cursor).max(1);
+                if reader.told.is_none_or(|told| told.elapsed() >= MOMENT) {
+                    wake.push(Arc::clone(&reader.group));
+                    reader.told = Some(Instant::now());
+                }
+                reader.tell_at = tail + ((tail - reader.cursor) / 2).max(1);
             }
             reader.place = Some(kept);
             kept += 1;
@@ -322,6 +331,7 @@ impl LogState {
             dropped: 0,
             place: None,
             tell_at: 0,
+            told: None,
         })
     }
 
@@ -434,7 +444,7 @@ impl LogState {
     /// Lists a reader to be told of the next entry; false if there is one already.
     pub(super) fn wait(&mut self, key: usize) -> bool {
         let Some(reader) = self.readers.get_mut(key).filter(|reader| reader.cursor == self.tail) else { return false };
-        reader.tell_at = self.tail + 1;
+        (reader.tell_at, reader.told) = (self.tail + 1, None);
         if reader.place.is_none() {
             reader.place = Some(self.waiting.len());
             self.waiting.push(key);
