@@ -11,6 +11,8 @@ use std::str::FromStr;
 use broker_core::{Error, Result};
 use ipnet::IpNet;
 
+use crate::Endpoint;
+
 use super::special::{embedded, special};
 
 /// Which addresses may be dialled: public ones, and what is allowed here.
@@ -100,6 +102,27 @@ impl Guard {
             broker_core::ErrorKind::Unauthorized,
             format!("the address {address}{whose} may not be dialled: {why}; the daemon's operator can allow it"),
         ))
+    }
+
+    /// Whether `endpoint` may be dialled, as far as its text tells: a name is looked up when it is dialled.
+    ///
+    /// # Errors
+    ///
+    /// As [`check`](Self::check).
+    ///
+    /// ```
+    /// use broker_http::push::Guard;
+    /// assert!(Guard::new().check_endpoint(&"http://10.0.0.1/hook".parse()?).is_err());
+    /// assert!(Guard::new().check_endpoint(&"http://hooks.internal/".parse()?).is_ok());
+    /// # Ok::<(), broker_core::Error>(())
+    /// ```
+    pub fn check_endpoint(&self, endpoint: &Endpoint) -> Result<()> {
+        let address = match endpoint.url().host() {
+            Some(url::Host::Ipv4(address)) => IpAddr::V4(address),
+            Some(url::Host::Ipv6(address)) => IpAddr::V6(address),
+            _ => return Ok(()),
+        };
+        self.check(endpoint.url().host_str().unwrap_or_default(), address)
     }
 
     fn allows(&self, address: IpAddr) -> bool {

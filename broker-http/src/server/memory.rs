@@ -1,15 +1,15 @@
 //! What messages and request bodies hold in memory: counted from the first byte of a body to the
 //! last reference to its message, for the whole server and for each topic.
 //!
-//! A message is charged by wrapping its payload: wherever it goes (a backlog, a push under way, a
-//! topic's history, a dead letter), the charge goes with it and ends with its last copy. So it holds
-//! over any broker, and nobody has to remember to give it back.
+//! A message is charged by wrapping its payload (a tombstone's key or largest header): wherever it goes
+//! (a backlog, a push under way, a topic's history, a dead letter), the charge goes with it and ends with
+//! its last copy. So it holds over any broker, and nobody has to remember to give it back.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use broker_core::{ErrorKind, Message};
+use broker_core::{ErrorKind, Headers, Message};
 use bytes::Bytes;
 use http::StatusCode;
 
@@ -152,36 +152,54 @@ impl Account {
         Err(Problem::too_many(detail).retry_after(RETRY_AFTER).counted(Refusal::TopicMemory))
     }
 
-    /// Charges a message until its payload is dropped for the last time.
+    /// Charges a message until the part of it that is always there is dropped for the last time.
     pub(crate) fn charge(self: &Arc<Self>, message: Message) -> Message {
-        let besides = u32::try_from(message.size() - message.payload().len()).unwrap_or(u32::MAX);
-        // A tombstone has no payload to go with, and holds next to nothing.
-        message.map_payload(|payload| {
-            let charged = Charged { payload, account: Arc::clone(self), besides };
-            self.held.fetch_add(charged.bytes(), Ordering::Relaxed);
-            self.books.0.held.fetch_add(charged.bytes(), Ordering::Relaxed);
-            Bytes::from_owner(charged)
-        })
+        let size = message.size();
+        if !message.is_tombstone() {
+            return message.map_payload(|payload| self.charged(payload, size));
+        }
+        // No payload to go with. The key stays for life; of headers the largest is what is held.
+        if let Some(key) = message.key().cloned() {
+            return message.with_key(self.charged(key, size));
+        }
+        let largest = message.headers().iter().enumerate().max_by_key(|(_, (_, value))| value.len());
+        // With neither it holds next to nothing, and its group's backlog bounds how many there are.
+        let Some(largest) = largest.map(|(index, _)| index) else { return message };
+        let mut headers = Headers::new();
+        for (index, (name, value)) in message.headers().iter().enumerate() {
+            let value = if index == largest { self.charged(value.clone(), size) } else { value.clone() };
+            headers.push(name.clone(), value);
+        }
+        message.with_headers(headers)
+    }
+
+    /// A part of a message of `size`, with the charge of all of it.
+    fn charged(self: &Arc<Self>, part: Bytes, size: usize) -> Bytes {
+        let besides = u32::try_from(size - part.len()).unwrap_or(u32::MAX);
+        let charged = Charged { part, account: Arc::clone(self), besides };
+        self.held.fetch_add(charged.bytes(), Ordering::Relaxed);
+        self.books.0.held.fetch_add(charged.bytes(), Ordering::Relaxed);
+        Bytes::from_owner(charged)
     }
 }
 
-/// A payload and its charge.
+/// The part of a message that its charge goes with.
 struct Charged {
-    payload: Bytes,
+    part: Bytes,
     account: Arc<Account>,
-    /// Bytes of the key and the headers.
+    /// Bytes of the other parts.
     besides: u32,
 }
 
 impl Charged {
     fn bytes(&self) -> u64 {
-        self.payload.len() as u64 + u64::from(self.besides) + OVERHEAD
+        self.part.len() as u64 + u64::from(self.besides) + OVERHEAD
     }
 }
 
 impl AsRef<[u8]> for Charged {
     fn as_ref(&self) -> &[u8] {
-        &self.payload
+        &self.part
     }
 }
 
@@ -213,6 +231,26 @@ mod tests {
         assert_eq!(account.held(), OVERHEAD);
         drop(empty);
         assert_eq!(account.held(), 0);
+    }
+
+    #[test]
+    fn a_tombstone_is_charged_by_its_key_or_its_headers() {
+        let ledger = Ledger::new(10_000, 10_000);
+        let account = ledger.account();
+        let keyed = Message::tombstone().with_key("key").with_header("large", vec![0; 1_000]).unwrap();
+        let headed = Message::tombstone().with_header("a", "1").unwrap().with_header("b", vec![0; 1_000]).unwrap();
+        let empty = Message::tombstone().with_key("");
+        for message in [keyed, headed, empty] {
+            let charged = account.charge(message.clone());
+            assert_eq!(charged, message, "the message is what it was");
+            let bytes = message.size() as u64 + OVERHEAD;
+            assert_eq!((account.held(), ledger.held()), (bytes, bytes));
+            let copy = charged.clone();
+            drop(charged);
+            assert_eq!(account.held(), bytes);
+            drop(copy);
+            assert_eq!((account.held(), ledger.held()), (0, 0));
+        }
     }
 
     #[test]

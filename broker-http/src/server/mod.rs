@@ -42,7 +42,6 @@ mod routes;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -234,6 +233,21 @@ impl Server {
         Err(broker_core::Error::invalid(failed.join("; ")))
     }
 
+    /// Checks what [`set_subscriptions`](Self::set_subscriptions) could not do: change the filter, the group
+    /// or the start of a subscription that stands.
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`](broker_core::ErrorKind::Invalid), naming the first.
+    pub fn check_subscriptions(&self, subscriptions: &BTreeMap<GroupName, SubscriptionSpec>) -> Result<()> {
+        subscriptions.iter().try_for_each(|(name, spec)| {
+            self.shared
+                .registry
+                .check_declared(name, spec)
+                .map_err(|problem| broker_core::Error::invalid(format!("subscription {name}: {}", problem.detail())))
+        })
+    }
+
     /// Replaces what is declared of topics: the next publish is held to it.
     pub fn set_topics(&self, topics: Topics) {
         self.shared.publishers.set_topics(topics);
@@ -280,17 +294,17 @@ impl Server {
         Ok(())
     }
 
-    /// Replaces the identities and their rules: the next request is held to the new ones.
+    /// Replaces the identities and their rules: the next request is held to the new ones. Whoever stays, with
+    /// the same rate, has left of it what was left.
     pub fn set_access(&self, access: Access) {
-        self.shared.gate.set(Arc::new(access));
+        self.shared.gate.set(&access);
     }
 
-    /// Takes up what can change while a server is at work: limits, identities, topics, allowed origins, the
-    /// name for the web-hook handshake, and of pushes the guard and TLS, which hold from the next
-    /// connection on; none that was made before is used again. Under a new name for the handshake every
-    /// endpoint is asked anew, and pushes wait for its consent. Development mode, the state file and
-    /// traces stay as they were; [`set_subscriptions`](Self::set_subscriptions) is apart, since it takes
-    /// time.
+    /// Takes up what can change while a server is at work: limits, identities, topics, development mode,
+    /// allowed origins, the name for the web-hook handshake, and of pushes the guard and TLS, which hold from
+    /// the next connection on; none that was made before is used again. Under a new name for the handshake
+    /// every endpoint is asked anew, and pushes wait for its consent. The state file and traces stay as they
+    /// were; [`set_subscriptions`](Self::set_subscriptions) is apart, since it takes time.
     ///
     /// ```
     /// use std::sync::Arc;
@@ -304,14 +318,13 @@ impl Server {
     /// ```
     pub fn set_options(&self, options: ServerOptions) {
         let shared = &self.shared;
-        let options = options.with_development(shared.options.load().is_development());
         let limits = options.limits();
         shared.ledger.set(limits.memory_bytes, limits.topic_memory_bytes);
         shared.publishers.set_max(limits.topics);
         shared.idempotency.set_max(limits.idempotency_bytes);
         shared.leases.set_max(limits.leases);
         shared.limits.store(Arc::new(limits.clone()));
-        shared.gate.set(options.access());
+        shared.gate.set(&options.access());
         shared.publishers.set_topics(options.topics().clone());
         options.instruct(&shared.push_client);
         let before = shared.options.swap(Arc::new(options));
@@ -349,13 +362,7 @@ impl Shared {
     /// Refuses an endpoint that could never be dialled, where that is known ahead; a name is looked
     /// up when it is dialled.
     pub(crate) fn check_endpoint(&self, endpoint: &Endpoint) -> Answer<()> {
-        let address = match endpoint.url().host() {
-            Some(url::Host::Ipv4(address)) => IpAddr::V4(address),
-            Some(url::Host::Ipv6(address)) => IpAddr::V6(address),
-            _ => return Ok(()),
-        };
-        let host = endpoint.url().host_str().unwrap_or_default();
-        self.push_client.guard().check(host, address).map_err(|error| {
+        self.push_client.guard().check_endpoint(endpoint).map_err(|error| {
             Problem::new(StatusCode::FORBIDDEN, error.kind(), format!("endpoint: {}", error.message()))
         })
     }

@@ -111,6 +111,28 @@ impl Subscribed {
         *self.paused.read()
     }
 
+    /// Refuses a change of what stays as it is for life.
+    fn check_stays(&self, group: &Group, spec: &SubscriptionSpec) -> Answer<()> {
+        let fixed = |what: &str, before: String, after: String| {
+            Problem::conflict(format!(
+                "{what} of subscription {} would change from {before} to {after}; delete it first, or take another name",
+                self.name
+            ))
+        };
+        if spec.filter != self.spec.filter {
+            return Err(fixed("filter", self.spec.filter.to_string(), spec.filter.to_string()));
+        }
+        if group.name != self.group.name {
+            return Err(fixed("group", self.group.name.to_string(), group.name.to_string()));
+        }
+        // It counted when the group was made: left out now, it says nothing.
+        let begun = self.spec.start.clone().unwrap_or_default();
+        match &spec.start {
+            Some(start) if *start != begun => Err(fixed("start", begun.to_string(), start.to_string())),
+            _ => Ok(()),
+        }
+    }
+
     /// Waits for the end of a pause, until `deadline` at most.
     pub(crate) async fn resumed(&self, deadline: Instant, draining: &CancellationToken) {
         let unpaused = self.unpaused.notified();
@@ -200,7 +222,7 @@ impl Registry {
         if shared.is_draining() {
             return Err(Problem::draining());
         }
-        let group = Group::new(spec.group.clone().unwrap_or_else(|| name.clone()), spec.filter.clone());
+        let group = group_of(&name, &spec);
         let have = self.table.read().get(name.as_str()).cloned();
         match have {
             None => {
@@ -241,24 +263,8 @@ impl Registry {
         mut spec: SubscriptionSpec,
         permission: Option<Permission>,
     ) -> Answer<(Put, Arc<Subscribed>)> {
-        let fixed = |what: &str, before: String, after: String| {
-            Problem::conflict(format!(
-                "{what} of subscription {} would change from {before} to {after}; delete it first, or take another name",
-                have.name
-            ))
-        };
-        if spec.filter != have.spec.filter {
-            return Err(fixed("filter", have.spec.filter.to_string(), spec.filter.to_string()));
-        }
-        if group.name != have.group.name {
-            return Err(fixed("group", have.group.name.to_string(), group.name.to_string()));
-        }
-        // It counted when the group was made: left out now, it says nothing.
-        let begun = have.spec.start.clone().unwrap_or_default();
-        match &spec.start {
-            Some(start) if *start != begun => return Err(fixed("start", begun.to_string(), start.to_string())),
-            _ => spec.start.clone_from(&have.spec.start),
-        }
+        have.check_stays(&group, &spec)?;
+        spec.start.clone_from(&have.spec.start);
         let same = spec.endpoint == have.spec.endpoint;
         let permission = permission.or_else(|| have.permission.read().clone().filter(|_| same));
         limit(&mut spec, permission.as_ref());
@@ -413,7 +419,7 @@ impl Registry {
         let _changing = self.changing.lock().await;
         for Kept { name, mut spec, paused, disabled, consent: permission, .. } in kept {
             limit(&mut spec, permission.as_ref());
-            let group = Group::new(spec.group.clone().unwrap_or_else(|| name.clone()), spec.filter.clone());
+            let group = group_of(&name, &spec);
             self.groups
                 .join(&*shared.broker, &group, &spec)
                 .await
@@ -433,6 +439,12 @@ impl Registry {
             )));
         }
         Ok(())
+    }
+
+    /// Refuses what the subscription of this name, if there is one, cannot become.
+    pub(crate) fn check_declared(&self, name: &GroupName, spec: &SubscriptionSpec) -> Answer<()> {
+        let have = self.table.read().get(name.as_str()).cloned();
+        have.map_or(Ok(()), |have| have.check_stays(&group_of(name, spec), spec))
     }
 
     /// Brings the declared subscriptions to what is declared now; tells which could not be. One that
@@ -485,6 +497,11 @@ impl Registry {
             }
         });
     }
+}
+
+/// The group that a subscription is a member of.
+fn group_of(name: &GroupName, spec: &SubscriptionSpec) -> Group {
+    Group::new(spec.group.clone().unwrap_or_else(|| name.clone()), spec.filter.clone())
 }
 
 /// An endpoint's permission bounds the rate.

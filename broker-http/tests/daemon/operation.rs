@@ -77,6 +77,58 @@ async fn a_token_is_made_and_its_hash_lets_it_in() {
     drop(stdin);
     let hashed = soon(hashing.wait_with_output()).await.unwrap();
     assert!(entry.contains(String::from_utf8(hashed.stdout).unwrap().trim()));
+
+    // What can be guessed is no token, and a name that no file could hold is none.
+    let mut hashing = command(&["token", "hash"]).stdin(std::process::Stdio::piped()).spawn().unwrap();
+    let mut stdin = hashing.stdin.take().unwrap();
+    tokio::io::AsyncWriteExt::write_all(&mut stdin, b"fifteen letters\n").await.unwrap();
+    drop(stdin);
+    let hashed = soon(hashing.wait_with_output()).await.unwrap();
+    assert!(hashed.status.code() == Some(2) && hashed.stdout.is_empty());
+    let (code, said) = run(&["token", "new", "--name", "a\"b"]).await;
+    assert!(code != Some(0) && !said.contains("[[identities]]"), "{said}");
+}
+
+#[tokio::test]
+async fn the_environment_has_no_unknown_setting_and_the_flag_comes_before_rust_log() {
+    let wrong = command(&["check-config"]).env("BROKER_HTTP_LISEN", "127.0.0.1:0").output();
+    let said = String::from_utf8(soon(wrong).await.unwrap().stderr).unwrap();
+    assert!(said.contains("did you mean BROKER_HTTP_LISTEN?"), "{said}");
+
+    let args = ["--log", "warn,broker_http=debug", "--log-format", "json"];
+    let mut daemon = Daemon::start_with(&args, &[("RUST_LOG", "error")]).await;
+    assert_eq!(daemon.send("nonsense", "").await.0, 400);
+    daemon.says("a connection ended").await;
+    let mut daemon = Daemon::start_with(&args[2..], &[("RUST_LOG", "broker_http=debug")]).await;
+    assert_eq!(daemon.send("nonsense", "").await.0, 400);
+    daemon.says("a connection ended").await;
+}
+
+#[tokio::test]
+async fn sigterm_ends_what_waits_for_a_silent_broker() {
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let broker = format!("http://{}", silent.local_addr().unwrap());
+    let child = command(&["--listen", "127.0.0.1:0", "--broker", &broker]).spawn().unwrap();
+    // It is asked, and says nothing.
+    let _asked = soon(silent.accept()).await.unwrap();
+    let pid = child.id().unwrap().to_string();
+    assert!(std::process::Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    let ended = soon(child.wait_with_output()).await.unwrap();
+    let said = String::from_utf8(ended.stderr).unwrap();
+    assert!(said.contains("SIGTERM") && said.contains("before the broker"), "{said}");
+}
+
+#[tokio::test]
+async fn a_test_push_that_fails_is_told_by_the_exit_status() {
+    let (hook, _told) = endpoint(&[500]).await;
+    let daemon = Daemon::start(&[]).await;
+    let spec = json!({"filter": "a", "endpoint": format!("http://{hook}/")}).to_string();
+    assert_eq!(daemon.send("PUT /subscriptions/q", &spec).await.0, 201);
+    let place = format!("http://{}", daemon.address);
+    let (code, said) = run(&["subscription", "test", "q", "--broker", &place]).await;
+    assert!(code == Some(1) && said.contains("the push failed") && said.contains("500"), "{code:?} {said}");
+    let (code, said) = run(&["subscription", "test", "q", "--broker", &place]).await;
+    assert_eq!(code, Some(0), "{said}");
 }
 
 #[tokio::test]
@@ -94,6 +146,12 @@ async fn a_configuration_is_checked_without_serving() {
         ("tls = { certificate = \"/nowhere/x.pem\", key = \"/nowhere/x.key\" }", "/nowhere/x.pem"),
         ("[subscriptions.q]\nfilter = \"a..b\"", "a..b"),
         ("[[identities]]\nname = \"a\"\ntokens = [\"hunter2\"]", "64 hexadecimal"),
+        ("listen = \"0.0.0.0:1\"", "no identities"),
+        ("listen = \"2757\"", "HOST:PORT"),
+        ("state = \"/nowhere/state.json\"", "no folder /nowhere"),
+        ("allowed_origins = [\"app.example.com\"]", "allowed_origins"),
+        ("[limits]\nheaders = 9223372036854775807", "limits.headers"),
+        ("[subscriptions.q]\nfilter = \"a\"\nendpoint = \"http://10.0.0.1/\"", "subscriptions.q: endpoint"),
     ] {
         let (code, said) = run(&["check-config", "--config", &write(&path, text)]).await;
         assert_eq!(code, Some(1), "{text}: {said}");
@@ -219,6 +277,92 @@ async fn sighup_takes_up_limits_endpoints_and_origins_and_names_what_takes_a_res
     daemon.signal("-HUP");
     let said = daemon.says("reloaded").await;
     assert!(said.contains("; broker, dev, log_format, state, otlp changed, which takes a restart"), "{said}");
+}
+
+#[tokio::test]
+async fn what_takes_a_restart_opens_no_listener() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("broker.toml");
+    let config = write(&path, &operator());
+    let mut daemon = Daemon::start(&["--listen", "0.0.0.0:0", "--config", &config]).await;
+    write(&path, "insecure = true");
+    daemon.signal("-HUP");
+    let said = daemon.says("SIGHUP").await;
+    assert!(said.contains("no identity is left") && said.contains("stays as it was"), "{said}");
+    assert_eq!(daemon.send("POST /topics/a", "x").await.0, 401);
+}
+
+#[tokio::test]
+async fn identities_that_come_end_the_development_mode() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("broker.toml");
+    let config = write(&path, "");
+    let mut daemon = Daemon::start(&["--config", &config]).await;
+    let hook = r#"{"filter":"a","endpoint":"http://127.0.0.1:1/"}"#;
+    assert_eq!(daemon.send("PUT /subscriptions/q", hook).await.0, 201);
+    write(&path, &operator());
+    daemon.signal("-HUP");
+    let said = daemon.says("reloaded").await;
+    assert!(said.contains("development mode is off"), "{said}");
+    let (status, said) = daemon.raw(&ask("PUT /subscriptions/r"), hook).await;
+    assert!(status == 403 && said.contains("may not be dialled"), "{status} {said}");
+    // Other hosts may ask: it has a name of its own from now on.
+    assert_eq!(daemon.raw("GET /healthz HTTP/1.1\r\nx: x", "").await.0, 200);
+
+    // Said in so many words it stays.
+    let dev = write(&path, "dev = true");
+    let mut daemon = Daemon::start(&["--config", &dev]).await;
+    write(&path, &format!("dev = true\n{}", operator()));
+    daemon.signal("-HUP");
+    daemon.says("reloaded").await;
+    assert_eq!(daemon.raw(&ask("PUT /subscriptions/r"), hook).await.0, 201);
+}
+
+#[tokio::test]
+async fn a_subscription_that_cannot_change_leaves_everything_as_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("broker.toml");
+    let config = write(&path, "[subscriptions.q]\nfilter = \"a\"\n");
+    let mut daemon = Daemon::start(&["--config", &config]).await;
+    for (text, named) in [
+        ("[subscriptions.q]\nfilter = \"b\"\n", "filter of subscription q"),
+        ("[subscriptions.q]\nfilter = \"a\"\ngroup = \"g\"\n", "group of subscription q"),
+        (
+            "[subscriptions.q]\nfilter = \"a\"\n[subscriptions.r]\nfilter = \"a\"\nendpoint = \"http://10.0.0.1/\"",
+            "subscriptions.r: endpoint",
+        ),
+    ] {
+        write(&path, &format!("only_declared_topics = true\n[[topics]]\nfilter = \"none\"\n{text}"));
+        daemon.signal("-HUP");
+        let said = daemon.says("SIGHUP").await;
+        assert!(said.contains(named) && said.contains("stays as it was"), "{said}");
+        assert_eq!(daemon.send("POST /topics/a", "x").await.0, 202, "{text}");
+    }
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_unix_socket_takes_nothing_elses_place_and_goes_with_its_daemon() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("broker.sock");
+    let listen = format!("unix:{}", path.display());
+    std::fs::write(&path, "precious").unwrap();
+    let (code, said) = run(&["--listen", &listen]).await;
+    assert!(code == Some(1) && said.contains("no socket"), "{said}");
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    std::fs::remove_file(&path).unwrap();
+    // What a killed one left is in nobody's way.
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    assert!(path.exists());
+    let mut child = command(&["--listen", &listen]).spawn().unwrap();
+    let mut stderr = tokio::io::BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    soon(stderr.read_line(&mut line)).await.unwrap();
+    assert!(line.contains("listening on unix:"), "{line}");
+    let pid = child.id().unwrap().to_string();
+    assert!(std::process::Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    assert_eq!(soon(child.wait()).await.unwrap().code(), Some(0));
+    assert!(!path.exists());
 }
 
 #[tokio::test]

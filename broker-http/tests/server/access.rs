@@ -99,6 +99,32 @@ async fn each_may_do_what_its_rules_allow_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn the_default_dead_letter_topic_takes_no_right_to_publish() {
+    let running = guarded().await;
+    assert_eq!(ask(&running, "ops", "PUT /subscriptions/watch", r#"{"filter":"dead.>"}"#).await.status, 201);
+    let made = ask(&running, "billing", "PUT /subscriptions/q", r#"{"filter":"orders.>"}"#).await;
+    assert_eq!((made.status, made.json()["dead_letter"].as_str()), (201, Some("dead.q")));
+    // Named, the same topic takes the right, and so does publishing there.
+    let named = r#"{"filter":"orders.>","dead_letter":"dead.q"}"#;
+    assert_eq!(ask(&running, "billing", "PUT /subscriptions/q", named).await.status, 403);
+    assert_eq!(ask(&running, "billing", "POST /topics/dead.q", "x").await.status, 403);
+    // What it rejects goes there all the same: a message of somebody who was allowed to publish it.
+    assert_eq!(ask(&running, "shop", "POST /topics/orders.a", "x").await.status, 202);
+    let pulled = ask(&running, "billing", "POST /subscriptions/q/pull?wait=20s", "").await.json();
+    let settle = serde_json::json!({ "reject": [{ "lease": pulled["deliveries"][0]["lease"] }] }).to_string();
+    assert_eq!(
+        ask(&running, "billing", "POST /subscriptions/q/settle", &settle).await.json()["gone"],
+        serde_json::json!([])
+    );
+    soon(async {
+        while ask(&running, "ops", "GET /subscriptions/watch", "").await.json()["status"]["lag"] != 1 {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn rules_change_without_a_restart() {
     let running = guarded().await;
     assert_eq!(ask(&running, "shop", "POST /topics/orders.a", "x").await.status, 202);
@@ -152,6 +178,14 @@ async fn a_rate_is_told_and_kept() {
     assert!((300..=500).contains(&wait), "{wait}");
     assert!(reply.header("ratelimit").unwrap().starts_with("\"identity\";r=0;"), "{reply:?}");
     assert_eq!(ask(&running, "free", "POST /topics/a", "x").await.status, 202);
+    // Rules that change fill no bucket; another rate begins anew.
+    let with_burst =
+        |burst| identity("shop").allowing([Action::Publish], ["a".parse().unwrap()]).with_rate(0.01, burst);
+    let free = identity("free").allowing([Action::Publish], [">".parse().unwrap()]);
+    running.server.set_access(Access::new([with_burst(3), free.clone()]).unwrap());
+    assert_eq!(ask(&running, "shop", "POST /topics/a", "x").await.status, 429);
+    running.server.set_access(Access::new([with_burst(4), free]).unwrap());
+    assert_eq!(ask(&running, "shop", "POST /topics/a", "x").await.status, 202);
     assert_eq!(ask(&running, "free", "POST /topics/a", "x").await.header("ratelimit"), None);
 }
 

@@ -221,6 +221,43 @@ async fn memory_is_bounded_and_consumers_keep_draining() {
     assert!(refused(&running, "topic_memory").await >= 2 && refused(&running, "memory").await >= 2);
 }
 
+#[tokio::test]
+async fn tombstones_are_bounded_too() {
+    let running = limited(|limits| {
+        (limits.memory_bytes, limits.topic_memory_bytes) = (1 << 20, 400 << 10);
+    })
+    .await;
+    let large = "x".repeat(50 << 10);
+    let headers = [("broker-tombstone", "true"), ("ce-specversion", "1.0"), ("ce-id", "1"), ("ce-source", "s")];
+    let headed = [&headers[..], &[("ce-type", "t"), ("ce-large", large.as_str())]].concat();
+    let keyed = [&headers[..], &[("ce-type", "t"), ("ce-partitionkey", large.as_str())]].concat();
+    for (topic, headers) in [("a", &headed), ("b", &keyed), ("c", &headed)] {
+        running.put(topic, &format!(r#"{{"filter":"{topic}"}}"#)).await;
+        let mut taken = 0;
+        let refused = loop {
+            let reply = running.send(&format!("POST /topics/{topic}"), headers, "").await;
+            if reply.status != 202 {
+                break reply;
+            }
+            taken += 1;
+            assert!(taken < 30, "nobody counts them");
+        };
+        match topic {
+            "c" => refused.is_problem(503, "bound of 1048576"),
+            _ => refused.is_problem(429, "bound of 409600"),
+        }
+    }
+    for topic in ["a", "b", "c"] {
+        running.delete(&format!("/subscriptions/{topic}")).await;
+    }
+    soon(async {
+        while !running.get("/metrics").await.text().lines().any(|line| line == "broker_memory_bytes 0") {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+}
+
 /// A raw connection of HTTP/2.
 async fn h2(running: &Running) -> h2::client::SendRequest<Bytes> {
     let (send, connection) = h2::client::handshake(running.connect().await).await.unwrap();
@@ -260,18 +297,29 @@ async fn rapid_reset_is_cut_off() {
 async fn streams_of_one_connection_are_bounded() {
     let running = limited(|limits| limits.streams_per_connection = 4).await;
     let mut send = h2(&running).await;
+    // What the server allows is known once its settings are here.
+    soon(async {
+        while send.current_max_send_streams() != 4 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
     // Long polls that hold their streams.
     running.put("q", r#"{"filter":"a"}"#).await;
     let mut waiting = Vec::new();
     for _ in 0..4 {
-        send = send.ready().await.unwrap();
+        send = soon(send.ready()).await.unwrap();
         let request = Request::post("http://localhost/subscriptions/q/pull?wait=60s").body(()).unwrap();
-        waiting.push(send.send_request(request, true).unwrap());
+        waiting.push(send.send_request(request, true).unwrap().0);
     }
     // A fifth waits for its turn; another connection does not.
-    let fifth = tokio::time::timeout(Duration::from_millis(300), send.clone().ready()).await;
-    assert!(fifth.is_err() || fifth.is_ok_and(|ready| ready.is_ok()));
+    send = soon(send.ready()).await.unwrap();
+    let mut fifth = send.send_request(get("/healthz"), true).unwrap().0;
+    assert!(tokio::time::timeout(Duration::from_millis(300), &mut fifth).await.is_err(), "five at a time");
     assert_eq!(running.get("/healthz").await.status, 200);
+    // One of the four ends, and makes room.
+    assert_eq!(running.post("/topics/a", "x").await.status, 202);
+    assert_eq!(soon(fifth).await.unwrap().status(), 200);
 }
 
 #[tokio::test]

@@ -227,11 +227,11 @@ async fn whom_pushes_trust_may_change_while_they_run() {
     };
     let failed = soon(attempt(false)).await;
     assert!(failed["error"].as_str().unwrap().contains("TLS"), "{failed}");
-    running.server.set_options(trusting(&right));
+    running.server.set_options(trusting(&right).with_development(true));
     assert_eq!(running.send("POST /subscriptions/q/resume", &[], "").await.status, 200);
     soon(attempt(true)).await;
     // And back: a connection made before is not used again.
-    running.server.set_options(trusting(&wrong));
+    running.server.set_options(trusting(&wrong).with_development(true));
     assert_eq!(running.post("/topics/a", "x").await.status, 202);
     soon(attempt(false)).await;
 }

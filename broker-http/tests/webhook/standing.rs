@@ -102,6 +102,10 @@ async fn becomes(running: &Running, state: &str) -> Value {
     .await
 }
 
+fn development() -> ServerOptions {
+    ServerOptions::new().with_development(true)
+}
+
 #[tokio::test]
 async fn who_was_never_asked_is_asked_after_a_restart_and_pushes_wait() {
     let folder = tempfile::tempdir().unwrap();
@@ -187,7 +191,7 @@ async fn switched_on_at_work_it_holds_what_stands() {
     assert_eq!(running.put("s", service.spec()).await.0, 201);
     publish(&running, "before").await;
     assert_eq!(service.pushed().await, "before");
-    running.server.set_options(asking(ServerOptions::new()));
+    running.server.set_options(asking(development()));
     publish(&running, "after").await;
     becomes(&running, "unconsented").await;
     // An operator who has put it right need not wait.
@@ -197,11 +201,11 @@ async fn switched_on_at_work_it_holds_what_stands() {
     assert_eq!(becomes(&running, "active").await["rate_limit"], 2.0);
     // Options that ask the same ask nobody; without an origin nobody needs to consent.
     let asked = service.asked();
-    running.server.set_options(asking(ServerOptions::new()));
+    running.server.set_options(asking(development()));
     assert_eq!((get(&running).await["status"]["state"].as_str(), service.asked()), (Some("active"), asked));
-    running.server.set_options(ServerOptions::new().with_webhook_origin("other.example").unwrap());
+    running.server.set_options(development().with_webhook_origin("other.example").unwrap());
     assert_eq!(get(&running).await["status"]["state"], "unconsented");
-    running.server.set_options(ServerOptions::new());
+    running.server.set_options(development());
     assert_eq!(get(&running).await["status"]["state"], "active");
 }
 
@@ -234,7 +238,7 @@ async fn what_stands_may_be_permitted_by_callback() {
     let mut service = Service::start().await;
     let running = Running::start(ServerOptions::new()).await;
     assert_eq!(running.put("s", service.spec()).await.0, 201);
-    running.server.set_options(asking(ServerOptions::new()).with_webhook_callback("http://broker.example").unwrap());
+    running.server.set_options(asking(development()).with_webhook_callback("http://broker.example").unwrap());
     publish(&running, "waits").await;
     let told = soon(service.told.recv()).await.unwrap();
     let url = told["webhook-request-callback"].to_str().unwrap().to_owned();

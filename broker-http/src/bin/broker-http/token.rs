@@ -3,7 +3,7 @@
 use std::io::Read as _;
 use std::process::ExitCode;
 
-use broker_http::{Token, TokenHash};
+use broker_http::{Identity, Token, TokenHash};
 
 use crate::output::{fail, print, say, show};
 
@@ -19,9 +19,12 @@ pub(crate) enum Command {
     Hash,
 }
 
+/// Characters of a token that are not soon guessed.
+const SHORTEST: usize = 16;
+
 pub(crate) fn run(command: Command) -> ExitCode {
     match command {
-        Command::New { name } => match Token::random() {
+        Command::New { name } => match Identity::new(&name).and_then(|_| Token::random()) {
             Ok(token) => {
                 // The token alone on standard output: a script keeps it, a person sees both.
                 print(&format!("{}\n", token.expose()));
@@ -40,8 +43,10 @@ pub(crate) fn run(command: Command) -> ExitCode {
                 return ExitCode::FAILURE;
             }
             let token = text.trim_end_matches(['\r', '\n']);
-            if token.is_empty() {
-                say!("broker-http: a token is expected on standard input");
+            if token.len() < SHORTEST {
+                say!(
+                    "broker-http: a token of {SHORTEST} characters or more is expected on standard input, since a short one can be guessed; `broker-http token new` makes a good one"
+                );
                 return ExitCode::from(2);
             }
             print(&format!("{}\n", TokenHash::of(token)));

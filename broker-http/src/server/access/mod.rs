@@ -51,7 +51,7 @@ pub struct Access {
 #[derive(Debug)]
 pub(crate) struct Known {
     identity: Identity,
-    bucket: Option<Bucket>,
+    bucket: Option<Arc<Bucket>>,
 }
 
 impl Access {
@@ -79,10 +79,24 @@ impl Access {
                     return Err(twice("certificate"));
                 }
             }
-            let bucket = identity.rate.map(|rate| Bucket::new(rate, identity.burst));
+            let bucket = identity.rate.map(|rate| Arc::new(Bucket::new(rate, identity.burst)));
             known.push(Arc::new(Known { identity, bucket }));
         }
         Ok(Self { known })
+    }
+
+    /// As these are; who is in `before` too, with the same rate, has left of it what was left.
+    fn after(&self, before: &Self) -> Self {
+        let bucket = |new: &Known| {
+            let old = before.known.iter().find(|old| old.identity.name == new.identity.name)?;
+            let same = (old.identity.rate, old.identity.burst) == (new.identity.rate, new.identity.burst);
+            old.bucket.clone().filter(|_| same)
+        };
+        let known = |new: &Arc<Known>| {
+            let bucket = bucket(new).or_else(|| new.bucket.clone());
+            Arc::new(Known { identity: new.identity.clone(), bucket })
+        };
+        Self { known: self.known.iter().map(known).collect() }
     }
 
     /// Whether there is nobody, and so no rule.
@@ -157,7 +171,7 @@ impl Caller {
 
     /// What a stream of messages waits for before it reads on.
     pub(crate) async fn pace(&self) {
-        if let Some(owed) = self.0.bucket.as_ref().map(Bucket::owed).filter(|owed| !owed.is_zero()) {
+        if let Some(owed) = self.0.bucket.as_ref().map(|bucket| bucket.owed()).filter(|owed| !owed.is_zero()) {
             tokio::time::sleep(owed).await;
         }
     }
@@ -183,8 +197,9 @@ impl Gate {
     }
 
     /// From now on these identities; requests under way finish.
-    pub(crate) fn set(&self, access: Arc<Access>) {
-        *self.access.write() = access;
+    pub(crate) fn set(&self, access: &Access) {
+        let mut now = self.access.write();
+        *now = Arc::new(access.after(&now));
     }
 
     pub(crate) fn is_open(&self) -> bool {
@@ -226,7 +241,7 @@ impl Gate {
                 return Err(unauthorized("the token or certificate is nobody's here"));
             }
         };
-        if let Some(Err(wait)) = caller.0.bucket.as_ref().map(Bucket::take) {
+        if let Some(Err(wait)) = caller.0.bucket.as_ref().map(|bucket| bucket.take()) {
             let rate = caller.0.identity.rate.unwrap_or_default();
             let detail =
                 format!("identity {} is over its {rate} requests and messages a second", caller.0.identity.name);

@@ -13,7 +13,9 @@ const FIRST: Duration = Duration::from_millis(100);
 const LONGEST: Duration = Duration::from_secs(5);
 /// Without a failure for so long, an address begins anew.
 const FORGIVEN: Duration = Duration::from_secs(60);
-/// Attempts of one address that wait at a time; more are refused at once, and not looked at.
+/// Failed attempts of one address that wait at a time; more are refused at once. What is shown is looked at
+/// before: who has the right token is let in whoever else fails from there, and what keeps a token from being
+/// guessed is its length.
 const WAITING: u32 = 16;
 /// Addresses remembered.
 const ADDRESSES: usize = 10_000;

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::status::{SUBSCRIPTION_COLUMNS, subscription_row, table};
 use super::{Daemon, Where, finish, segment};
-use crate::output::{fail, print, read_file};
+use crate::output::{fail, print, read_file, say};
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
@@ -163,7 +163,7 @@ pub(crate) async fn run(command: Command) -> ExitCode {
         Command::Delete { named, keep } => named.ask("DELETE", if keep { "?keep=true" } else { "" }, None).await,
         Command::Pause(named) => named.ask("POST", "/pause", None).await,
         Command::Resume(named) => named.ask("POST", "/resume", None).await,
-        Command::Test(named) => named.ask("POST", "/test", None).await,
+        Command::Test(named) => named.test().await,
         Command::Attempts(named) => named.ask("GET", "/attempts", None).await,
         Command::Dead { named, max } => {
             let query = max.map_or_else(String::new, |max| format!("?max={max}"));
@@ -192,6 +192,21 @@ pub(crate) async fn run(command: Command) -> ExitCode {
 }
 
 impl Named {
+    /// The answer says what became of the push; so does how it ends.
+    async fn test(&self) -> ExitCode {
+        let path = format!("/subscriptions/{}/test", segment(&self.name));
+        let answer = match self.place.open() {
+            Ok(daemon) => daemon.ask("POST", &path, None).await,
+            Err(error) => Err(error),
+        };
+        let failure =
+            answer.as_ref().ok().and_then(|answer| answer.pointer("/test/error")?.as_str().map(str::to_owned));
+        let code = finish(answer);
+        let Some(failure) = failure else { return code };
+        say!("broker-http: the push failed: {failure}");
+        ExitCode::FAILURE
+    }
+
     async fn ask(&self, method: &str, rest: &str, body: Option<&str>) -> ExitCode {
         let path = format!("/subscriptions/{}{rest}", segment(&self.name));
         match self.place.open() {

@@ -1,7 +1,9 @@
 //! The daemon's configuration: flags and environment over a TOML file over the defaults.
 
+mod environment;
 mod file;
 mod limits;
+mod listen;
 mod suggest;
 mod table;
 
@@ -62,7 +64,10 @@ const MAX_DRAIN: Duration = Duration::from_secs(24 * 3600);
 
 impl Config {
     /// Puts the sources together.
-    pub(crate) fn merge(args: Args) -> Result<Self, String> {
+    pub(crate) fn merge(mut args: Args) -> Result<Self, String> {
+        environment::check(std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()))?;
+        // What whoever looks for a fault sets for one start: before the file, after our own flag and variable.
+        args.log = args.log.or_else(|| std::env::var("RUST_LOG").ok());
         let file = args.config.as_deref().map(file::read).transpose()?.unwrap_or_default();
         Self::over(file, args)
     }
@@ -82,7 +87,12 @@ impl Config {
             (None, Some("json")) => LogFormat::Json,
             (None, Some(other)) => return Err(format!("log_format {other:?}: it is text or json")),
         };
-        Ok(Self {
+        if let Some(bad) = file.allowed_origins.iter().find(|origin| !listen::is_origin(origin)) {
+            return Err(format!(
+                "allowed_origins {bad:?}: it is a scheme, a host and maybe a port, as in https://app.example.com"
+            ));
+        }
+        let config = Self {
             listen: args.listen.or(file.listen).unwrap_or_else(|| "127.0.0.1:2757".to_owned()),
             broker: args
                 .broker
@@ -111,7 +121,9 @@ impl Config {
             webhook_callback: args.webhook_callback.or(file.webhook_callback),
             push: file.push,
             limits: file.limits.apply()?,
-        })
+        };
+        listen::check(&config.listen, config.tls.is_some())?;
+        Ok(config)
     }
 
     /// Who may do what.
@@ -119,14 +131,61 @@ impl Config {
         Access::new(self.identities.iter().cloned()).map_err(said)
     }
 
+    /// Whether nobody is asked who they are.
+    pub(crate) fn is_open(&self) -> bool {
+        self.identities.is_empty()
+    }
+
+    /// Whether it is development mode, by itself where only this machine can reach an open listener.
+    pub(crate) fn is_development(&self, loopback: bool) -> bool {
+        self.dev || loopback && self.is_open()
+    }
+
+    /// Refuses to serve everybody by a slip.
+    pub(crate) fn check_reach(&self, loopback: bool) -> Result<(), String> {
+        if loopback || self.insecure || !self.is_open() {
+            return Ok(());
+        }
+        Err(format!(
+            "{} can be reached from elsewhere, and there are no identities, so that everybody could publish and subscribe: `broker-http token new` makes one for the configuration; or say --insecure",
+            self.listen
+        ))
+    }
+
+    /// Refuses declared endpoints that could never be dialled, where that is known without asking for a name.
+    pub(crate) fn check_endpoints(&self, development: bool) -> Result<(), String> {
+        let guard = self.guard()?.with_development(development);
+        for (name, spec) in &self.subscriptions {
+            let Some(endpoint) = &spec.endpoint else { continue };
+            guard
+                .check_endpoint(endpoint)
+                .map_err(|error| format!("subscriptions.{name}: endpoint: {}", error.message()))?;
+        }
+        Ok(())
+    }
+
+    /// What serving would find out once it listens, as far as that is known without.
+    pub(crate) fn check_alone(&self) -> Result<(), String> {
+        if let Some(folder) = self.state.as_deref().and_then(Path::parent) {
+            let here = folder.as_os_str().is_empty();
+            if !here && !folder.is_dir() {
+                return Err(format!("state: there is no folder {}", folder.display()));
+            }
+        }
+        // What a name stands for is known where it is listened on.
+        let Some(loopback) = listen::loopback(&self.listen) else { return Ok(()) };
+        self.check_reach(loopback)?;
+        self.check_endpoints(self.is_development(loopback))
+    }
+
+    fn guard(&self) -> Result<Guard, String> {
+        self.allow.iter().try_fold(Guard::new(), |guard, allowed| Ok(guard.allowing(allowed.parse().map_err(said)?)))
+    }
+
     /// The server's part of it.
     pub(crate) fn options(&self) -> Result<ServerOptions, String> {
-        let mut guard = Guard::new();
-        for allowed in &self.allow {
-            guard = guard.allowing(allowed.parse().map_err(said)?);
-        }
         let mut options = ServerOptions::new()
-            .with_guard(guard)
+            .with_guard(self.guard()?)
             .with_limits(self.limits.clone())
             .with_allowed_origins(self.allowed_origins.iter().cloned())
             .with_access(self.access()?)
@@ -283,6 +342,13 @@ mod tests {
             ("push = {ca = \"/nowhere/ca.pem\"}", "push.ca: /nowhere/ca.pem"),
             ("identities = [{name = \"a\"}]", "identity a"),
             ("allow = [\"10.0.0.0/99\"]", "10.0.0.0/99"),
+            ("listen = \"2757\"", "listen \"2757\""),
+            ("listen = \"127.0.0.1:99999\"", "listen \"127.0.0.1:99999\""),
+            ("listen = \"unix:/x\"\ntls = {certificate = \"x\", key = \"y\"}", "without TLS"),
+            ("allowed_origins = [\"app.example.com\"]", "allowed_origins"),
+            ("allowed_origins = [\"https://app.example.com/\"]", "allowed_origins"),
+            ("limits = {headers = 9223372036854775807}", "limits.headers"),
+            ("limits = {header_bytes = 8191}", "limits.header_bytes"),
             ("webhook_callback = \"https://a.example\"", "webhook_origin"),
             ("webhook_origin = \"a\"\nwebhook_callback = \"a.example\"", "webhook callback"),
         ] {

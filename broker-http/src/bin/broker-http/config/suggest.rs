@@ -26,8 +26,13 @@ pub(super) fn describe(text: &str, error: &toml::de::Error) -> String {
 pub(super) fn near(message: &str) -> Option<&str> {
     let (unknown, expected) = message.strip_prefix("unknown ")?.split_once(", expected ")?;
     let unknown = quoted(unknown).next()?;
+    nearest(unknown, quoted(expected))
+}
+
+/// The key that is meant by an unknown one.
+pub(super) fn nearest<'a>(unknown: &str, keys: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let likeness = |key: &&str| strsim::jaro_winkler(unknown, key);
-    quoted(expected).filter(|key| likeness(key) >= ALIKE).max_by(|one, two| likeness(one).total_cmp(&likeness(two)))
+    keys.filter(|key| likeness(key) >= ALIKE).max_by(|one, two| likeness(one).total_cmp(&likeness(two)))
 }
 
 fn quoted(text: &str) -> impl Iterator<Item = &str> {

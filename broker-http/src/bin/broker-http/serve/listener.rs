@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::net::IpAddr;
+#[cfg(unix)]
 use std::path::PathBuf;
 
 use broker_core::Broker;
@@ -31,6 +32,15 @@ impl Listener {
         Ok(Self::Tcp(listener, address))
     }
 
+    /// What is left of it in the file system, to be removed at the end.
+    pub(super) fn file(&self) -> Option<SocketFile> {
+        match self {
+            Self::Tcp(..) => None,
+            #[cfg(unix)]
+            Self::Unix(_, path) => socket_identity(path).map(|identity| SocketFile { path: path.clone(), identity }),
+        }
+    }
+
     /// Whether only this machine can reach it.
     pub(super) fn is_loopback(&self) -> bool {
         match self {
@@ -41,20 +51,50 @@ impl Listener {
     }
 }
 
-/// A socket left by a daemon that was killed is in the way of the next; one that answers is not
-/// ours to remove.
+/// A socket left by a daemon that was killed is in the way of the next. One that answers is not ours to
+/// remove, nor what is no socket: a connection to a plain file is refused too.
 #[cfg(unix)]
 fn bind_unix(path: &str) -> std::io::Result<tokio::net::UnixListener> {
+    use std::io::{Error, ErrorKind};
     match tokio::net::UnixListener::bind(path) {
-        Err(error)
-            if error.kind() == std::io::ErrorKind::AddrInUse
-                && std::os::unix::net::UnixStream::connect(path)
-                    .is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused) =>
-        {
+        Err(error) if error.kind() == ErrorKind::AddrInUse => {
+            if socket_identity(path.as_ref()).is_none() {
+                return Err(Error::new(ErrorKind::AlreadyExists, "there is a file there that is no socket"));
+            }
+            let refused = |error: &Error| error.kind() == ErrorKind::ConnectionRefused;
+            if !std::os::unix::net::UnixStream::connect(path).is_err_and(|error| refused(&error)) {
+                return Err(error);
+            }
             std::fs::remove_file(path)?;
             tokio::net::UnixListener::bind(path)
         }
         bound => bound,
+    }
+}
+
+/// Which file a path is, if it is a socket itself and no link to one.
+#[cfg(unix)]
+fn socket_identity(path: &std::path::Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+    let found = std::fs::symlink_metadata(path).ok()?;
+    found.file_type().is_socket().then(|| (found.dev(), found.ino()))
+}
+
+/// The file of a Unix socket, removed when dropped unless it is another's by now.
+pub(super) struct SocketFile {
+    #[cfg(unix)]
+    path: PathBuf,
+    #[cfg(unix)]
+    identity: (u64, u64),
+}
+
+#[cfg(unix)]
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if socket_identity(&self.path) == Some(self.identity) {
+            // Left behind it is removed at the next start.
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 }
 

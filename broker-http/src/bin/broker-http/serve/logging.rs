@@ -28,9 +28,7 @@ fn filter(levels: &str) -> Result<EnvFilter, String> {
 
 impl Logging {
     pub(super) fn start(levels: &str, format: LogFormat) -> Result<Self, String> {
-        // RUST_LOG is what whoever looks for a fault sets for one start.
-        let levels = std::env::var("RUST_LOG").unwrap_or_else(|_| levels.to_owned());
-        let (filter, handle) = reload::Layer::new(filter(&levels)?);
+        let (filter, handle) = reload::Layer::new(filter(levels)?);
         let layer = fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
         let layer = match format {
             LogFormat::Text => layer.boxed(),

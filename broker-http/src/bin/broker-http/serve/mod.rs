@@ -128,6 +128,7 @@ pub(crate) async fn run(args: Args) -> ExitCode {
 pub(crate) fn check(args: Args) -> ExitCode {
     let checked = Config::merge(args).and_then(|config| {
         config.options()?;
+        config.check_alone()?;
         logging::check(&config.log)?;
         config.otlp.as_ref().map_or(Ok(()), traces::check)?;
         connectors().open(&config.broker).map_err(|error| error.message().to_owned())?;
@@ -153,15 +154,19 @@ async fn serve(args: Args) -> Result<ExitCode, String> {
     let tls = config.tls.clone().map(Tls::load).transpose().map_err(|error| error.message().to_owned())?;
     let access = config.access()?;
     let listener = Listener::bind(&config.listen).await?;
-    if access.is_open() && !listener.is_loopback() && !config.insecure {
-        return Err(format!(
-            "{} can be reached from elsewhere, and there are no identities, so that everybody could publish and subscribe: `broker-http token new` makes one for the configuration; or say --insecure",
-            config.listen
-        ));
-    }
-    let development = config.dev || listener.is_loopback() && access.is_open();
+    let _file = listener.file();
+    let loopback = listener.is_loopback();
+    config.check_reach(loopback)?;
+    let development = config.is_development(loopback);
     let broker = connectors().open(&config.broker).map_err(|error| error.message().to_owned())?;
-    broker.connect().await.map_err(|error| format!("cannot connect to the broker {}: {error}", broker.name()))?;
+    let connected = tokio::select! {
+        connected = broker.connect() => connected,
+        signal = signals.end() => {
+            say!("broker-http: {signal}: ended before the broker {} was reached", broker.name());
+            return Ok(ExitCode::FAILURE);
+        }
+    };
+    connected.map_err(|error| format!("cannot connect to the broker {}: {error}", broker.name()))?;
     let traces = Traces::start(config.otlp.as_ref())?;
     let server = Server::new(broker, traces.of(config.options()?.with_development(development)));
     server.restore().await.map_err(|error| error.message().to_owned())?;
@@ -186,7 +191,7 @@ async fn serve(args: Args) -> Result<ExitCode, String> {
             }
         })
     };
-    let mut running = Running { args, config, server, tls, logging };
+    let mut running = Running { args, config, server, tls, logging, loopback };
     let signal = loop {
         match signals.next().await {
             Told::End(signal) => break signal,
@@ -220,6 +225,8 @@ struct Running {
     server: Server,
     tls: Option<Tls>,
     logging: Logging,
+    /// Whether only this machine can reach the listener.
+    loopback: bool,
 }
 
 impl Running {
@@ -233,11 +240,14 @@ impl Running {
 
     async fn try_reload(&mut self) -> Result<String, String> {
         let config = Config::merge(self.args.clone())?;
-        let access = config.access()?;
-        let options = config.options()?;
+        // What takes a restart is as it was.
+        let development = self.config.dev || self.loopback && config.is_open();
+        let before = self.config.is_development(self.loopback);
+        let options = config.options()?.with_development(development);
         logging::check(&config.log)?;
-        let open = access.is_open();
-        if open && !self.config.access()?.is_open() && !config.insecure {
+        config.check_endpoints(development)?;
+        self.server.check_subscriptions(&config.subscriptions).map_err(|error| error.message().to_owned())?;
+        if config.is_open() && !self.config.is_open() && !self.config.insecure {
             return Err(
                 "no identity is left, so that everybody could publish and subscribe; restart it if that is meant"
                     .to_owned(),
@@ -256,6 +266,13 @@ impl Running {
         let fixed = self.config.fixed_differences(&config);
         if !fixed.is_empty() {
             told.push_str(&format!("; {} changed, which takes a restart", fixed.join(", ")));
+        }
+        if config.is_open() && !self.config.is_open() {
+            told.push_str("; INSECURE: nobody is asked who they are any more");
+        }
+        if before != development {
+            let now = if development { "on: for this machine only" } else { "off" };
+            told.push_str(&format!("; development mode is {now}"));
         }
         self.config.take_up(config);
         Ok(told)
