@@ -139,6 +139,12 @@ async fn a_configuration_is_checked_without_serving() {
     let (code, said) = run(&["check-config", "--config", &good]).await;
     assert_eq!(code, Some(0), "{said}");
     assert!(said.contains("1 identities, 1 subscriptions"), "{said}");
+    // It may be checked on another machine: a folder that is not here is told, and refused where it is served.
+    let elsewhere = write(&path, "state = \"/nowhere/state.json\"");
+    let (code, said) = run(&["check-config", "--config", &elsewhere]).await;
+    assert!(code == Some(0) && said.contains("no folder /nowhere"), "{said}");
+    let (code, said) = run(&["--listen", "127.0.0.1:0", "--config", &elsewhere]).await;
+    assert!(code == Some(1) && said.contains("no folder /nowhere"), "{said}");
     for (text, named) in [
         ("lisen = \"x\"", "did you mean `listen`?"),
         ("log = \"a=loud\"", "loud"),
@@ -148,7 +154,6 @@ async fn a_configuration_is_checked_without_serving() {
         ("[[identities]]\nname = \"a\"\ntokens = [\"hunter2\"]", "64 hexadecimal"),
         ("listen = \"0.0.0.0:1\"", "no identities"),
         ("listen = \"2757\"", "HOST:PORT"),
-        ("state = \"/nowhere/state.json\"", "no folder /nowhere"),
         ("allowed_origins = [\"app.example.com\"]", "allowed_origins"),
         ("[limits]\nheaders = 9223372036854775807", "limits.headers"),
         ("[subscriptions.q]\nfilter = \"a\"\nendpoint = \"http://10.0.0.1/\"", "subscriptions.q: endpoint"),

@@ -164,14 +164,18 @@ impl Config {
         Ok(())
     }
 
+    /// Refuses a state file where nothing could be written.
+    pub(crate) fn check_state(&self) -> Result<(), String> {
+        match self.state.as_deref().and_then(Path::parent) {
+            Some(folder) if !folder.as_os_str().is_empty() && !folder.is_dir() => {
+                Err(format!("state: there is no folder {}", folder.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// What serving would find out once it listens, as far as that is known without.
     pub(crate) fn check_alone(&self) -> Result<(), String> {
-        if let Some(folder) = self.state.as_deref().and_then(Path::parent) {
-            let here = folder.as_os_str().is_empty();
-            if !here && !folder.is_dir() {
-                return Err(format!("state: there is no folder {}", folder.display()));
-            }
-        }
         // What a name stands for is known where it is listened on.
         let Some(loopback) = listen::loopback(&self.listen) else { return Ok(()) };
         self.check_reach(loopback)?;

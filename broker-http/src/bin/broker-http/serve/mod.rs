@@ -138,6 +138,10 @@ pub(crate) fn check(args: Args) -> ExitCode {
     match checked {
         Ok(config) => {
             crate::output::print(&format!("the configuration is good: {}\n", config.summary()));
+            // It may be for another machine, or systemd makes the folder at the start.
+            if let Err(why) = config.check_state() {
+                say!("broker-http: {why} here; it has to be there where it is served");
+            }
             ExitCode::SUCCESS
         }
         Err(why) => {
@@ -153,6 +157,7 @@ async fn serve(args: Args) -> Result<ExitCode, String> {
     let mut signals = Signals::new().map_err(|error| format!("cannot listen for signals: {error}"))?;
     let tls = config.tls.clone().map(Tls::load).transpose().map_err(|error| error.message().to_owned())?;
     let access = config.access()?;
+    config.check_state()?;
     let listener = Listener::bind(&config.listen).await?;
     let _file = listener.file();
     let loopback = listener.is_loopback();
