@@ -1,6 +1,7 @@
 //! `Idempotency-Key`: a request sent again is answered with the stored answer, byte for byte (IETF
 //! draft "The Idempotency-Key HTTP Header Field").
 
+use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,30 +10,40 @@ use std::time::{Duration, Instant};
 use axum::body::{Body, to_bytes};
 use axum::response::Response;
 use broker_core::ErrorKind;
-use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 
+use super::access::Caller;
+use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::publish::json_response;
 
-/// How long an answer is kept at most; room for newer ones may end it sooner.
+/// How long an answer is kept at most.
 const KEPT: Duration = Duration::from_secs(24 * 3600);
+
+/// How long an answer is kept at least: a sender that goes on trying, with waits that grow to minutes
+/// between, comes back within it. Where there is no room otherwise, new keys are refused: a key that
+/// was forgotten while it is in use would publish again without a word.
+const YOUNG: Duration = Duration::from_secs(10 * 60);
 
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
-/// What an entry costs beside its key and its answer.
-const OVERHEAD: usize = 200;
+/// What an entry costs beside its answer: it has two places in tables that are up to half empty.
+const OVERHEAD: usize = 180;
 
-/// A key, and the resource it was sent to: the same key elsewhere is another.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Key(Arc<str>);
+/// What is set aside for a request at work: most answers are shorter.
+const ROOM: usize = OVERHEAD + 512;
+
+/// A key, whose it is, and the topic it was sent to: the same key of somebody else or elsewhere is
+/// another. It is half of a SHA-256, so that long ones take no more room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Key([u8; 16]);
 
 impl Key {
     /// The key of a request, if it has one.
-    pub(crate) fn of(parts: &http::request::Parts) -> Answer<Option<Self>> {
-        let mut values = parts.headers.get_all(IDEMPOTENCY_KEY).iter();
+    pub(crate) fn of(headers: &HeaderMap, topic: &str, caller: Option<&Caller>) -> Answer<Option<Self>> {
+        let mut values = headers.get_all(IDEMPOTENCY_KEY).iter();
         let Some(value) = values.next() else { return Ok(None) };
         // The draft has a quoted string; many senders leave the quotes out.
         let text = value.to_str().unwrap_or_default();
@@ -40,35 +51,64 @@ impl Key {
         if text.is_empty() || text.len() > 255 || values.next().is_some() {
             return Err(Problem::invalid("idempotency-key: it is one value of 1 to 255 visible ASCII characters"));
         }
-        let resource = parts.uri.path_and_query().map_or("", |path| path.as_str());
-        Ok(Some(Self(format!("{resource}\n{text}").into())))
+        let mut hash = Sha256::new();
+        for part in [caller.map_or("", Caller::name), topic, text] {
+            add(&mut hash, part.as_bytes());
+        }
+        Ok(Some(Self(half(hash))))
     }
 }
 
 /// Tells a request sent again from another one under the same key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Fingerprint([u8; 32]);
+pub(crate) struct Fingerprint([u8; 16]);
 
 impl Fingerprint {
-    /// Of the body and of what else makes the message.
-    pub(crate) fn of(headers: &HeaderMap, body: &[u8]) -> Self {
+    /// Of the body and of what else makes the message: options in any order.
+    pub(crate) fn of(query: Option<&str>, headers: &HeaderMap, body: &[u8]) -> Self {
+        let says = |name: &str| name == "content-type" || name.starts_with("ce-") || name.starts_with("broker-");
+        let headers = headers.iter().filter(|(name, _)| says(name.as_str()));
+        let headers = headers.map(|(name, value)| (Cow::from(name.as_str().as_bytes()), Cow::from(value.as_bytes())));
+        let query = form_urlencoded::parse(query.unwrap_or_default().as_bytes());
+        let query = query.map(|(name, value)| (bytes_of(name), bytes_of(value)));
         let mut hash = Sha256::new();
-        for (name, value) in headers {
-            let name = name.as_str();
-            if name == "content-type" || name.starts_with("ce-") || name.starts_with("broker-") {
-                hash.update((name.len() as u64).to_be_bytes());
-                hash.update(name);
-                hash.update((value.len() as u64).to_be_bytes());
-                hash.update(value);
+        for mut options in [headers.collect::<Vec<_>>(), query.collect()] {
+            options.sort();
+            hash.update((options.len() as u64).to_be_bytes());
+            for (name, value) in options {
+                add(&mut hash, &name);
+                add(&mut hash, &value);
             }
         }
-        hash.update([0; 8]);
         hash.update(body);
-        Self(hash.finalize().into())
+        Self(half(hash))
     }
 }
 
-/// The answers kept: bounded in bytes, the oldest goes first.
+fn bytes_of(text: Cow<'_, str>) -> Cow<'_, [u8]> {
+    match text {
+        Cow::Borrowed(text) => text.as_bytes().into(),
+        Cow::Owned(text) => text.into_bytes().into(),
+    }
+}
+
+/// With its length, so that no two lists of parts are the same bytes.
+fn add(hash: &mut Sha256, part: &[u8]) {
+    hash.update((part.len() as u64).to_be_bytes());
+    hash.update(part);
+}
+
+fn half(hash: Sha256) -> [u8; 16] {
+    let mut half = [0; 16];
+    half.iter_mut().zip(hash.finalize()).for_each(|(byte, hashed)| *byte = hashed);
+    half
+}
+
+/// Marks an answer that says of some message that another try may do better: it is not kept.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TryAgain;
+
+/// The answers kept: bounded in bytes, the oldest goes first, and none that is young.
 #[derive(Clone, Debug)]
 pub(crate) struct Answers(Arc<Store>);
 
@@ -83,6 +123,7 @@ struct Table {
     entries: HashMap<Key, Entry>,
     /// Answered keys, the oldest first.
     order: VecDeque<(Instant, Key)>,
+    /// With what is set aside for requests at work.
     bytes: usize,
 }
 
@@ -90,7 +131,7 @@ struct Table {
 struct Entry {
     fingerprint: Fingerprint,
     /// `None` while the first request is at work.
-    answer: Option<(StatusCode, Bytes)>,
+    answer: Option<(StatusCode, Box<[u8]>)>,
 }
 
 /// What a key's owner is to do.
@@ -114,20 +155,24 @@ impl Answers {
         Self(Arc::new(Store { max_bytes: AtomicUsize::new(max_bytes), table: Mutex::default() }))
     }
 
-    /// From now on so many bytes.
+    /// From now on so many bytes: the next key finds its room by it.
     pub(crate) fn set_max(&self, max_bytes: usize) {
         self.0.max_bytes.store(max_bytes, Ordering::Relaxed);
-        self.0.table.lock().forget(None, max_bytes);
     }
 
     /// Looks a key up.
     ///
     /// # Errors
     ///
-    /// 409 while the first request is at work, 422 if that was another request.
+    /// 409 while the first request is at work, 422 if that was another request, 503 where there is
+    /// room for no other key.
     pub(crate) fn begin(&self, key: Key, fingerprint: Fingerprint) -> Answer<Slot> {
+        self.begin_at(Instant::now(), key, fingerprint)
+    }
+
+    fn begin_at(&self, now: Instant, key: Key, fingerprint: Fingerprint) -> Answer<Slot> {
         let mut table = self.0.table.lock();
-        table.forget(Instant::now().checked_sub(KEPT), usize::MAX);
+        table.forget(now, KEPT, 0);
         match table.entries.get(&key) {
             Some(entry) if entry.fingerprint != fingerprint => Err(Problem::new(
                 StatusCode::UNPROCESSABLE_ENTITY,
@@ -140,15 +185,33 @@ impl Answers {
                     .retry_after(Duration::from_secs(1)))
             }
             None => {
-                table.entries.insert(key.clone(), Entry { fingerprint, answer: None });
+                let most = self.0.max_bytes.load(Ordering::Relaxed).saturating_sub(ROOM);
+                table.forget(now, YOUNG, most);
+                if table.bytes > most {
+                    return Err(full(table.order.front().map(|(kept, _)| YOUNG.saturating_sub(now - *kept))));
+                }
+                table.bytes += ROOM;
+                table.entries.insert(key, Entry { fingerprint, answer: None });
                 Ok(Slot::Ours(Running { store: Arc::clone(&self.0), key }))
             }
         }
     }
 }
 
-fn replayed(status: StatusCode, json: &Bytes) -> Response {
-    let mut response = Response::new(Body::from(json.clone()));
+/// The wait is until the oldest answer may go.
+fn full(wait: Option<Duration>) -> Problem {
+    Problem::new(
+        StatusCode::SERVICE_UNAVAILABLE,
+        ErrorKind::Unavailable,
+        "idempotency-key: there is no room to keep one more answer, and the oldest is not yet 10 minutes old; \
+         try again later, or publish without a key",
+    )
+    .retry_after(wait.unwrap_or(Duration::from_secs(1)))
+    .counted(Refusal::Idempotency)
+}
+
+fn replayed(status: StatusCode, json: &[u8]) -> Response {
+    let mut response = Response::new(Body::from(json.to_vec()));
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
@@ -159,19 +222,13 @@ impl Running {
     /// another try.
     pub(crate) async fn finish(self, answer: Answer) -> Answer {
         let response = answer?;
+        if response.extensions().get::<TryAgain>().is_some() {
+            return Ok(response);
+        }
         let (parts, body) = response.into_parts();
         let json = to_bytes(body, usize::MAX).await.map_err(|_| Problem::draining())?;
-        let bytes = self.key.0.len() + json.len() + OVERHEAD;
-        let max_bytes = self.store.max_bytes.load(Ordering::Relaxed);
-        if bytes <= max_bytes {
-            let mut table = self.store.table.lock();
-            table.forget(None, max_bytes - bytes);
-            if let Some(entry) = table.entries.get_mut(&self.key) {
-                entry.answer = Some((parts.status, json.clone()));
-                table.bytes += bytes;
-                table.order.push_back((Instant::now(), self.key.clone()));
-            }
-        }
+        // Longer than what was set aside it is kept too: its messages are published. New keys wait.
+        self.store.table.lock().keep(Instant::now(), self.key, parts.status, &json);
         Ok(json_response(parts.status, json.to_vec()))
     }
 }
@@ -181,20 +238,106 @@ impl Drop for Running {
         let mut table = self.store.table.lock();
         if table.entries.get(&self.key).is_some_and(|entry| entry.answer.is_none()) {
             table.entries.remove(&self.key);
+            table.bytes -= ROOM;
         }
     }
 }
 
 impl Table {
-    /// Forgets the oldest answers: those from before `since`, and what is over `bytes`.
-    fn forget(&mut self, since: Option<Instant>, bytes: usize) {
-        while let Some((time, _)) = self.order.front()
-            && (self.bytes > bytes || since.is_some_and(|since| *time < since))
+    fn keep(&mut self, now: Instant, key: Key, status: StatusCode, json: &[u8]) {
+        let Some(entry) = self.entries.get_mut(&key) else { return };
+        entry.answer = Some((status, json.into()));
+        self.bytes = self.bytes - ROOM + OVERHEAD + json.len();
+        self.order.push_back((now, key));
+    }
+
+    /// Forgets the oldest answers of at least this age, until no more than `bytes` are kept.
+    fn forget(&mut self, now: Instant, age: Duration, bytes: usize) {
+        while self.bytes > bytes
+            && let Some((time, _)) = self.order.front()
+            && now.saturating_duration_since(*time) >= age
             && let Some((_, key)) = self.order.pop_front()
         {
             if let Some(Entry { answer: Some((_, json)), .. }) = self.entries.remove(&key) {
-                self.bytes -= key.0.len() + json.len() + OVERHEAD;
+                self.bytes -= OVERHEAD + json.len();
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FINGERPRINT: Fingerprint = Fingerprint([0; 16]);
+    const JSON: &[u8] = &[b'x'; 100];
+
+    fn answer(answers: &Answers, now: Instant, key: u8) -> Answer<()> {
+        match answers.begin_at(now, Key([key; 16]), FINGERPRINT)? {
+            Slot::Ours(running) => {
+                answers.0.table.lock().keep(now, running.key, StatusCode::ACCEPTED, JSON);
+                Ok(())
+            }
+            Slot::Answered(_) => panic!("{key} was answered before"),
+        }
+    }
+
+    fn is_kept(answers: &Answers, key: u8) -> bool {
+        answers.0.table.lock().entries.contains_key(&Key([key; 16]))
+    }
+
+    #[test]
+    fn where_answers_fill_the_room_new_keys_are_refused_and_no_young_one_is_forgotten() {
+        let answers = Answers::new(ROOM + 2 * (OVERHEAD + JSON.len()));
+        let begin = Instant::now();
+        let after = |seconds| begin + Duration::from_secs(seconds);
+        for key in 0..3 {
+            answer(&answers, after(u64::from(key)), key).unwrap();
+        }
+        let problem = answer(&answers, after(60), 3).unwrap_err();
+        assert_eq!(problem.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(full(Some(YOUNG - Duration::from_secs(60))).detail(), problem.detail());
+        assert!((0..3).all(|key| is_kept(&answers, key)));
+        // Once the oldest is ten minutes old it goes, and no other.
+        answer(&answers, after(600), 3).unwrap();
+        assert!(!is_kept(&answers, 0) && (1..4).all(|key| is_kept(&answers, key)));
+        // With room, it is kept for a day.
+        answers.set_max(1 << 20);
+        answer(&answers, after(86_400), 4).unwrap();
+        assert!((2..5).all(|key| is_kept(&answers, key)));
+        answer(&answers, after(86_402), 5).unwrap();
+        assert!(!is_kept(&answers, 2) && is_kept(&answers, 3));
+        assert_eq!(answers.0.table.lock().bytes, 3 * (OVERHEAD + JSON.len()));
+    }
+
+    #[test]
+    fn requests_at_work_have_their_room_set_aside_and_give_it_back() {
+        let answers = Answers::new(2 * ROOM);
+        let now = Instant::now();
+        let one = answers.begin_at(now, Key([1; 16]), FINGERPRINT).unwrap();
+        let other = answers.begin_at(now, Key([2; 16]), FINGERPRINT).unwrap();
+        answers.begin_at(now, Key([3; 16]), FINGERPRINT).unwrap_err();
+        drop((one, other));
+        assert_eq!(answers.0.table.lock().bytes, 0);
+        answer(&answers, now, 3).unwrap();
+    }
+
+    #[test]
+    fn a_request_is_told_from_another_by_its_options_and_not_by_their_order() {
+        let headers = |names: &[&'static str]| {
+            names.iter().map(|name| (HeaderName::from_static(name), HeaderValue::from_static("1"))).collect()
+        };
+        let of = |query: &str, names: &[&'static str]| Fingerprint::of(Some(query), &headers(names), b"x");
+        let first = of("key=a&ttl=1h", &["ce-id", "broker-key"]);
+        assert_eq!(first, of("ttl=1h&key=%61", &["broker-key", "ce-id", "traceparent"]));
+        for other in [
+            of("key=a", &["ce-id", "broker-key"]),
+            of("key=a&ttl=1m", &["ce-id", "broker-key"]),
+            of("key=a&ttl=1h", &["ce-id"]),
+            of("", &["ce-id", "broker-key"]),
+        ] {
+            assert_ne!(first, other);
+        }
+        assert_eq!(of("", &[]), Fingerprint::of(None, &HeaderMap::new(), b"x"));
     }
 }

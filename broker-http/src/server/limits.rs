@@ -29,7 +29,11 @@ pub struct Limits {
     /// How long a connection may take to send the next request's headers, half as long again at most;
     /// so also how long an idle one is kept.
     pub header_timeout: Duration,
-    /// How long a body may take to arrive, and how long a streamed one may stand still.
+    /// How long a body may take to arrive, and how long a streamed one may stand still. Also how long
+    /// an answer may wait for a reader that takes nothing of it, half as long again at most; then its
+    /// connection is cut. A reader gets on by 16 KiB over HTTP/2, by what the kernel takes at a time
+    /// over HTTP/1 (up to a third of the socket's buffer). A stream that has nothing to say waits for
+    /// nobody.
     pub body_timeout: Duration,
     /// Bytes of a body that holds one message, beyond which no message can be meant: the broker's own
     /// limit of a message is checked besides.
@@ -58,7 +62,9 @@ pub struct Limits {
     pub leases: usize,
     /// Streams (server-sent events) at a time.
     pub streams: usize,
-    /// Bytes of answers kept for repeated idempotency keys.
+    /// Bytes of answers kept for repeated idempotency keys, about 270 for one message's: each is kept
+    /// for a day, or from 10 minutes on until a newer one needs its room. Where all are younger a new
+    /// key is refused with 503.
     pub idempotency_bytes: usize,
 }
 
@@ -83,7 +89,7 @@ impl Default for Limits {
             topic_memory_bytes: 512 << 20,
             leases: 100_000,
             streams: 1_000,
-            idempotency_bytes: 16 << 20,
+            idempotency_bytes: 64 << 20,
         }
     }
 }

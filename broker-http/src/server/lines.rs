@@ -6,14 +6,15 @@ use std::sync::Arc;
 
 use axum::body::Body;
 use axum::response::Response;
-use broker_core::Error;
+use broker_core::{Error, ErrorKind, TopicFilter};
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::stream;
-use http::{HeaderMap, HeaderValue, header};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 
-use super::access::Caller;
+use super::access::{Action, Caller, Gate, Revoked};
 use super::inflate::Encoding;
 use super::memory::Reservation;
+use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::publish::{Outgoing, ends_stream, publish_all, write_problem, write_result};
 use super::publishers::Published;
@@ -67,8 +68,10 @@ pub(crate) async fn stream(
     if let Some(problem) = problem {
         return Err(body::refuse(headers, body, &shared.limits(), problem).await);
     }
+    let filter = TopicFilter::from(published.topic());
     let lines = Lines {
         shared: Arc::clone(shared),
+        revoked: Gate::revoked(shared, caller.clone(), &[Action::Publish], filter),
         published,
         options,
         caller,
@@ -91,6 +94,7 @@ struct Lines {
     published: Arc<Published>,
     options: Options,
     caller: Option<Caller>,
+    revoked: Revoked,
     parent: Parent,
     body: Body,
     reservation: Reservation,
@@ -168,7 +172,17 @@ impl Lines {
 
     async fn read(&mut self) {
         let mut deadline = body::Deadline::after(self.shared.limits().body_timeout);
-        match body::next_data(&mut self.body, &mut deadline).await {
+        let data = tokio::select! {
+            biased;
+            () = self.revoked.as_mut() => Err(Problem::new(
+                StatusCode::FORBIDDEN,
+                ErrorKind::Unauthorized,
+                "publishing here is no longer allowed; the lines that follow are not published",
+            )
+            .counted(Refusal::Forbidden)),
+            data = body::next_data(&mut self.body, &mut deadline) => data,
+        };
+        match data {
             Ok(Some(data)) => {
                 // Of a line and what came with it; given back with the stream.
                 match self.reservation.reach((self.buffer.len() + data.len()) as u64) {

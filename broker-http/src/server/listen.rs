@@ -13,7 +13,7 @@ use axum::extract::State;
 use axum::response::IntoResponse;
 use axum::serve::Listener;
 use bytes::Bytes;
-use http::{Method, Request, Response, header};
+use http::{Method, Request, Response, Version, header};
 use http_body::{Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
@@ -31,7 +31,7 @@ use super::access::{Peer, Presented};
 use super::limits::Limits;
 use super::metrics::Refusal;
 use super::tls::Tls;
-use super::wire::{Remote, Watched, Wire};
+use super::wire::{Remote, Socket, Watched, Wire};
 use super::{Shared, publish, routes};
 
 /// What is written to a connection over the limit, without reading from it: a sender that sees it
@@ -91,11 +91,14 @@ impl Connections {
                         shared: Arc::clone(shared),
                         router: router.clone(),
                         idle: limits.header_timeout.max(Duration::from_millis(2)),
+                        patience: limits.body_timeout.max(Duration::from_millis(2)),
+                        activity: Arc::default(),
                         closing: self.closing.clone(),
                         cut: self.cut.clone(),
                         peer: Peer { address: remote.ip(), certificate: None },
                         _place: place,
                     };
+                    let stream = Socket::new(stream, Arc::clone(&connection.activity.wire));
                     match &tls {
                         None => self.tasks.spawn(connection.serve(stream)),
                         Some(tls) => self.tasks.spawn(connection.serve_tls(stream, tls.acceptor())),
@@ -203,6 +206,9 @@ struct Connection {
     shared: Arc<Shared>,
     router: Router,
     idle: Duration,
+    /// How long an answer may wait for its reader.
+    patience: Duration,
+    activity: Arc<Activity>,
     closing: CancellationToken,
     cut: CancellationToken,
     peer: Peer,
@@ -230,26 +236,29 @@ impl Connection {
     }
 
     async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(self, stream: S) {
-        let activity = Arc::new(Activity::default());
+        let activity = self.activity;
+        let address = self.peer.address;
         let (shared, router, active, peer) = (Arc::clone(&self.shared), self.router, Arc::clone(&activity), self.peer);
         let service = service_fn(move |mut request: Request<Incoming>| {
             let busy = Busy::begin(&active);
             if !shared.gate.is_open() {
                 request.extensions_mut().insert(peer.clone());
             }
-            let (shared, router) = (Arc::clone(&shared), router.clone());
+            let (shared, router, version) = (Arc::clone(&shared), router.clone(), request.version());
             async move {
                 let response = answer(shared, router, request.map(Body::new)).await;
-                Ok::<_, Infallible>(response.map(|body| Guarded { body, _busy: busy }))
+                Ok::<_, Infallible>(response.map(|body| Guarded::new(body, busy, version)))
             }
         });
         let stream = Watched::new(stream, Arc::clone(&activity.wire));
         let serving = self.builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
         let mut serving = pin!(serving);
         let mut closing = false;
-        let mut seen = 0;
-        // Two looks at which nothing has begun: no headers came for at least half of the time.
-        let mut look = pin!(sleep(self.idle / 2));
+        let period = self.idle.min(self.patience) / 2;
+        let mut look = pin!(sleep(period));
+        // Since when nothing has begun, and since when an answer waits without getting on.
+        let (mut seen, mut quiet) = (activity.life(), Instant::now());
+        let mut waits: Option<(Waits, Instant)> = None;
         loop {
             tokio::select! {
                 biased;
@@ -268,12 +277,22 @@ impl Connection {
                 }
                 () = self.cut.cancelled(), if closing => return,
                 () = look.as_mut() => {
-                    let begun = activity.begun.load(Ordering::Acquire);
-                    if activity.active.load(Ordering::Acquire) == 0 && begun == seen {
+                    let now = Instant::now();
+                    waits = activity.waits().map(|at| (at, waits.filter(|was| was.0 == at).map_or(now, |was| was.1)));
+                    if waits.is_some_and(|(_, since)| now - since >= self.patience) {
+                        self.shared.metrics.refused(Refusal::AnswerTimeout);
+                        tracing::debug!(peer = ?address, "a connection was cut: its answers are not read");
+                        return;
+                    }
+                    let life = activity.life();
+                    if activity.active.load(Ordering::Acquire) > 0 || life != seen {
+                        (seen, quiet) = (life, now);
+                    } else if now - quiet >= self.idle / 2 {
+                        // No headers came for at least half of the time.
                         if closing {
                             return;
                         }
-                        closing = true;
+                        (closing, quiet) = (true, now);
                         // What has begun a head and stands still is told so; what is idle just ends.
                         if activity.wire.end_late() {
                             self.shared.metrics.refused(Refusal::HeadTimeout);
@@ -281,8 +300,7 @@ impl Connection {
                             serving.as_mut().graceful_shutdown();
                         }
                     }
-                    seen = begun;
-                    look.as_mut().reset(Instant::now() + self.idle / 2);
+                    look.as_mut().reset(now + period);
                 }
             }
         }
@@ -333,7 +351,40 @@ fn refusal(error: &(dyn std::error::Error + 'static)) -> Option<Refusal> {
 struct Activity {
     active: AtomicUsize,
     begun: AtomicUsize,
+    /// Bodies over HTTP/2 of which a piece is there that nobody has taken.
+    offered: AtomicUsize,
+    /// Pieces taken.
+    taken: AtomicUsize,
     wire: Arc<Wire>,
+}
+
+/// How far answers have come that wait for their reader.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Waits {
+    /// The socket takes nothing: bytes it took before.
+    Socket(usize),
+    /// No stream has room: pieces taken before.
+    Streams(usize),
+}
+
+impl Activity {
+    /// Changes while requests come; over HTTP/1 also while an answer is being read, where over HTTP/2
+    /// answers to pings are written.
+    fn life(&self) -> (usize, usize) {
+        let written = if self.wire.is_http2() { 0 } else { self.wire.written() };
+        (self.begun.load(Ordering::Acquire), written)
+    }
+
+    /// Whether an answer waits for its reader.
+    fn waits(&self) -> Option<Waits> {
+        if self.wire.is_blocked() {
+            Some(Waits::Socket(self.wire.written()))
+        } else if self.offered.load(Ordering::Acquire) > 0 {
+            Some(Waits::Streams(self.taken.load(Ordering::Acquire)))
+        } else {
+            None
+        }
+    }
 }
 
 /// A request at work, until its answer is written.
@@ -358,7 +409,47 @@ impl Drop for Busy {
 /// The body of an answer; its request is at work until it ends.
 struct Guarded {
     body: Body,
-    _busy: Busy,
+    /// Over HTTP/2, where the connection takes from a body only what its stream has a window for.
+    offer: Option<Offer>,
+    busy: Busy,
+}
+
+/// What a body has to give.
+struct Offer {
+    /// The rest of what the body gave.
+    rest: Bytes,
+    /// Something is there that nobody has taken.
+    waits: bool,
+}
+
+/// Bytes taken at a time over HTTP/2 (its least bound of a frame): a reader gets on by each.
+const PIECE: usize = 16 << 10;
+
+impl Guarded {
+    fn new(body: Body, busy: Busy, version: Version) -> Self {
+        let mut guarded = Self { body, offer: None, busy };
+        if version == Version::HTTP_2 {
+            guarded.offer = Some(Offer { rest: Bytes::new(), waits: false });
+            guarded.offer(true);
+        }
+        guarded
+    }
+
+    /// Whether something is there to be taken from now on.
+    fn offer(&mut self, waits: bool) {
+        let Some(offer) = &mut self.offer else { return };
+        match (std::mem::replace(&mut offer.waits, waits), waits) {
+            (false, true) => self.busy.0.offered.fetch_add(1, Ordering::AcqRel),
+            (true, false) => self.busy.0.offered.fetch_sub(1, Ordering::AcqRel),
+            _ => return,
+        };
+    }
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        self.offer(false);
+    }
 }
 
 impl http_body::Body for Guarded {
@@ -366,15 +457,39 @@ impl http_body::Body for Guarded {
     type Error = axum::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
+        let this = &mut *self;
+        let Some(offer) = &mut this.offer else { return Pin::new(&mut this.body).poll_frame(cx) };
+        if offer.rest.is_empty() {
+            match Pin::new(&mut this.body).poll_frame(cx) {
+                Poll::Pending => {
+                    this.offer(false);
+                    return Poll::Pending;
+                }
+                Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
+                    Ok(data) => offer.rest = data,
+                    Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+                },
+                end => return end,
+            }
+        }
+        let piece = offer.rest.split_to(offer.rest.len().min(PIECE));
+        this.busy.0.taken.fetch_add(1, Ordering::AcqRel);
+        this.offer(true);
+        Poll::Ready(Some(Ok(Frame::data(piece))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.offer.as_ref().is_none_or(|offer| offer.rest.is_empty()) && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        let mut hint = self.body.size_hint();
+        let rest = self.offer.as_ref().map_or(0, |offer| offer.rest.len() as u64);
+        if let Some(upper) = hint.upper() {
+            hint.set_upper(upper + rest);
+        }
+        hint.set_lower(hint.lower() + rest);
+        hint
     }
 }
 

@@ -28,6 +28,7 @@ pub(crate) enum Refusal {
     TooLarge,
     BodyTimeout,
     HeadTimeout,
+    AnswerTimeout,
     UriTooLong,
     HeadTooLarge,
     Malformed,
@@ -40,13 +41,14 @@ pub(crate) enum Refusal {
     Leases,
     Memory,
     TopicMemory,
+    Idempotency,
     Draining,
     TooMany,
     Unavailable,
 }
 
 impl Refusal {
-    const ALL: [(Self, &'static str); 22] = [
+    const ALL: [(Self, &'static str); 24] = [
         (Self::Unauthenticated, "unauthenticated"),
         (Self::Forbidden, "forbidden"),
         (Self::Attempts, "attempts"),
@@ -54,6 +56,7 @@ impl Refusal {
         (Self::TooLarge, "too_large"),
         (Self::BodyTimeout, "body_timeout"),
         (Self::HeadTimeout, "head_timeout"),
+        (Self::AnswerTimeout, "answer_timeout"),
         (Self::UriTooLong, "uri_too_long"),
         (Self::HeadTooLarge, "head_too_large"),
         (Self::Malformed, "malformed"),
@@ -66,6 +69,7 @@ impl Refusal {
         (Self::Leases, "leases"),
         (Self::Memory, "memory"),
         (Self::TopicMemory, "topic_memory"),
+        (Self::Idempotency, "idempotency"),
         (Self::Draining, "draining"),
         (Self::TooMany, "too_many"),
         (Self::Unavailable, "unavailable"),

@@ -14,7 +14,7 @@ use http::{HeaderMap, HeaderValue, Request, StatusCode, header};
 use serde::Serialize;
 
 use super::access::Caller;
-use super::idempotency::{Fingerprint, Key, Slot};
+use super::idempotency::{Fingerprint, Key, Slot, TryAgain};
 use super::problem::{Answer, Problem};
 use super::publishers::Published;
 use super::query::name_in_path;
@@ -33,7 +33,7 @@ pub(crate) async fn publish(State(shared): State<Arc<Shared>>, request: Request<
     let begun = Instant::now();
     let (parts, body) = request.into_parts();
     let answer = match prepare(&shared, &parts) {
-        Ok(prepared) => answer(&shared, prepared, &parts.headers, body).await,
+        Ok(prepared) => answer(&shared, prepared, &parts, body).await,
         Err(problem) => Err(body::refuse(&parts.headers, body, &shared.limits(), problem).await),
     };
     let mut response = answer.unwrap_or_else(IntoResponse::into_response);
@@ -62,11 +62,13 @@ fn prepare(shared: &Shared, parts: &http::request::Parts) -> Answer<Prepared> {
     published.check_room()?;
     let options = Options::parse(parts.uri.query(), &parts.headers)?;
     let format = Format::of(&parts.headers)?;
-    let key = Key::of(parts)?;
-    Ok(Prepared { published, options, format, key, caller: Caller::of(&parts.extensions) })
+    let caller = Caller::of(&parts.extensions);
+    let key = Key::of(&parts.headers, &topic, caller.as_ref())?;
+    Ok(Prepared { published, options, format, key, caller })
 }
 
-async fn answer(shared: &Arc<Shared>, prepared: Prepared, headers: &HeaderMap, body: Body) -> Answer {
+async fn answer(shared: &Arc<Shared>, prepared: Prepared, parts: &http::request::Parts, body: Body) -> Answer {
+    let headers = &parts.headers;
     let limits = shared.limits();
     let Prepared { published, options, format, key, caller } = prepared;
     if format == Format::Lines && lines::wants_stream(headers) {
@@ -81,7 +83,7 @@ async fn answer(shared: &Arc<Shared>, prepared: Prepared, headers: &HeaderMap, b
     let (body, reservation) = body::collect(headers, body, limit, shared).await?;
     let caller = caller.as_ref();
     let Some(key) = key else { return publish_body(shared, &published, &options, caller, format, headers, body).await };
-    let fingerprint = Fingerprint::of(headers, &body);
+    let fingerprint = Fingerprint::of(parts.uri.query(), headers, &body);
     match shared.idempotency.begin(key, fingerprint)? {
         Slot::Answered(response) => Ok(response),
         // In a task of its own: a sender that goes away and comes back finds the answer.
@@ -251,13 +253,15 @@ pub(crate) async fn publish_all(
 struct Results {
     json: Vec<u8>,
     failed: bool,
+    /// Another try may do better.
+    retryable: bool,
 }
 
 impl Results {
     fn new(count: usize) -> Self {
         let mut json = Vec::with_capacity(16 + count * 96);
         json.extend_from_slice(br#"{"results":["#);
-        Self { json, failed: false }
+        Self { json, failed: false, retryable: false }
     }
 
     fn is_empty(&self) -> bool {
@@ -270,13 +274,19 @@ impl Results {
                 self.json.push(b',');
             }
             self.failed |= result.is_err();
+            self.retryable |= result.as_ref().is_err_and(Error::is_retryable);
             write_result(&mut self.json, topic, result);
         }
     }
 
     fn finish(mut self) -> Response {
         self.json.extend_from_slice(b"]}");
-        json_response(if self.failed { StatusCode::MULTI_STATUS } else { StatusCode::ACCEPTED }, self.json)
+        let status = if self.failed { StatusCode::MULTI_STATUS } else { StatusCode::ACCEPTED };
+        let mut response = json_response(status, self.json);
+        if self.retryable {
+            response.extensions_mut().insert(TryAgain);
+        }
+        response
     }
 }
 

@@ -12,6 +12,7 @@ use serde_json::json;
 use tokio::time::{Instant, interval, timeout};
 
 use super::Shared;
+use super::access::Revoked;
 use super::leases::Holder;
 use super::problem::{Answer, Problem};
 use super::pull::{self, Settlements};
@@ -41,7 +42,7 @@ const WRITE: Duration = Duration::from_secs(30);
 pub(crate) async fn open(
     upgrade: WebSocketUpgrade,
     shared: Arc<Shared>,
-    place: Place,
+    (place, mut revoked): (Place, Revoked),
     filter: TopicFilter,
     group: Option<GroupName>,
     hold: Option<Duration>,
@@ -58,7 +59,7 @@ pub(crate) async fn open(
     let lending = Lending { shared, subscription: Some(subscription), holder: Arc::default(), hold, name, credit: 0 };
     let upgrade = upgrade.max_message_size(MAX_FRAME).max_frame_size(MAX_FRAME).read_buffer_size(READ);
     Ok(upgrade.on_upgrade(|socket| async move {
-        lending.run(socket).await;
+        lending.run(socket, &mut revoked).await;
         drop(place);
     }))
 }
@@ -82,8 +83,8 @@ struct Credit {
 }
 
 impl Lending {
-    async fn run(mut self, mut socket: WebSocket) {
-        let goodbye = self.serve(&mut socket).await;
+    async fn run(mut self, mut socket: WebSocket, revoked: &mut Revoked) {
+        let goodbye = self.serve(&mut socket, revoked).await;
         // What is still lent is due again at once.
         self.shared.leases.release_all(&self.holder);
         drop(self);
@@ -93,7 +94,7 @@ impl Lending {
     }
 
     /// Serves until one side ends it; tells what to say at the end, if anybody is there to hear it.
-    async fn serve(&mut self, socket: &mut WebSocket) -> Option<CloseFrame> {
+    async fn serve(&mut self, socket: &mut WebSocket, revoked: &mut Revoked) -> Option<CloseFrame> {
         let mut ping = interval(PING);
         let mut heard = Instant::now();
         let mut batch = Vec::new();
@@ -112,6 +113,7 @@ impl Lending {
                 }
             };
             tokio::select! {
+                () = revoked.as_mut() => return Some(goodbye(close_code::POLICY, "this is no longer allowed")),
                 frame = socket.recv() => {
                     drop(places);
                     heard = Instant::now();

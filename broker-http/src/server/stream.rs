@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use axum::extract::ws::WebSocketUpgrade;
@@ -22,6 +23,7 @@ use http::{HeaderMap, HeaderValue, Uri, header};
 use http_body::Frame;
 use tokio::time::{Instant, Sleep, sleep};
 
+use super::access::{Action, Caller, Gate, Revoked};
 use super::leases::detach;
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
@@ -44,6 +46,7 @@ const MAX_SEEKING: usize = 20_000;
 
 pub(crate) async fn stream(
     State(shared): State<Arc<Shared>>,
+    caller: Option<Extension<Caller>>,
     uri: Uri,
     headers: HeaderMap,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
@@ -63,9 +66,12 @@ pub(crate) async fn stream(
         return Err(Problem::draining());
     }
     let place = Place::take(&shared)?;
+    let caller = caller.map(|Extension(caller)| caller);
     if let Some(upgrade) = upgrade {
-        return socket::open(upgrade, shared, place, filter, group, hold).await;
+        let revoked = Gate::revoked(&shared, caller, &[Action::Subscribe, Action::Settle], filter.clone());
+        return socket::open(upgrade, shared, (place, revoked), filter, group, hold).await;
     }
+    let revoked = Gate::revoked(&shared, caller, &[Action::Subscribe], filter.clone());
     let (subscription, seeking) = match (group, headers.get("last-event-id")) {
         (Some(group), _) => (join(&shared, filter, group, MESSAGES_AT_ONCE * 2).await?, Seeking::No),
         (None, None) => (copy(&shared, &filter, StartAt::New).await?, Seeking::No),
@@ -80,6 +86,7 @@ pub(crate) async fn stream(
         greeted: false,
         alive: Box::pin(sleep(KEEP_ALIVE)),
         shared: Arc::clone(&shared),
+        revoked,
         _place: place,
     };
     let mut response = Response::new(Body::new(events));
@@ -158,6 +165,7 @@ struct Events {
     greeted: bool,
     alive: Pin<Box<Sleep>>,
     shared: Arc<Shared>,
+    revoked: Revoked,
     _place: Place,
 }
 
@@ -172,6 +180,10 @@ impl http_body::Body for Events {
         let this = &mut *self;
         for delivery in this.written.drain(..) {
             detach(delivery.ack());
+        }
+        if this.revoked.as_mut().poll(cx).is_ready() {
+            tracing::info!("a stream ended: its reader is no longer allowed it");
+            return Poll::Ready(None);
         }
         if !this.greeted {
             // Some readers wait for the first byte before they believe in the answer.

@@ -1,11 +1,11 @@
 //! The bytes of a connection, watched: whether a request has begun and stands still, so that its
-//! sender can be told 408 instead of being cut off.
+//! sender can be told 408 instead of being cut off; and whether the other side takes what is written.
 
 use std::io;
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -43,6 +43,10 @@ pub(crate) struct Wire {
     late: AtomicBool,
     /// How many bytes of `PRI` the connection began with; HTTP/2's preface does, no method of ours.
     preface: AtomicU8,
+    /// Bytes the socket has taken, around the numbers' end.
+    written: AtomicUsize,
+    /// The socket took nothing when it was last written to.
+    blocked: AtomicBool,
 }
 
 const PREFACE: &[u8] = b"PRI";
@@ -58,12 +62,32 @@ impl Wire {
     /// Ends a connection on which part of a head stands still; false if nothing was begun, or not in
     /// HTTP/1.
     pub(crate) fn end_late(&self) -> bool {
-        let late =
-            self.heard.load(Ordering::Relaxed) && usize::from(self.preface.load(Ordering::Relaxed)) != PREFACE.len();
+        let late = self.heard.load(Ordering::Relaxed) && !self.is_http2();
         if late {
             self.late.store(true, Ordering::Release);
         }
         late
+    }
+
+    pub(crate) fn is_http2(&self) -> bool {
+        usize::from(self.preface.load(Ordering::Relaxed)) == PREFACE.len()
+    }
+
+    pub(crate) fn written(&self) -> usize {
+        self.written.load(Ordering::Relaxed)
+    }
+
+    /// Whether something waits to be written, and the other side has no room for it.
+    pub(crate) fn is_blocked(&self) -> bool {
+        self.blocked.load(Ordering::Relaxed)
+    }
+
+    /// The connection's task alone writes.
+    fn wrote(&self, wrote: &Poll<io::Result<usize>>) {
+        self.blocked.store(wrote.is_pending(), Ordering::Relaxed);
+        if let Poll::Ready(Ok(bytes)) = wrote {
+            self.written.store(self.written().wrapping_add(*bytes), Ordering::Relaxed);
+        }
     }
 
     fn hear(&self, bytes: &[u8]) {
@@ -124,6 +148,54 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// A socket whose writes are watched: below TLS, which takes more than the other side does.
+pub(crate) struct Socket<S> {
+    stream: S,
+    wire: Arc<Wire>,
+}
+
+impl<S> Socket<S> {
+    pub(crate) fn new(stream: S, wire: Arc<Wire>) -> Self {
+        Self { stream, wire }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Socket<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Socket<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let wrote = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.wire.wrote(&wrote);
+        wrote
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let wrote = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.wire.wrote(&wrote);
+        wrote
     }
 
     fn is_write_vectored(&self) -> bool {

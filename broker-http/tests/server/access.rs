@@ -4,7 +4,13 @@ use std::time::Duration;
 
 use broker_http::{Access, Action, Identity, ServerOptions, TokenHash};
 
-use crate::support::{Reply, Running, soon};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio_tungstenite::connect_async;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+
+use crate::support::{Reply, Running, read_until, soon};
 
 fn identity(name: &str) -> Identity {
     Identity::new(name).unwrap().with_token(TokenHash::of(name))
@@ -198,4 +204,95 @@ async fn an_attempt_under_way_ends_with_its_connection() {
     }
     // Those that left hold no place: this one is slowed, not turned away.
     assert_eq!(soon(ask(&running, "wrong", "GET /topics", "")).await.status, 401);
+}
+
+async fn stream(running: &Running, who: &str) -> TcpStream {
+    let mut stream = running.connect().await;
+    let head =
+        format!("GET /topics/orders.a/stream HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {who}\r\n\r\n");
+    stream.write_all(head.as_bytes()).await.unwrap();
+    read_until(&mut stream, ": connected").await;
+    stream
+}
+
+/// Whether it ended by itself: the last chunk is empty.
+async fn has_ended(stream: &mut TcpStream) -> bool {
+    read_until(stream, "0\r\n\r\n").await.ends_with("0\r\n\r\n")
+}
+
+#[tokio::test]
+async fn a_stream_ends_when_its_token_or_its_rule_is_taken_away() {
+    let all = || [Action::Publish, Action::Subscribe, Action::Settle];
+    let orders = || ["orders.>".parse().unwrap()];
+    let ops = || identity("ops").allowing([Action::Publish, Action::Admin], [">".parse().unwrap()]);
+    let who = |token: &str, name: &str| Identity::new(name).unwrap().with_token(TokenHash::of(token));
+    let access = Access::new([
+        ops(),
+        identity("stays").allowing(all(), orders()),
+        identity("ruled").allowing(all(), orders()),
+        who("revoked", "rotated").allowing(all(), orders()),
+    ]);
+    let running = Running::with(ServerOptions::new().with_access(access.unwrap())).await;
+    let mut stays = stream(&running, "stays").await;
+    let mut ended = [stream(&running, "ruled").await, stream(&running, "revoked").await];
+    let mut sockets = Vec::new();
+    for name in ["ruled", "revoked"] {
+        let mut request = format!("ws://{}/topics/orders.a/stream", running.address).into_client_request().unwrap();
+        request.headers_mut().insert("authorization", format!("Bearer {name}").parse().unwrap());
+        sockets.push(soon(connect_async(request)).await.unwrap().0);
+    }
+    let mut lines = running.connect().await;
+    let head = "POST /topics/orders.a HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer revoked\r\n\
+        content-type: application/x-ndjson\r\naccept: application/x-ndjson\r\ntransfer-encoding: chunked\r\n\r\n\
+        e\r\n{\"payload\":1}\n\r\n";
+    lines.write_all(head.as_bytes()).await.unwrap();
+    read_until(&mut lines, "\"id\"").await;
+    assert_eq!(ask(&running, "ops", "POST /topics/orders.a", "x").await.json()["matched"], 5);
+
+    let access = Access::new([
+        ops(),
+        identity("stays").allowing(all(), orders()),
+        identity("ruled").allowing(all(), ["other".parse().unwrap()]),
+        who("new", "rotated").allowing(all(), orders()),
+    ]);
+    running.server.set_access(access.unwrap());
+    for stream in &mut ended {
+        assert!(has_ended(stream).await);
+    }
+    for socket in &mut sockets {
+        let frame = soon(async {
+            loop {
+                match futures_util::StreamExt::next(socket).await.unwrap().unwrap() {
+                    Message::Close(frame) => break frame.unwrap(),
+                    _ => {}
+                }
+            }
+        });
+        assert_eq!(u16::from(frame.await.code), 1008);
+    }
+    let mut answer = Vec::new();
+    let mut piece = [0; 4096];
+    while !answer.ends_with(b"0\r\n\r\n") {
+        let read = soon(lines.read(&mut piece)).await.unwrap();
+        assert!(read > 0);
+        answer.extend_from_slice(&piece[..read]);
+    }
+    assert!(String::from_utf8_lossy(&answer).contains("no longer allowed"));
+    // Whoever still may reads on.
+    soon(async {
+        while ask(&running, "ops", "POST /topics/orders.a?id=last", "x").await.json()["matched"] != 1 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    read_until(&mut stays, "id: last").await;
+
+    // So ends what nobody in particular opened, once somebody must be known; and what stands in an open
+    // server goes on.
+    running.server.set_access(Access::default());
+    let mut anybody = running.connect().await;
+    anybody.write_all(b"GET /topics/b/stream HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+    read_until(&mut anybody, ": connected").await;
+    running.server.set_access(Access::new([ops()]).unwrap());
+    assert!(has_ended(&mut anybody).await);
 }

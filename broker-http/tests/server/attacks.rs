@@ -7,6 +7,7 @@ use broker_http::{Limits, ServerOptions};
 use bytes::Bytes;
 use http::Request;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpSocket, TcpStream};
 
 use crate::support::{Reply, Running, soon};
 
@@ -258,6 +259,12 @@ async fn tombstones_are_bounded_too() {
     .await;
 }
 
+/// A frame of HTTP/2 (RFC 9113, 4.1).
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
 /// A raw connection of HTTP/2.
 async fn h2(running: &Running) -> h2::client::SendRequest<Bytes> {
     let (send, connection) = h2::client::handshake(running.connect().await).await.unwrap();
@@ -344,10 +351,6 @@ async fn a_flood_of_continuations_is_cut_off() {
     // A head that never ends (CVE-2024-27316 and its kin).
     let running = Running::start().await;
     let mut stream = running.connect().await;
-    let frame = |kind: u8, flags: u8, stream: u32, payload: &[u8]| {
-        let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
-        [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
-    };
     let mut begin = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
     begin.extend(frame(4, 0, 0, &[]));
     // HEADERS without END_HEADERS: :method GET and no more.
@@ -371,4 +374,162 @@ async fn a_flood_of_continuations_is_cut_off() {
     });
     assert!(ended.await, "80 MB of headers were taken");
     assert_eq!(running.get("/healthz").await.status, 200);
+}
+
+/// A connection that takes little before it is read from.
+async fn narrow(running: &Running) -> TcpStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4 << 10).unwrap();
+    soon(socket.connect(running.address)).await.unwrap()
+}
+
+/// Every place is taken, until those that do not read have lost theirs, each counted.
+async fn is_served_at_last(running: &Running, cut: u64) {
+    let mut stream = running.connect().await;
+    let mut answer = Vec::new();
+    soon(stream.read_to_end(&mut answer)).await.unwrap();
+    Reply::parse(&answer).is_problem(503, "too many connections");
+    soon(async {
+        loop {
+            let mut stream = running.connect().await;
+            let _ = stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").await;
+            let mut answer = Vec::new();
+            if stream.read_to_end(&mut answer).await.is_ok() && answer.starts_with(b"HTTP/1.1 200") {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    refused_at_last(running, "answer_timeout", cut).await;
+}
+
+#[tokio::test]
+async fn a_peer_without_a_window_does_not_keep_its_connection_by_pings() {
+    let running = limited(|limits| {
+        limits.connections = 3;
+        // The server pings so often, too.
+        (limits.header_timeout, limits.body_timeout) = (Duration::from_millis(200), Duration::from_millis(500));
+    })
+    .await;
+    for path in ["/openapi.json", "/healthz", "/topics/a/stream"] {
+        let mut stream = running.connect().await;
+        let mut begin = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+        // SETTINGS_INITIAL_WINDOW_SIZE = 0.
+        begin.extend(frame(4, 0, 0, &[0, 4, 0, 0, 0, 0]));
+        let length = u8::try_from(path.len()).unwrap();
+        let head = [&[0x82, 0x86, 0x04, length], path.as_bytes(), &[0x01, 9], b"localhost"].concat();
+        begin.extend(frame(1, 5, 1, &head));
+        stream.write_all(&begin).await.unwrap();
+        tokio::spawn(async move {
+            let mut head = [0; 9];
+            while stream.read_exact(&mut head).await.is_ok() {
+                let mut payload = vec![0; usize::from(head[1]) << 8 | usize::from(head[2])];
+                stream.read_exact(&mut payload).await?;
+                match (head[3], head[4] & 1) {
+                    (6, 0) => stream.write_all(&frame(6, 1, 0, &payload)).await?,
+                    (4, 0) => stream.write_all(&frame(4, 1, 0, &[])).await?,
+                    _ => {}
+                }
+            }
+            std::io::Result::Ok(())
+        });
+    }
+    is_served_at_last(&running, 3).await;
+}
+
+#[tokio::test]
+async fn a_sender_of_lines_that_reads_no_results_is_cut() {
+    let running = limited(|limits| (limits.connections, limits.body_timeout) = (2, Duration::from_millis(500))).await;
+    let lines = "{\"payload\":1}\n".repeat(1_000);
+    let chunk = format!("{:x}\r\n{lines}\r\n", lines.len());
+    let mut senders = Vec::new();
+    for _ in 0..2 {
+        let mut stream = narrow(&running).await;
+        stream
+            .write_all(
+                b"POST /topics/log HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/x-ndjson\r\n\
+                accept: application/x-ndjson\r\ntransfer-encoding: chunked\r\n\r\n",
+            )
+            .await
+            .unwrap();
+        let chunk = chunk.clone();
+        senders.push(tokio::spawn(async move { while stream.write_all(chunk.as_bytes()).await.is_ok() {} }));
+    }
+    is_served_at_last(&running, 2).await;
+    for sender in senders {
+        soon(sender).await.unwrap();
+    }
+}
+
+/// Opens a stream of events, and publishes more than fits between here and there.
+async fn flooded(running: &Running, mut stream: TcpStream) -> TcpStream {
+    stream.write_all(b"GET /topics/big/stream HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+    crate::support::read_until(&mut stream, ": connected").await;
+    let large = "x".repeat(1_000_000);
+    for _ in 0..LARGE {
+        assert_eq!(running.post("/topics/big", &large).await.status, 202);
+    }
+    stream
+}
+
+/// Messages of a megabyte.
+const LARGE: usize = 14;
+
+#[tokio::test]
+async fn a_reader_of_events_that_does_not_read_is_cut_and_an_idle_one_is_not() {
+    let running = limited(|limits| {
+        (limits.connections, limits.streams, limits.body_timeout) = (3, 2, Duration::from_millis(500));
+    })
+    .await;
+    let mut idle = running.connect().await;
+    idle.write_all(b"GET /topics/idle/stream HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+    crate::support::read_until(&mut idle, ": connected").await;
+    let _unread = flooded(&running, narrow(&running).await).await;
+    running.get("/topics/a/stream").await.is_problem(429, "streams");
+    refused_at_last(&running, "answer_timeout", 1).await;
+    // Its place among the streams is free again too; the one that had nothing to read lives.
+    let mut next = running.connect().await;
+    next.write_all(b"GET /topics/a/stream HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+    crate::support::read_until(&mut next, ": connected").await;
+    assert_eq!(running.post("/topics/idle", "hello").await.json()["matched"], 1);
+    crate::support::read_until(&mut idle, "id: ").await;
+    assert_eq!(refused(&running, "answer_timeout").await, 1);
+}
+
+#[tokio::test]
+async fn a_slow_reader_that_gets_on_is_not_cut() {
+    let running = limited(|limits| limits.body_timeout = Duration::from_secs(1)).await;
+    let events = async {
+        let mut stream = flooded(&running, narrow(&running).await).await;
+        let (mut piece, mut seen, mut rest) = (vec![0; 256 << 10], 0, Vec::new());
+        while seen < LARGE {
+            let read = soon(stream.read(&mut piece)).await.unwrap();
+            assert!(read > 0, "it was cut after {seen} of {LARGE}");
+            rest.extend_from_slice(&piece[..read]);
+            seen += rest.windows(4).filter(|have| have == b"\nid:").count();
+            rest.drain(..rest.len().saturating_sub(3));
+            tokio::time::sleep(Duration::from_millis((read >> 12) as u64)).await;
+        }
+    };
+    let document = async {
+        let mut builder = h2::client::Builder::new();
+        builder.initial_window_size(4 << 10);
+        let (send, connection) = builder.handshake::<_, Bytes>(running.connect().await).await.unwrap();
+        tokio::spawn(connection);
+        let (answer, _) = send.ready().await.unwrap().send_request(get("/openapi.json"), true).unwrap();
+        let mut body = soon(answer).await.unwrap().into_body();
+        let mut read = 0;
+        while let Some(data) = soon(body.data()).await {
+            let length = data.expect("it was cut").len();
+            read += length;
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            body.flow_control().release_capacity(length).unwrap();
+        }
+        read
+    };
+    let read = document.await;
+    events.await;
+    assert_eq!(read, running.get("/openapi.json").await.body.len());
+    assert_eq!(refused(&running, "answer_timeout").await, 0);
 }

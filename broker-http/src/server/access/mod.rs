@@ -9,6 +9,7 @@ mod throttle;
 mod token;
 
 use std::net::IpAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use broker_core::{Error, ErrorKind, Result, TopicFilter};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
 use parking_lot::RwLock;
 use subtle::ConditionallySelectable;
+use tokio::sync::watch;
 
 use super::Shared;
 use super::metrics::Refusal;
@@ -105,15 +107,21 @@ impl Access {
     }
 
     /// Who has this token. Every hash is compared, and in a time that tells nothing.
-    fn by_token(&self, token: &[u8]) -> Option<&Arc<Known>> {
-        let presented = TokenHash::of(token);
+    fn by_token(&self, presented: &TokenHash) -> Option<&Arc<Known>> {
         let mut found = u64::MAX;
         for (index, known) in (0_u64..).zip(&self.known) {
             for token in &known.identity.tokens {
-                found.conditional_assign(&index, token.matches(&presented));
+                found.conditional_assign(&index, token.matches(presented));
             }
         }
         self.known.get(usize::try_from(found).ok()?)
+    }
+
+    fn by(&self, shown: &Shown) -> Option<&Arc<Known>> {
+        match shown {
+            Shown::Token(hash) => self.by_token(hash),
+            Shown::Certificate(presented) => self.by_certificate(presented),
+        }
     }
 
     fn by_certificate(&self, presented: &Presented) -> Option<&Arc<Known>> {
@@ -130,7 +138,17 @@ pub(crate) struct Peer {
 
 /// Who made a request, where somebody must be known. It travels with the request.
 #[derive(Clone, Debug)]
-pub(crate) struct Caller(Arc<Known>);
+pub(crate) struct Caller {
+    known: Arc<Known>,
+    shown: Shown,
+}
+
+/// What somebody is known by.
+#[derive(Clone, Debug)]
+enum Shown {
+    Token(TokenHash),
+    Certificate(Arc<Presented>),
+}
 
 impl Caller {
     /// Who made this request: nobody in particular where everybody may do everything.
@@ -138,13 +156,17 @@ impl Caller {
         extensions.get().cloned()
     }
 
+    pub(crate) fn name(&self) -> &str {
+        &self.known.identity.name
+    }
+
     pub(crate) fn may(&self, action: Action, filter: &TopicFilter) -> bool {
-        self.0.identity.may(action, filter)
+        self.known.identity.may(action, filter)
     }
 
     fn may_at_all(&self, action: Action) -> bool {
         let acts = |allowed: &Action| *allowed == action || *allowed == Action::Admin && action == Action::Subscribe;
-        self.0.identity.allow.iter().any(|allow| allow.actions.iter().any(acts))
+        self.known.identity.allow.iter().any(|allow| allow.actions.iter().any(acts))
     }
 
     /// Whether it may know of a subscription to `filter`.
@@ -158,27 +180,27 @@ impl Caller {
     }
 
     fn forbidden(&self, what: &str) -> Problem {
-        let detail = format!("identity {} may not {what}; no rule of its allows that", self.0.identity.name);
+        let detail = format!("identity {} may not {what}; no rule of its allows that", self.known.identity.name);
         Problem::new(StatusCode::FORBIDDEN, ErrorKind::Unauthorized, detail).counted(Refusal::Forbidden)
     }
 
     /// Takes messages beyond the first of a request.
     pub(crate) fn overdraw(&self, count: usize) {
-        if let Some(bucket) = &self.0.bucket {
+        if let Some(bucket) = &self.known.bucket {
             bucket.overdraw(count);
         }
     }
 
     /// What a stream of messages waits for before it reads on.
     pub(crate) async fn pace(&self) {
-        if let Some(owed) = self.0.bucket.as_ref().map(|bucket| bucket.owed()).filter(|owed| !owed.is_zero()) {
+        if let Some(owed) = self.known.bucket.as_ref().map(|bucket| bucket.owed()).filter(|owed| !owed.is_zero()) {
             tokio::time::sleep(owed).await;
         }
     }
 
     /// Tells what is left of the rate, if there is one.
     pub(crate) fn tell(&self, headers: &mut HeaderMap) {
-        if let Some(bucket) = &self.0.bucket {
+        if let Some(bucket) = &self.known.bucket {
             bucket.tell(headers);
         }
     }
@@ -188,18 +210,55 @@ impl Caller {
 #[derive(Debug, Default)]
 pub(crate) struct Gate {
     access: RwLock<Arc<Access>>,
+    /// Told of each change.
+    changed: watch::Sender<()>,
     throttle: Throttle,
 }
 
+/// Ends once what was allowed is so no more.
+pub(crate) type Revoked = Pin<Box<dyn Future<Output = ()> + Send>>;
+
 impl Gate {
     pub(crate) fn new(access: Arc<Access>) -> Self {
-        Self { access: RwLock::new(access), throttle: Throttle::default() }
+        Self { access: RwLock::new(access), ..Self::default() }
     }
 
-    /// From now on these identities; requests under way finish.
+    /// From now on these identities; requests under way finish, and streams end whose callers may no
+    /// longer do what they do.
     pub(crate) fn set(&self, access: &Access) {
-        let mut now = self.access.write();
-        *now = Arc::new(access.after(&now));
+        {
+            let mut now = self.access.write();
+            *now = Arc::new(access.after(&now));
+        }
+        self.changed.send_replace(());
+    }
+
+    /// Whether whoever made a request may still do this: by what it showed then, and as who it was.
+    fn still_allows(&self, caller: Option<&Caller>, actions: &[Action], filter: &TopicFilter) -> bool {
+        let access = Arc::clone(&self.access.read());
+        access.is_open()
+            || caller.is_some_and(|caller| {
+                let known = access.by(&caller.shown).map(|known| &known.identity);
+                known.is_some_and(|known| {
+                    known.name == caller.name() && actions.iter().all(|action| known.may(*action, filter))
+                })
+            })
+    }
+
+    /// Tells a stream when its caller, or everybody where there was none, may no longer do this.
+    pub(crate) fn revoked(
+        shared: &Arc<Shared>,
+        caller: Option<Caller>,
+        actions: &'static [Action],
+        filter: TopicFilter,
+    ) -> Revoked {
+        let (shared, mut changed) = (Arc::clone(shared), shared.gate.changed.subscribe());
+        Box::pin(async move {
+            while shared.gate.still_allows(caller.as_ref(), actions, &filter) {
+                // It lives as long as what is held here.
+                let _ = changed.changed().await;
+            }
+        })
     }
 
     pub(crate) fn is_open(&self) -> bool {
@@ -241,10 +300,10 @@ impl Gate {
                 return Err(unauthorized("the token or certificate is nobody's here"));
             }
         };
-        if let Some(Err(wait)) = caller.0.bucket.as_ref().map(|bucket| bucket.take()) {
-            let rate = caller.0.identity.rate.unwrap_or_default();
+        if let Some(Err(wait)) = caller.known.bucket.as_ref().map(|bucket| bucket.take()) {
+            let rate = caller.known.identity.rate.unwrap_or_default();
             let detail =
-                format!("identity {} is over its {rate} requests and messages a second", caller.0.identity.name);
+                format!("identity {} is over its {rate} requests and messages a second", caller.known.identity.name);
             let mut problem = Problem::too_many(detail).retry_after(wait).counted(Refusal::Rate);
             caller.tell(problem.headers_mut());
             return Err(problem);
@@ -267,14 +326,19 @@ fn who(access: &Access, peer: Option<&Peer>, headers: &HeaderMap) -> std::result
     match (values.next(), values.next()) {
         (Some(value), None) => {
             let token = bearer(value).ok_or(Unknown::Wrong)?;
-            access.by_token(token).map(|known| Caller(Arc::clone(known))).ok_or(Unknown::Wrong)
+            known_by(access, Shown::Token(TokenHash::of(token)))
         }
         (Some(_), Some(_)) => Err(Unknown::Wrong),
         (None, _) => {
             let presented = peer.and_then(|peer| peer.certificate.as_ref()).ok_or(Unknown::Nobody)?;
-            access.by_certificate(presented).map(|known| Caller(Arc::clone(known))).ok_or(Unknown::Wrong)
+            known_by(access, Shown::Certificate(Arc::clone(presented)))
         }
     }
+}
+
+fn known_by(access: &Access, shown: Shown) -> std::result::Result<Caller, Unknown> {
+    let known = Arc::clone(access.by(&shown).ok_or(Unknown::Wrong)?);
+    Ok(Caller { known, shown })
 }
 
 /// The token of `Bearer TOKEN` (RFC 6750, 2.1).
@@ -305,10 +369,10 @@ mod tests {
         for (token, name) in
             [("one", Some("a")), ("two", Some("b")), ("three", Some("b")), ("four", Some("c")), ("five", None)]
         {
-            let found = access.by_token(token.as_bytes()).map(|known| known.identity.name.as_str());
+            let found = access.by_token(&TokenHash::of(token)).map(|known| known.identity.name.as_str());
             assert_eq!(found, name, "{token}");
         }
-        assert!(Access::default().by_token(b"").is_none());
+        assert!(Access::default().by_token(&TokenHash::of("")).is_none());
     }
 
     #[test]

@@ -70,11 +70,11 @@ limits! {
         topic_memory_bytes: u64 = "bytes that one topic's messages may hold; at it its publishers are answered 429",
         leases: usize = "leases held by pullers at a time; one more is answered 429",
         streams: usize = "streams at a time; one more is answered 429",
-        idempotency_bytes: usize = "bytes of answers kept for repeated idempotency keys",
+        idempotency_bytes: usize = "bytes of answers kept for repeated idempotency keys, each for 10 minutes at least; a key without room is answered 503",
     }
     durations {
         header_timeout = "how long a request's headers may take, half as long again at most, and an idle connection is kept; then 408",
-        body_timeout = "how long a body may take; then 408",
+        body_timeout = "how long a body may take, then 408; and how long an answer may wait for a reader that takes nothing of it, half as long again at most, then the connection is cut",
     }
 }
 
