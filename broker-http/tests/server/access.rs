@@ -262,9 +262,8 @@ async fn a_stream_ends_when_its_token_or_its_rule_is_taken_away() {
     for socket in &mut sockets {
         let frame = soon(async {
             loop {
-                match futures_util::StreamExt::next(socket).await.unwrap().unwrap() {
-                    Message::Close(frame) => break frame.unwrap(),
-                    _ => {}
+                if let Message::Close(frame) = futures_util::StreamExt::next(socket).await.unwrap().unwrap() {
+                    break frame.unwrap();
                 }
             }
         });
