@@ -23,7 +23,8 @@ pub enum StartAt {
     New,
     /// The oldest message the topic retains.
     Earliest,
-    /// The first message published at this time or later.
+    /// The first message published at this time or later; in-process a delayed one counts from when it
+    /// is due.
     Time(Timestamp),
     /// These positions: partition to offset of the first message wanted.
     Position(Vec<(i32, i64)>),

@@ -12,12 +12,30 @@ pub(super) struct Entry {
     pub(super) topic: Topic,
     /// `Message::size`, which every bound asks for.
     pub(super) size: u64,
+    /// Its place, if its topic retains it.
+    pub(super) place: Option<Place>,
+}
+
+/// Where a retained message stands among those of all topics: the order in which one reader receives
+/// them live is the order in which another finds them retained, so that whoever comes back may go on
+/// after the last it saw.
+///
+/// A message stands where it becomes visible: when it was published, or, delayed, when it is due.
+/// The sequence number tells apart what one tick does not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Place {
+    pub(super) tick: u64,
+    pub(super) sequence: u64,
 }
 
 impl Entry {
     pub(super) fn new(topic: Topic, message: Message) -> Arc<Self> {
+        Self::placed(topic, message, None)
+    }
+
+    pub(super) fn placed(topic: Topic, message: Message, place: Option<Place>) -> Arc<Self> {
         let size = message.size() as u64;
-        Arc::new(Self { message, topic, size })
+        Arc::new(Self { message, topic, size, place })
     }
 
     pub(super) fn is_expired(&self, now: Timestamp) -> bool {
@@ -169,11 +187,14 @@ impl Segment {
         }
     }
 
-    /// The shared entry at `index`, to tell it from others.
-    pub(super) fn identity(&self, index: usize) -> Option<*const Entry> {
+    /// The tick at which the message at `index` was published, if it is retained and was not delayed.
+    pub(super) fn published(&self, index: usize) -> Option<u64> {
         match &self.0 {
             Slots::Own(_) => None,
-            Slots::Shared(slots) => slots.get(index).map(|slot| Arc::as_ptr(&slot.message)),
+            Slots::Shared(slots) => {
+                let entry = &slots.get(index)?.message;
+                entry.place.filter(|_| entry.message.deliver_at().is_none()).map(|place| place.tick)
+            }
         }
     }
 
@@ -223,6 +244,11 @@ impl Due for Queued {
 }
 
 impl Queued {
+    /// The place of a delayed message that was not delivered yet, if it is retained.
+    pub(super) fn place_of_first(&self) -> Option<Place> {
+        self.entry.place.filter(|_| self.attempts == 0 && self.entry.message.deliver_at().is_some())
+    }
+
     pub(super) fn new(entry: Arc<Entry>) -> Self {
         Self { entry, due: 0, attempts: 0, story: None }
     }

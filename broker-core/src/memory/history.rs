@@ -1,11 +1,11 @@
 //! What a topic retains for who comes later.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use super::entry::Entry;
+use super::entry::{Entry, Place};
 use crate::Timestamp;
 
 /// How much of its past every topic retains, so that a group can start earlier than now. The first
@@ -67,9 +67,11 @@ impl Retention {
     }
 }
 
-/// One topic's past, oldest first, with the time each message was published.
+/// One topic's past in the order of places, with the time at which each message became visible.
 pub(super) struct History {
     entries: VecDeque<(Timestamp, Arc<Entry>)>,
+    /// What is delayed and not due yet.
+    pending: BTreeMap<Place, (Timestamp, Arc<Entry>)>,
     bytes: u64,
     max_age: Duration,
     /// Bytes that all topics retain.
@@ -85,21 +87,33 @@ impl Drop for History {
 impl History {
     /// One that is counted in `total`.
     pub(super) fn new(total: &Arc<AtomicU64>) -> Self {
-        Self { entries: VecDeque::new(), bytes: 0, max_age: Duration::MAX, total: Arc::clone(total) }
+        let (entries, pending) = (VecDeque::new(), BTreeMap::new());
+        Self { entries, pending, bytes: 0, max_age: Duration::MAX, total: Arc::clone(total) }
     }
 
-    pub(super) fn push(&mut self, entry: Arc<Entry>, retention: &Retention) {
+    /// Adds a message at its place; `tick` is the present, at or after that of a message not delayed.
+    pub(super) fn push(&mut self, entry: Arc<Entry>, retention: &Retention, tick: u64) {
         let now = Timestamp::now();
         self.bytes += entry.size;
         self.total.fetch_add(entry.size, Ordering::Relaxed);
         self.max_age = retention.max_age;
-        self.entries.push_back((now, entry));
-        while self.entries.len() > retention.max_messages
+        match (entry.place, entry.message.deliver_at()) {
+            (Some(place), Some(due)) if place.tick > tick => {
+                self.pending.insert(place, (now.max(due), entry));
+            }
+            (place, due) => {
+                // What became due before it stands before it.
+                self.settle(place.map_or(tick, |place| place.tick));
+                self.entries.push_back((due.map_or(now, |due| now.max(due)), entry));
+            }
+        }
+        while self.entries.len() + self.pending.len() > retention.max_messages
             || self.bytes > retention.max_bytes
             || self.total.load(Ordering::Relaxed) > retention.max_total_bytes
             || self.entries.front().is_some_and(|(time, _)| now.since(*time) > retention.max_age)
         {
-            match self.entries.pop_front() {
+            // What nobody could have seen yet goes last.
+            match self.entries.pop_front().or_else(|| self.pending.pop_first().map(|(_, pending)| pending)) {
                 Some((_, oldest)) => {
                     self.bytes -= oldest.size;
                     self.total.fetch_sub(oldest.size, Ordering::Relaxed);
@@ -109,16 +123,26 @@ impl History {
         }
     }
 
-    /// What was published at `time` or later and is not too old.
-    pub(super) fn since(&self, time: Timestamp) -> impl Iterator<Item = &(Timestamp, Arc<Entry>)> {
+    /// What is due by `tick` takes its place.
+    fn settle(&mut self, tick: u64) {
+        while let Some(first) = self.pending.first_entry().filter(|first| first.key().tick <= tick) {
+            self.entries.push_back(first.remove());
+        }
+    }
+
+    /// What became visible at `time` or later, or will, and is not too old.
+    pub(super) fn since(&self, time: Timestamp) -> impl Iterator<Item = &Arc<Entry>> {
         let now = Timestamp::now();
-        self.entries.iter().filter(move |(published, _)| *published >= time && now.since(*published) <= self.max_age)
+        let all = self.entries.iter().chain(self.pending.values());
+        let asked = move |(visible, _): &&(Timestamp, _)| *visible >= time && now.since(*visible) <= self.max_age;
+        all.filter(asked).map(|(_, entry)| entry)
     }
 
     /// Whether everything in it is too old by now: age is looked at when a message comes.
     pub(super) fn is_past(&self) -> bool {
         let now = Timestamp::now();
-        self.entries.back().is_none_or(|(newest, _)| now.since(*newest) > self.max_age)
+        let mut newest = self.entries.back().into_iter().chain(self.pending.values().next_back());
+        newest.all(|(visible, _)| now.since(*visible) > self.max_age)
     }
 }
 
@@ -137,18 +161,18 @@ mod tests {
         let retention = Retention::messages(100).with_max_total_bytes(100);
         let (mut one, mut two) = (History::new(&total), History::new(&total));
         for _ in 0..5 {
-            one.push(entry(30), &retention);
+            one.push(entry(30), &retention, 0);
             assert!(total.load(Ordering::Relaxed) <= 100);
         }
         assert_eq!(one.entries.len(), 3);
         // Another topic gets what is left, and its newest rather than its oldest.
-        two.push(entry(10), &retention);
-        two.push(entry(5), &retention);
+        two.push(entry(10), &retention, 0);
+        two.push(entry(5), &retention, 0);
         assert_eq!((two.entries.len(), total.load(Ordering::Relaxed)), (1, 95));
-        two.push(entry(50), &retention);
+        two.push(entry(50), &retention, 0);
         assert_eq!((two.entries.len(), total.load(Ordering::Relaxed)), (0, 90));
         drop(one);
-        two.push(entry(50), &retention);
+        two.push(entry(50), &retention, 0);
         assert_eq!(total.load(Ordering::Relaxed), 50);
         drop(two);
         assert_eq!(total.load(Ordering::Relaxed), 0);

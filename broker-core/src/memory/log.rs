@@ -480,9 +480,11 @@ impl LogState {
         self.before(key).next().and_then(|(segment, slot)| segment.message(slot))
     }
 
-    /// The shared entries before a reader, to tell them from others.
-    pub(super) fn identities(&self, key: usize) -> Vec<*const Entry> {
-        self.before(key).filter_map(|(segment, slot)| segment.identity(slot)).collect()
+    /// How many entries before a reader, up to `limit`, come before the first that was published at
+    /// `tick` or later.
+    pub(super) fn older_than(&self, key: usize, tick: u64, limit: usize) -> usize {
+        let older = |(segment, slot): &(&Segment, usize)| segment.published(*slot).is_none_or(|at| at < tick);
+        self.before(key).take(limit).take_while(older).count()
     }
 
     /// How many entries a reader lost because its group was at its bound.

@@ -44,11 +44,12 @@ pub use self::history::Retention;
 pub use self::options::MemoryOptions;
 
 use self::clock::Clock;
+use self::entry::Place;
 use self::keep::Keeps;
 use self::log::Log;
 use self::registry::Registry;
 use self::trie::Trie;
-use crate::{DeadLetter, DrainReport, Topic};
+use crate::{DeadLetter, DrainReport, Message, Timestamp, Topic};
 
 /// What every handle, publisher and subscription of one broker shares.
 struct Shared {
@@ -63,6 +64,8 @@ struct Shared {
     keeps: Keeps,
     /// Bytes that all topics retain.
     retained: Arc<AtomicU64>,
+    /// Messages that topics retained so far.
+    sequence: AtomicU64,
     /// Something a drain may wait for has happened.
     progress: Notify,
     report: OnceLock<DrainReport>,
@@ -83,10 +86,22 @@ impl Shared {
             registry: Mutex::default(),
             keeps: Keeps::new(options.max_dead_letters, options.max_dead_letter_bytes),
             retained: Arc::default(),
+            sequence: AtomicU64::new(0),
             progress: Notify::new(),
             report: OnceLock::new(),
             options,
         })
+    }
+
+    /// The place of a message that is retained: taken with its logs locked, so that each log has its
+    /// messages in the order of their places.
+    fn place(&self, message: &Message) -> Place {
+        let wait = message.deliver_at().map(|time| time.since(Timestamp::now()));
+        let tick = match wait.filter(|wait| !wait.is_zero()) {
+            Some(wait) => self.clock.tick_after(wait),
+            None => self.clock.tick(),
+        };
+        Place { tick, sequence: self.sequence.fetch_add(1, Ordering::Relaxed) }
     }
 
     fn life(&self) -> u8 {

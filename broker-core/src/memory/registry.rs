@@ -206,18 +206,14 @@ impl Registry {
             StartAt::Time(time) => *time,
             _ => Timestamp::from_millis(i64::MIN),
         };
-        let mut past: Vec<(Timestamp, Arc<Entry>)> = Vec::new();
+        let mut past: Vec<Arc<Entry>> = Vec::new();
         let filter = group.filter();
         let exact = filter.topic().and_then(|topic| self.topics.get(&topic));
         let many = self.topics.values().filter(|topic| filter.is_pattern() && filter.matches(&topic.topic));
         for topic in exact.into_iter().chain(many) {
-            topic.link(shared, |history| {
-                past.extend(history.since(since).map(|(time, entry)| (*time, Arc::clone(entry))));
-            });
+            topic.link(shared, |history| past.extend(history.since(since).map(Arc::clone)));
         }
-        // Stable: the order within a topic is kept.
-        past.sort_by_key(|(time, _)| *time);
-        group.replay(past.into_iter().map(|(_, entry)| entry).collect());
+        group.replay(past);
     }
 }
 

@@ -387,9 +387,8 @@ impl Inner {
         {
             return Some(Ok(first));
         }
-        let retains = shared.options.retention.is_some();
         let (matched, retained) = loop {
-            match self.append(topic, message, retains, after) {
+            match self.append(topic, shared, message, after) {
                 Ok(appended) => break appended,
                 // A batch tells its acks when it is done; at the bound they are asked for.
                 Err(Full::Wait(group)) if !group.make_room(true, after.insist, &mut after.resume) => return None,
@@ -413,20 +412,25 @@ impl Inner {
         if let Some(retention) = &shared.options.retention
             && let Some(entry) = retained
         {
-            self.history.get_or_insert_with(|| Box::new(History::new(&shared.retained))).push(entry, retention);
+            self.history.get_or_insert_with(|| Box::new(History::new(&shared.retained))).push(
+                entry,
+                retention,
+                shared.clock.tick(),
+            );
         }
         Some(Ok(receipt))
     }
 
     /// Appends the message where there is room in every log for it, and then takes it. Tells how
-    /// many groups have it, and, if the topic `retains` it, the shared entry.
+    /// many groups have it, and, if the topic retains it, the shared entry.
     fn append(
         &self,
         topic: &Arc<TopicState>,
+        shared: &Shared,
         message: &mut Option<Message>,
-        retains: bool,
         after: &mut After,
     ) -> Result<(usize, Option<Arc<Entry>>), Full> {
+        let retains = shared.options.retention.is_some();
         let size = message.as_ref().map_or(0, Message::size) as u64;
         match (topic.own.get(), self.patterns.as_slice()) {
             (None, []) if !retains => Ok((0, None)),
@@ -448,7 +452,10 @@ impl Inner {
                 for log in &mut logs {
                     check(log, topic, size)?;
                 }
-                let entry = message.take().map(|message| Entry::new(topic.topic.clone(), message));
+                let entry = message.take().map(|message| {
+                    let place = retains.then(|| shared.place(&message));
+                    Entry::placed(topic.topic.clone(), message, place)
+                });
                 if let Some(entry) = &entry {
                     logs.iter_mut().for_each(|log| log.append_shared(entry, &mut after.wake));
                 }

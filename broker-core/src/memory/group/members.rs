@@ -142,7 +142,21 @@ impl Group {
                 continue;
             }
             let mut parts = Parts::new();
-            let found = self.log.lock().take(self.reader(), (window - taken).min(MAX_BATCH), &mut parts);
+            let mut limit = (window - taken).min(MAX_BATCH);
+            let mut log = self.log.lock();
+            // What is delayed has its place among what the log holds.
+            if let Some(place) = state.due.front().and_then(|queued| queued.entry.place) {
+                limit = log.older_than(self.reader(), place.tick, limit);
+                if limit == 0 {
+                    drop(log);
+                    state.pass(place);
+                    continue;
+                }
+            } else if state.timer.is_some() && self.shared.options.retention.is_some() {
+                limit = log.older_than(self.reader(), now + 1, limit);
+            }
+            let found = log.take(self.reader(), limit, &mut parts);
+            drop(log);
             let Some(first) = parts.first() else { break };
             looked_at += found;
             if self.ordered || first.scheduled {
@@ -179,7 +193,7 @@ impl Group {
 
     /// Whether there is more to look at; if not, the log will tell of the next entry.
     pub(super) fn has_more(&self, state: &State) -> bool {
-        !state.ready.is_empty() || !self.log.lock().wait(self.reader())
+        !state.ready.is_empty() || !state.due.is_empty() || !self.log.lock().wait(self.reader())
     }
 
     /// How many deliveries a member may be handed now.

@@ -6,7 +6,7 @@ mod members;
 mod settlement;
 mod state;
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::{Arc, OnceLock};
 use std::task::Waker;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use slab::Slab;
 use super::Shared;
 use super::entry::{Entry, Queued};
 use super::lanes::Lanes;
-use super::log::Log;
+use super::log::{Log, Parts};
 use super::tally::{Asked, Sum};
 use crate::{Counts, DeadLetter, Error, Group as GroupId, GroupSettings, TopicFilter};
 
@@ -62,6 +62,7 @@ impl Group {
             state: Mutex::new(State {
                 settings,
                 ready: VecDeque::new(),
+                due: VecDeque::new(),
                 timer: None,
                 timekeeper: None,
                 lanes: Lanes::default(),
@@ -97,22 +98,47 @@ impl Group {
         self.state.lock().settings.clone()
     }
 
-    /// Puts what topics retain before what the log holds: `entries` may repeat what was appended
-    /// since the group stands.
-    pub(super) fn replay(&self, mut entries: Vec<Arc<Entry>>) {
+    /// Gives a new group what topics retain: `past` may repeat what was appended since the group
+    /// stands, and belongs between. All of it is put in order; what is appended from here on has later
+    /// places.
+    pub(super) fn replay(&self, past: Vec<Arc<Entry>>) {
         let mut state = self.state.lock();
         let mut change = Change::default();
-        let appended = self.log.lock().identities(self.reader());
-        if !appended.is_empty() {
-            entries.retain(|entry| !appended.contains(&Arc::as_ptr(entry)));
-        }
-        for entry in entries {
+        let mut entries = self.take_all();
+        let appended: HashSet<*const Entry> = entries.iter().map(Arc::as_ptr).collect();
+        for entry in past.into_iter().filter(|entry| !appended.contains(&Arc::as_ptr(entry))) {
             change.add(entry.size);
-            self.arrive(&mut state, Queued::new(entry));
+            entries.push(entry);
+        }
+        entries.sort_by_key(|entry| entry.place);
+        let now = self.shared.clock.tick();
+        for entry in entries {
+            // In its place already, if it is due.
+            let due = entry.place.is_none_or(|place| place.tick <= now);
+            match self.in_turn(&mut state, Queued::new(entry)) {
+                Some(queued) if due => state.ready.push_back(queued),
+                Some(queued) => self.dispatch(&mut state, queued),
+                None => {}
+            }
         }
         let mut after = After::default();
         self.apply(change, &mut after);
         self.finish(state, after);
+    }
+
+    /// Takes everything before the group from the log.
+    fn take_all(&self) -> Vec<Arc<Entry>> {
+        let mut log = self.log.lock();
+        let mut entries = Vec::new();
+        loop {
+            let mut parts = Parts::new();
+            if log.take(self.reader(), usize::MAX, &mut parts) == 0 {
+                return entries;
+            }
+            for part in parts {
+                entries.extend((part.start..part.start + part.len).filter_map(|slot| part.segment.share(slot)));
+            }
+        }
     }
 
     /// Changes the settings, all but where it started.
@@ -130,6 +156,7 @@ impl Group {
         let mut state = self.state.lock();
         state.deleted = true;
         state.ready.clear();
+        state.due.clear();
         state.timer = None;
         state.lanes.purge();
         state.open.clear();
@@ -153,6 +180,7 @@ impl Group {
         let purged = Sum { messages: held.messages - kept.messages, bytes: held.bytes - kept.bytes };
         drop(log);
         state.ready.clear();
+        state.due.clear();
         state.timer = None;
         state.lanes.purge();
         let mut change = Change::default();
@@ -204,7 +232,7 @@ impl Group {
         self.collect_all(&mut state, &mut after);
         state.fire(self.shared.clock.tick());
         let unread = self.log.lock().unread(self.reader()).messages;
-        let deliverable = !state.members.is_empty() && (unread > 0 || !state.ready.is_empty());
+        let deliverable = !state.members.is_empty() && (unread > 0 || !state.ready.is_empty() || !state.due.is_empty());
         let drained = state.in_flight == 0 && !deliverable;
         self.finish(state, after);
         drained

@@ -8,7 +8,7 @@ use parking_lot::MutexGuard;
 use smallvec::SmallVec;
 
 use crate::memory::batch::Batch;
-use crate::memory::entry::{Queued, is_expired};
+use crate::memory::entry::{Place, Queued, is_expired};
 use crate::memory::topics::{TopicState, closed};
 use crate::{DeadLetter, Deliveries, Failure, Message, Settle, Settlement, Timestamp};
 
@@ -143,13 +143,20 @@ impl Group {
 
     /// A message from the log, or anew: it is ready, waits for its time, or waits behind its key.
     pub(super) fn arrive(&self, state: &mut State, queued: Queued) {
-        let queued = if self.ordered { state.lanes.arrive(queued) } else { Some(queued) };
-        if let Some(queued) = queued {
+        if let Some(queued) = self.in_turn(state, queued) {
             self.dispatch(state, queued);
         }
     }
 
+    /// The message, unless it waits behind its key.
+    pub(super) fn in_turn(&self, state: &mut State, queued: Queued) -> Option<Queued> {
+        if self.ordered { state.lanes.arrive(queued) } else { Some(queued) }
+    }
+
     pub(super) fn dispatch(&self, state: &mut State, mut queued: Queued) {
+        if let Some(place) = queued.entry.place {
+            return self.dispatch_placed(state, place, queued);
+        }
         let wait = queued.entry.message.deliver_at().map(|time| time.since(Timestamp::now()));
         match wait.filter(|wait| !wait.is_zero()) {
             Some(wait) => {
@@ -157,6 +164,19 @@ impl Group {
                 state.delay(self.shared.clock.tick(), queued);
             }
             None => state.ready.push_back(queued),
+        }
+    }
+
+    fn dispatch_placed(&self, state: &mut State, place: Place, mut queued: Queued) {
+        let now = self.shared.clock.tick();
+        if queued.place_of_first().is_none() {
+            state.pass(place);
+            state.ready.push_back(queued);
+        } else if place.tick > now {
+            queued.due = place.tick;
+            state.delay(now, queued);
+        } else {
+            state.is_due(place, queued);
         }
     }
 

@@ -8,7 +8,7 @@ use slab::Slab;
 use smallvec::SmallVec;
 
 use crate::memory::batch::Batch;
-use crate::memory::entry::Queued;
+use crate::memory::entry::{Place, Queued};
 use crate::memory::lanes::Lanes;
 use crate::memory::tally::Sum;
 use crate::memory::topics::TopicState;
@@ -19,6 +19,9 @@ pub(super) struct State {
     pub(super) settings: GroupSettings,
     /// Messages to deliver before those in the log: retries that are due, replays, redriven ones.
     pub(super) ready: VecDeque<Queued>,
+    /// Retained messages that were delayed and are due, in the order of their places: each comes after
+    /// what the log has from before it was due, as it does for who reads them again.
+    pub(super) due: VecDeque<Queued>,
     /// Messages due later.
     pub(super) timer: Option<Box<Wheel<Queued>>>,
     /// The waiting member that sleeps until the timer's next tick.
@@ -73,6 +76,12 @@ impl Change {
     }
 }
 
+/// Mostly the last: what is due comes in order.
+fn insert(due: &mut VecDeque<Queued>, place: Place, queued: Queued) {
+    let at = due.partition_point(|other| other.entry.place < Some(place));
+    due.insert(at, queued);
+}
+
 impl Member {
     pub(super) fn waits(&self) -> bool {
         self.waker.is_some() && !self.full
@@ -103,10 +112,26 @@ impl State {
     /// Moves what has become due to the messages that are ready.
     pub(super) fn fire(&mut self, now: u64) {
         let Some(timer) = &mut self.timer else { return };
-        let ready = &mut self.ready;
-        timer.fire(now, |queued| ready.push_back(queued));
+        let (ready, due) = (&mut self.ready, &mut self.due);
+        timer.fire(now, |queued| match queued.place_of_first() {
+            Some(place) => insert(due, place, queued),
+            None => ready.push_back(queued),
+        });
         if timer.is_empty() {
             self.timer = None;
+        }
+    }
+
+    /// A message that was delayed is due already.
+    pub(super) fn is_due(&mut self, place: Place, queued: Queued) {
+        insert(&mut self.due, place, queued);
+    }
+
+    /// A message is about to be ready: what became due before it goes before it.
+    pub(super) fn pass(&mut self, place: Place) {
+        self.fire(place.tick);
+        while let Some(queued) = self.due.pop_front_if(|queued| queued.entry.place <= Some(place)) {
+            self.ready.push_back(queued);
         }
     }
 
