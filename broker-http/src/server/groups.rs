@@ -39,7 +39,7 @@ pub(crate) fn with_defaults(broker: &dyn Broker, mut options: GroupOptions) -> G
 }
 
 /// Makes a group with our defaults, or takes it as it is if it stands with others.
-pub(crate) async fn ensure(broker: &dyn Broker, group: &Group, asked: GroupOptions) -> Result<()> {
+async fn ensure(broker: &dyn Broker, group: &Group, asked: GroupOptions) -> Result<()> {
     match broker.create_group(group, with_defaults(broker, asked.clone())).await {
         Err(error) if error.kind() == ErrorKind::Conflict => broker.create_group(group, asked).await.map(drop),
         made => made.map(drop),

@@ -255,6 +255,25 @@ impl Registry {
         }
     }
 
+    /// Sees that a subscription has `group`: makes one to pull, called as the group, if there is none.
+    /// Tells whether it did.
+    pub(crate) async fn stand_for(&self, shared: &Arc<Shared>, group: &Group) -> Answer<bool> {
+        let stands = || self.groups.settings(group).is_some();
+        if stands() {
+            return Ok(false);
+        }
+        let (name, spec) = (&group.name, SubscriptionSpec::new(group.filter.clone()));
+        match self.put(shared, name.clone(), spec, true, None).await {
+            Ok(_) => Ok(true),
+            // Somebody else made it meanwhile.
+            Err(_) if stands() => Ok(false),
+            Err(_) if self.find(name.as_str()).is_ok() => Err(Problem::conflict(format!(
+                "subscription {name} has another filter or group than group {group}; name another group"
+            ))),
+            Err(problem) => Err(problem),
+        }
+    }
+
     async fn replace(
         &self,
         shared: &Arc<Shared>,

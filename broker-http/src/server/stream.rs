@@ -28,7 +28,8 @@ use super::leases::detach;
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::query::{Query, name_in_path};
-use super::{Shared, groups, socket};
+use super::subscriptions::finish;
+use super::{Shared, socket};
 use crate::event::{Envelope, json};
 
 /// Messages written in one go.
@@ -98,15 +99,23 @@ pub(crate) async fn stream(
     Ok(response)
 }
 
-/// A member of a group, which is made with our defaults if it does not stand.
+/// A member of a group. If no subscription has the group, one to pull is made of its name, so that it can
+/// be listed, purged and deleted.
 pub(crate) async fn join(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     filter: TopicFilter,
     name: GroupName,
     max_in_flight: usize,
 ) -> Answer<Subscription> {
     let group = Group::new(name, filter);
-    groups::ensure(&*shared.broker, &group, GroupOptions::new()).await?;
+    let (making, wanted) = (Arc::clone(shared), group.clone());
+    finish(async move {
+        if making.registry.stand_for(&making, &wanted).await? {
+            making.try_save().await?;
+        }
+        Ok(())
+    })
+    .await?;
     let options = Subscribe::group(group.name).with_max_in_flight(max_in_flight)?;
     Ok(shared.broker.subscribe(&group.filter, options).await?)
 }

@@ -72,6 +72,40 @@ async fn what_was_written_to_a_group_is_acked() {
 }
 
 #[tokio::test]
+async fn a_group_that_a_stream_makes_is_a_subscription() {
+    let running = Running::start().await;
+    let upgrade = "connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n\
+                   sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
+    for (name, header) in [("events", ""), ("socket", upgrade)] {
+        let path = format!("/topics/a/stream?group={name}");
+        let mut stream = running.connect().await;
+        stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n{header}\r\n").as_bytes()).await.unwrap();
+        read_until(&mut stream, "\r\n\r\n").await;
+        drop(stream);
+        let subscription = format!("/subscriptions/{name}");
+        let listed = running.get("/subscriptions").await.json();
+        assert_eq!(
+            (&listed["subscriptions"][0]["name"], &listed["subscriptions"][0]["filter"]),
+            (&json!(name), &json!("a"))
+        );
+        // It keeps what comes while nobody reads, as any does.
+        crate::support::soon(async {
+            while running.get(&subscription).await.json()["status"]["members"] != 0 {
+                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            }
+        })
+        .await;
+        running.post("/topics/a", "x").await;
+        assert_eq!(running.delete(&format!("{subscription}/backlog")).await.json()["purged"], 1);
+        // Another stream joins it; another filter is another group, and the name is taken.
+        drop(open(&running, &path, "").await);
+        running.get(&format!("/topics/b/stream?group={name}")).await.is_problem(409, name);
+        assert_eq!(running.delete(&subscription).await.status, 204);
+        assert_eq!(running.post("/topics/a", "x").await.json()["matched"], 0);
+    }
+}
+
+#[tokio::test]
 async fn a_reader_that_comes_back_is_told_of_the_gap() {
     let running = Running::start().await;
     let (mut stream, head) = open(&running, "/topics/a/stream", "last-event-id: 7\r\n").await;
