@@ -148,3 +148,22 @@ async fn what_was_delayed_stands_where_it_became_visible() {
         assert_eq!(next(&mut later).await, *expected);
     }
 }
+
+/// One that fell due behind its key goes as soon as the key is free, to a member that waits already.
+#[tokio::test]
+async fn what_fell_due_behind_its_key_wakes_who_waits() {
+    let broker = retaining();
+    let topic = Topic::new("orders").unwrap();
+    let ordered = Subscribe::new().with_options(GroupOptions::new().with_ordered(true));
+    let mut reader = broker.subscribe(&(&topic).into(), ordered).await.unwrap();
+    broker.publish(&topic, Message::new("first").with_key("k")).await.unwrap();
+    let late = Message::new("late").with_key("k").with_delay(Duration::from_millis(20));
+    broker.publish(&topic, late).await.unwrap();
+    let first = reader.next().await.unwrap().expect("open");
+    // No time limit in the task itself: looking again at its end would find what nobody told of.
+    let waiting = tokio::spawn(async move { reader.next().await.unwrap().expect("open").message().payload().clone() });
+    sleep(Duration::from_millis(60)).await;
+    first.ack().await.unwrap();
+    let late = timeout(Duration::from_secs(5), waiting).await.expect("it is woken").unwrap();
+    assert_eq!(late.as_ref(), b"late");
+}

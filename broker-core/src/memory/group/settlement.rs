@@ -110,7 +110,7 @@ impl Group {
             }
         }
         // A message may be ready now, or be due sooner than the members that wait think.
-        if !state.ready.is_empty() {
+        if !state.ready.is_empty() || !state.due.is_empty() {
             state.wake_one(&mut after);
         }
         state.keep_time(&mut after);
