@@ -238,21 +238,42 @@ async fn a_member_that_is_told_and_not_polled_does_not_starve_its_group() {
     members.iter().for_each(tokio::task::JoinHandle::abort);
 }
 
-/// Dead letters that nobody takes are bounded, and hold up neither who rejects nor the end.
-#[tokio::test]
-async fn dead_letters_for_a_full_group_are_bounded() {
-    let (broker, topic, dead) = (MemoryBroker::new(), Topic::new("orders").unwrap(), Topic::new("dead").unwrap());
+/// Has group `billing` reject so many messages, whose dead letters group `reader` may have ten of.
+async fn reject(broker: &MemoryBroker, messages: usize) {
+    let (topic, dead) = (Topic::new("orders").unwrap(), Topic::new("dead").unwrap());
     let full = GroupOptions::new().with_backlog(Backlog::default().with_max_messages(10).unwrap());
     broker.create_group(&"reader@dead".parse().unwrap(), full).await.unwrap();
-    let billing = Subscribe::group(GroupName::new("billing").unwrap())
-        .with_options(GroupOptions::new().with_dead_letter(dead.clone()));
+    let billing =
+        Subscribe::group(GroupName::new("billing").unwrap()).with_options(GroupOptions::new().with_dead_letter(dead));
     let mut member = broker.subscribe(&(&topic).into(), billing).await.unwrap();
-    for _ in 0..20_000 {
-        broker.publish(&topic, Message::new(vec![0; 1_000])).await.unwrap();
+    for _ in 0..messages {
+        broker.publish(&topic, Message::new("")).await.unwrap();
         member.next().await.unwrap().expect("open").reject("bad").await.unwrap();
     }
+}
+
+/// Dead letters that nobody takes hold up neither who rejects nor the end.
+#[tokio::test]
+async fn dead_letters_for_a_full_group_hold_up_nothing() {
+    let broker = MemoryBroker::new();
+    reject(&broker, 3_000).await;
     let report = soon(broker.close(Duration::from_secs(60))).await;
     assert_eq!(report.unconfirmed, 0, "a dead letter is no publish of anybody's: {report:?}");
+}
+
+/// Beside those in the group's backlog a thousand wait for room; all are kept besides.
+#[tokio::test]
+async fn dead_letters_for_a_full_group_are_bounded() {
+    let broker = MemoryBroker::new();
+    reject(&broker, 3_000).await;
+    let reader = Subscribe::group(GroupName::new("reader").unwrap());
+    let mut reader = broker.subscribe(&TopicFilter::new("dead").unwrap(), reader).await.unwrap();
+    for _ in 0..1_010 {
+        soon(reader.next()).await.unwrap().expect("open").ack().await.unwrap();
+    }
+    assert!(reader.next().now_or_never().is_none(), "no other waited");
+    let kept = broker.dead_letters(&"billing@orders".parse().unwrap(), 10_000).await.unwrap();
+    assert_eq!(kept.len(), 3_000);
 }
 
 /// A closed broker changes nothing.

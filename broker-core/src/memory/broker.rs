@@ -22,6 +22,9 @@ use crate::{
 /// The broker in this process (`memory:`): fan-out, groups, patterns, retries, dead letters, bounded
 /// backlogs, delays, expiry, deduplication. It keeps nothing over the end of the process.
 ///
+/// What waits for a time (a publish at a full group, a receive beside a pending delay or retry, a close) needs
+/// a tokio runtime with its timer enabled, and panics without one.
+///
 /// Clones are handles on the same broker; dropping the last one ends it, and with it what it holds.
 ///
 /// ```

@@ -25,7 +25,8 @@ pub struct MemoryOptions {
     pub max_message_bytes: usize,
     /// What every topic retains for who comes later (default nothing).
     pub retention: Option<Retention>,
-    /// How long a deduplication key is remembered (default 2 minutes).
+    /// How long a deduplication key is remembered (default 2 minutes). A topic remembers 100,000 keys at
+    /// most: where more are published within this time, the oldest are forgotten early.
     pub dedup_window: Duration,
     /// Dead letters a group keeps at most (default 10,000).
     pub max_dead_letters: usize,

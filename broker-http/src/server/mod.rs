@@ -239,6 +239,23 @@ impl Server {
     /// # Errors
     ///
     /// [`Invalid`](broker_core::ErrorKind::Invalid), naming the first.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> broker_core::Result<()> {
+    /// use std::collections::BTreeMap;
+    /// use std::sync::Arc;
+    /// use broker_core::{GroupName, MemoryBroker};
+    /// use broker_http::{Server, ServerOptions, SubscriptionSpec};
+    ///
+    /// let server = Server::new(Arc::new(MemoryBroker::new()), ServerOptions::new());
+    /// let declared = |filter: &str| -> broker_core::Result<_> {
+    ///     Ok(BTreeMap::from([(GroupName::new("billing")?, SubscriptionSpec::new(filter.parse()?))]))
+    /// };
+    /// server.set_subscriptions(&declared("orders.>")?).await?;
+    /// assert!(server.check_subscriptions(&declared("orders.>")?).is_ok());
+    /// assert!(server.check_subscriptions(&declared("invoices.>")?).is_err());
+    /// # Ok(()) }
+    /// ```
     pub fn check_subscriptions(&self, subscriptions: &BTreeMap<GroupName, SubscriptionSpec>) -> Result<()> {
         subscriptions.iter().try_for_each(|(name, spec)| {
             self.shared
