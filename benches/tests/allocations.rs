@@ -3,12 +3,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use broker_core::{
-    Backlog, Broker, Connectors, Delivery, GroupOptions, Message, Publisher, PublisherOptions, Subscribe, Subscription,
-    Topic, TopicFilter,
+    Backlog, Broker, BrokerExt, Connectors, Delivery, Failure, GroupOptions, Message, Publisher, PublisherOptions,
+    Settlement, Subscribe, Subscription, Topic, TopicFilter,
 };
 use bytes::Bytes;
-use std::sync::Arc;
+use tokio::time::timeout;
 
 const BATCH: usize = 256;
 /// Messages a round, as many as the backlog holds.
@@ -73,6 +76,70 @@ fn what_is_idle_holds_little_memory() {
     assert!(subscription > 0 && topic > 0, "nothing was counted: another thread did the work");
     assert!(subscription <= 4096, "an idle subscription holds {subscription} bytes");
     assert!(topic <= 1024, "an idle topic holds {topic} bytes");
+}
+
+/// A message that waits for its delivery time or for its retry costs 100 bytes at most beside what a
+/// message costs that stands in a vector.
+#[test]
+fn what_waits_for_its_time_costs_little_beside_its_message() {
+    const COUNT: usize = 50_000;
+    const HOUR: Duration = Duration::from_secs(3_600);
+    // Not all at one time, so that the timer spreads them.
+    let wait = |number: usize| HOUR + Duration::from_millis(number as u64 * 7);
+    let plain = |_| Message::new(vec![0; 100]);
+    let delayed = move |number| plain(number).with_delay(wait(number));
+
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let beside = |retain: bool, make: &dyn Fn(usize) -> Message, settlement: Option<Settlement>| {
+        let (mut vector, mut waiting) = (None, None);
+        let alone = allocation_counter::measure(|| vector = Some((0..COUNT).map(make).collect::<Vec<_>>()));
+        let url = if retain { format!("memory:?retain={COUNT}&retain_bytes=1000000000") } else { "memory:".to_owned() };
+        let within = allocation_counter::measure(|| {
+            waiting = Some(runtime.block_on(wait_in(&url, COUNT, make, settlement)));
+        });
+        assert!(alone.bytes_current > 0 && within.bytes_current > 0, "nothing was counted");
+        (within.bytes_current - alone.bytes_current) as f64 / COUNT as f64
+    };
+    let failure = |text| Some(Failure::new(text));
+    let retry = |failure| Some(Settlement::Retry { after: Some(HOUR), failure });
+    let cases = [
+        ("delayed", beside(false, &delayed, None), 100.0),
+        ("retried", beside(false, &plain, retry(None)), 100.0),
+        ("retried for one reason", beside(false, &plain, retry(failure("the database is down"))), 100.0),
+        // It stands in the topic's history besides.
+        ("delayed and retained", beside(true, &delayed, None), 160.0),
+    ];
+    for (name, bytes, bound) in cases {
+        println!("{name}: {bytes:.1} bytes beside its message");
+        assert!(bytes <= bound, "{name}: {bytes} bytes beside its message");
+    }
+}
+
+/// Publishes so many messages that are to wait, after the first delivery if it is settled so, and looks
+/// for one that does not.
+async fn wait_in(
+    url: &str,
+    count: usize,
+    make: &dyn Fn(usize) -> Message,
+    settlement: Option<Settlement>,
+) -> (Arc<dyn Broker>, Subscription) {
+    let broker = Connectors::new().open(url).unwrap();
+    let topic = Topic::new("bench.waits").unwrap();
+    let subscribe = Subscribe::new().with_max_in_flight(count).unwrap();
+    let mut subscription = broker.subscribe(&TopicFilter::from(&topic), subscribe).await.unwrap();
+    for number in 0..count {
+        broker.publish(&topic, make(number)).await.unwrap();
+    }
+    let mut batch = Vec::new();
+    while let Ok(received) = timeout(Duration::from_millis(10), subscription.receive(&mut batch, BATCH)).await {
+        assert!(received.unwrap() > 0 && settlement.is_some(), "a message came before its time");
+        for delivery in batch.drain(..) {
+            delivery.settle(settlement.clone().unwrap()).await.unwrap();
+        }
+    }
+    let status = broker.status().await.unwrap().subscriptions.remove(0);
+    assert_eq!((status.lag, status.in_flight), (Some(count as u64), Some(0)));
+    (broker, subscription)
 }
 
 struct Scene {

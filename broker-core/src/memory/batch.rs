@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::entry::{Entry, Queued, Segment, Story};
+use super::entry::{Entry, Queued, Segment};
 use super::group::Group;
 use super::log::{Parts, Taken};
 use super::tally::{Sum, Tally};
@@ -74,18 +74,17 @@ impl Batch {
     pub(super) fn size(&self, index: u32) -> u64 {
         match &self.items {
             Items::Parts(parts) => in_part(parts, index).map_or(0, |(segment, slot)| segment.bytes(slot, 1)),
-            Items::List(list) => list.get(index as usize).map_or(0, |queued| queued.entry.size),
+            Items::List(list) => list.get(index as usize).map_or(0, |queued| queued.entry.size()),
         }
     }
 
     /// Delivery `index`, to be queued again after this attempt.
     pub(super) fn again(&self, index: u32) -> Queued {
-        let (attempts, first, failure) = match self.queued(index) {
-            Some(Queued { attempts, story: Some(story), .. }) => (*attempts, story.first, story.failure.clone()),
-            Some(Queued { attempts, .. }) => (*attempts, self.at, None),
-            None => (1, self.at, None),
+        let (attempts, story) = match self.queued(index) {
+            Some(queued) => (queued.attempts, queued.story.clone()),
+            None => (1, None),
         };
-        Queued { entry: self.share(index), due: 0, attempts, story: Some(Box::new(Story { first, failure })) }
+        Queued { entry: self.share(index), due: 0, attempts, story }
     }
 
     fn queued(&self, index: u32) -> Option<&Queued> {

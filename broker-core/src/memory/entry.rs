@@ -7,13 +7,13 @@ use crate::{Failure, Message, Timestamp, Topic};
 
 /// A message that more than one place holds: the logs of several filters, a topic's history, a group
 /// that retries it.
+///
+/// 40 bytes beside the message, its counts included, so that a million that wait cost little.
 pub(super) struct Entry {
     pub(super) message: Message,
     pub(super) topic: Topic,
-    /// `Message::size`, which every bound asks for.
-    pub(super) size: u64,
-    /// Its place, if its topic retains it.
-    pub(super) place: Option<Place>,
+    /// Its place, if its topic retains it, which few do.
+    place: Option<Box<Place>>,
 }
 
 /// Where a retained message stands among those of all topics: the order in which one reader receives
@@ -34,8 +34,17 @@ impl Entry {
     }
 
     pub(super) fn placed(topic: Topic, message: Message, place: Option<Place>) -> Arc<Self> {
-        let size = message.size() as u64;
-        Arc::new(Self { message, topic, size, place })
+        Arc::new(Self { message, topic, place: place.map(Box::new) })
+    }
+
+    /// Its place, if its topic retains it.
+    pub(super) fn place(&self) -> Option<Place> {
+        self.place.as_deref().copied()
+    }
+
+    /// What every bound asks for.
+    pub(super) fn size(&self) -> u64 {
+        self.message.size() as u64
     }
 
     pub(super) fn is_expired(&self, now: Timestamp) -> bool {
@@ -43,8 +52,14 @@ impl Entry {
     }
 }
 
+/// Whether it is not to be delivered any more: one that expires before its delivery time never is.
 pub(super) fn is_expired(message: &Message, now: Timestamp) -> bool {
-    message.expires_at().is_some_and(|expiry| expiry <= now)
+    message.expires_at().is_some_and(|expiry| expiry <= now || message.deliver_at().is_some_and(|due| expiry <= due))
+}
+
+/// The earlier of two times, where there are any.
+pub(super) fn earlier(one: Option<Timestamp>, other: Option<Timestamp>) -> Option<Timestamp> {
+    one.into_iter().chain(other).min()
 }
 
 /// Whether the time decides about its delivery.
@@ -139,7 +154,7 @@ impl Segment {
 
     /// Adds a message that is held elsewhere too.
     pub(super) fn push_shared(&mut self, entry: &Arc<Entry>) {
-        let bytes = self.size() + entry.size;
+        let bytes = self.size() + entry.size();
         match &mut self.0 {
             // The log begins a shared segment for it; here it would lose its identity, no more.
             Slots::Own(own) => own.push(&mut Some(entry.message.clone()), bytes),
@@ -193,7 +208,7 @@ impl Segment {
             Slots::Own(_) => None,
             Slots::Shared(slots) => {
                 let entry = &slots.get(index)?.message;
-                entry.place.filter(|_| entry.message.deliver_at().is_none()).map(|place| place.tick)
+                entry.place().filter(|_| entry.message.deliver_at().is_none()).map(|place| place.tick)
             }
         }
     }
@@ -219,18 +234,20 @@ impl Segment {
 
 /// A message of one group that left the log: waiting its turn, due later, or in flight again.
 ///
-/// 32 bytes beside the shared entry, so that a million delayed messages cost little.
+/// 32 bytes beside the shared entry.
 pub(super) struct Queued {
     pub(super) entry: Arc<Entry>,
     /// The tick before which it is not delivered; zero for at once.
     pub(super) due: u64,
     /// Deliveries so far.
     pub(super) attempts: u32,
-    pub(super) story: Option<Box<Story>>,
+    /// Shared by messages that were first delivered at one time and failed for one reason, as those of
+    /// an endpoint that is down do.
+    pub(super) story: Option<Arc<Story>>,
 }
 
 /// What is remembered of a message's failures.
-#[derive(Clone)]
+#[derive(Clone, PartialEq)]
 pub(super) struct Story {
     /// When it was first delivered.
     pub(super) first: Timestamp,
@@ -246,7 +263,7 @@ impl Due for Queued {
 impl Queued {
     /// The place of a delayed message that was not delivered yet, if it is retained.
     pub(super) fn place_of_first(&self) -> Option<Place> {
-        self.entry.place.filter(|_| self.attempts == 0 && self.entry.message.deliver_at().is_some())
+        self.entry.place().filter(|_| self.attempts == 0 && self.entry.message.deliver_at().is_some())
     }
 
     pub(super) fn new(entry: Arc<Entry>) -> Self {

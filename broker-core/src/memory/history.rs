@@ -94,10 +94,10 @@ impl History {
     /// Adds a message at its place; `tick` is the present, at or after that of a message not delayed.
     pub(super) fn push(&mut self, entry: Arc<Entry>, retention: &Retention, tick: u64) {
         let now = Timestamp::now();
-        self.bytes += entry.size;
-        self.total.fetch_add(entry.size, Ordering::Relaxed);
+        self.bytes += entry.size();
+        self.total.fetch_add(entry.size(), Ordering::Relaxed);
         self.max_age = retention.max_age;
-        match (entry.place, entry.message.deliver_at()) {
+        match (entry.place(), entry.message.deliver_at()) {
             (Some(place), Some(due)) if place.tick > tick => {
                 self.pending.insert(place, (now.max(due), entry));
             }
@@ -115,8 +115,8 @@ impl History {
             // What nobody could have seen yet goes last.
             match self.entries.pop_front().or_else(|| self.pending.pop_first().map(|(_, pending)| pending)) {
                 Some((_, oldest)) => {
-                    self.bytes -= oldest.size;
-                    self.total.fetch_sub(oldest.size, Ordering::Relaxed);
+                    self.bytes -= oldest.size();
+                    self.total.fetch_sub(oldest.size(), Ordering::Relaxed);
                 }
                 None => return,
             }

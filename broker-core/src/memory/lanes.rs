@@ -5,6 +5,8 @@ use std::collections::{HashMap, VecDeque};
 use bytes::Bytes;
 
 use super::entry::Queued;
+use super::group::take_expired;
+use crate::Timestamp;
 
 /// The keys with a message out (ready, due later, or in flight), and what waits behind each. Keys
 /// come from outside, so that the map's hash is keyed.
@@ -56,6 +58,16 @@ impl Lanes {
             }
         }
         next
+    }
+
+    /// What waits behind another message.
+    pub(super) fn behind(&self) -> impl Iterator<Item = &Queued> {
+        self.0.values().flat_map(|lane| &lane.behind)
+    }
+
+    /// Takes what has expired of it.
+    pub(super) fn take_expired(&mut self, now: Timestamp) -> Vec<Queued> {
+        self.0.values_mut().flat_map(|lane| take_expired(&mut lane.behind, now)).collect()
     }
 
     /// Forgets what waits, and every key that is not in flight.

@@ -8,6 +8,8 @@
 //! inside it, so that it goes when the slowest has left. A run is plain memory that the publisher
 //! writes until a reader takes from it, and shared and unchangeable from then on (`run`).
 
+mod expiry;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,12 +18,12 @@ use parking_lot::{Mutex, MutexGuard};
 use slab::Slab;
 use smallvec::SmallVec;
 
-use super::entry::{Entry, Segment, is_scheduled};
+use super::entry::{Entry, Segment, earlier, is_scheduled};
 use super::group::Group;
 use super::run::{MAX_SEGMENT, Run};
 use super::tally::Sum;
 use super::topics::TopicState;
-use crate::{Backlog, Message, Overflow, Topic, TopicFilter};
+use crate::{Backlog, Message, Overflow, Timestamp, Topic, TopicFilter};
 
 /// How long a member that was told may take to come before another is.
 const MOMENT: Duration = Duration::from_millis(1);
@@ -56,6 +58,8 @@ pub(super) struct LogState {
     /// is worth making.
     burst: usize,
     last_burst: usize,
+    /// When it is worth looking for what has expired.
+    expiry: Option<Timestamp>,
     readers: Slab<Reader>,
     /// Readers whose group has several members.
     crowds: usize,
@@ -90,6 +94,8 @@ struct Reader {
     crowd: bool,
     /// Entries dropped because the group was at its bound.
     dropped: u64,
+    /// Entries that expired before it came to them.
+    expired: u64,
     /// Its place in `waiting`, if it is listed there.
     place: Option<usize>,
     /// Where the tail is to come to for it to be told, or for a look at when it was told last.
@@ -157,6 +163,8 @@ impl LogState {
             let Some((left, left_bytes)) = self.left(key, size) else { continue };
             if left > 0 && left_bytes >= size {
                 (room, room_bytes) = (room.min(left), room_bytes.min(left_bytes));
+            } else if self.expiry.is_some() && self.expire(Timestamp::now()) {
+                return self.room(size);
             } else if let Some((group, overflow)) = self.at_bound(key) {
                 self.blocker = key;
                 return Room::Full(group, overflow);
@@ -217,7 +225,7 @@ impl LogState {
             // Each group moves it to its timer: shared from the start, it goes there without being copied.
             return self.append_shared(&Entry::new(topic.clone(), scheduled), wake);
         }
-        match self.filling(false) {
+        match self.runs.back_mut().and_then(Run::filling) {
             Some(segment) => segment.push(topic, message, size),
             None => {
                 let mut segment = Segment::own(topic, self.next_capacity());
@@ -225,7 +233,7 @@ impl LogState {
                 self.add_run(segment);
             }
         }
-        self.appended(size, false, wake);
+        self.appended(size, wake);
     }
 
     /// [`append`](Self::append) for a message that is held elsewhere too.
@@ -233,22 +241,13 @@ impl LogState {
         if self.readers.is_empty() {
             return;
         }
-        match self.filling(true) {
-            Some(segment) => segment.push_shared(entry),
-            None => {
-                let mut segment = Segment::shared(self.next_capacity());
-                segment.push_shared(entry);
-                self.add_run(segment);
-            }
+        if !self.runs.back_mut().is_some_and(Run::takes_shared) {
+            self.add_run(Segment::shared(self.next_capacity()));
         }
-        self.appended(entry.size, is_scheduled(&entry.message), wake);
-    }
-
-    /// The segment that takes the next entry, if there is one; for a shared entry, one that can
-    /// hold it as it is.
-    #[inline]
-    fn filling(&mut self, shared: bool) -> Option<&mut Segment> {
-        self.runs.back_mut()?.filling().filter(|segment| !(shared && segment.is_own()))
+        if let Some(run) = self.runs.back_mut() {
+            self.expiry = earlier(self.expiry, run.push_shared(entry));
+        }
+        self.appended(entry.size(), wake);
     }
 
     fn next_capacity(&self) -> usize {
@@ -260,9 +259,8 @@ impl LogState {
     }
 
     #[inline]
-    fn appended(&mut self, size: u64, scheduled: bool, wake: &mut Wake) {
+    fn appended(&mut self, size: u64, wake: &mut Wake) {
         if let Some(run) = self.runs.back_mut() {
-            run.scheduled |= scheduled;
             run.readers += std::mem::take(&mut self.caught_up);
         }
         self.tail += 1;
@@ -329,6 +327,7 @@ impl LogState {
             backlog,
             crowd: false,
             dropped: 0,
+            expired: 0,
             place: None,
             tell_at: 0,
             told: None,
@@ -473,11 +472,6 @@ impl LogState {
             let start = cursor.saturating_sub(run.base) as usize;
             (start..run.segment().len()).map(|slot| (run.segment(), slot))
         })
-    }
-
-    /// The next message before a reader.
-    pub(super) fn next(&self, key: usize) -> Option<&Message> {
-        self.before(key).next().and_then(|(segment, slot)| segment.message(slot))
     }
 
     /// How many entries before a reader, up to `limit`, come before the first that was published at

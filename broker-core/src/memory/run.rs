@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::entry::Segment;
+use super::entry::{Entry, Segment, earlier, is_scheduled};
+use crate::Timestamp;
 
 /// Entries a segment has at most.
 pub(super) const MAX_SEGMENT: usize = 256;
@@ -17,6 +18,8 @@ pub(super) struct Run {
     pub(super) scheduled: bool,
     /// Readers whose cursor is inside.
     pub(super) readers: usize,
+    /// When the first entry in it expires.
+    expiry: Option<Timestamp>,
     segment: Stage,
 }
 
@@ -28,7 +31,7 @@ enum Stage {
 
 impl Run {
     pub(super) fn new(base: u64, segment: Segment) -> Self {
-        Self { base, scheduled: false, readers: 0, segment: Stage::Filling(segment) }
+        Self { base, scheduled: false, readers: 0, expiry: None, segment: Stage::Filling(segment) }
     }
 
     pub(super) fn segment(&self) -> &Segment {
@@ -44,6 +47,27 @@ impl Run {
             Stage::Filling(segment) if !segment.is_full() && segment.size() < MAX_SEGMENT_BYTES => Some(segment),
             _ => None,
         }
+    }
+
+    /// Whether it takes a shared entry as it is.
+    pub(super) fn takes_shared(&mut self) -> bool {
+        self.filling().is_some_and(|segment| !segment.is_own())
+    }
+
+    /// Adds an entry that is held elsewhere too; tells when it expires. Only for a run that
+    /// [takes](Self::takes_shared) it.
+    pub(super) fn push_shared(&mut self, entry: &Arc<Entry>) -> Option<Timestamp> {
+        let expiry = entry.message.expires_at();
+        self.scheduled |= is_scheduled(&entry.message);
+        self.expiry = earlier(self.expiry, expiry);
+        if let Stage::Filling(segment) = &mut self.segment {
+            segment.push_shared(entry);
+        }
+        expiry
+    }
+
+    pub(super) fn expiry(&self) -> Option<Timestamp> {
+        self.expiry
     }
 
     /// The segment, which changes no more.

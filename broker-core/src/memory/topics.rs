@@ -22,11 +22,13 @@ use super::log::{Log, LogState, Room, Wake};
 use super::run::MAX_SEGMENT;
 use crate::{
     Confirm, Error, Message, Operation, Overflow, Producer, Publish, PublishBatch, PublisherOptions, Receipt, Result,
-    Topic,
+    Timestamp, Topic,
 };
 
 /// How long a publish waits before it asks for every single settlement.
 const PATIENCE: Duration = Duration::from_millis(1);
+/// How long it waits at most until it looks itself whether something expired.
+const MAX_PATIENCE: Duration = Duration::from_secs(1);
 
 pub(super) struct TopicState {
     pub(super) topic: Topic,
@@ -69,6 +71,8 @@ struct After {
     resume: Vec<Arc<TopicState>>,
     /// Whether a full group is to tell each settlement.
     insist: bool,
+    /// The group for which a publish waits.
+    full: Option<Arc<Group>>,
     /// Whether the publisher is to let others run now and then.
     cooperate: bool,
 }
@@ -80,7 +84,7 @@ impl After {
             return;
         }
         self.wake.into_iter().for_each(|group| group.notify());
-        self.resume.into_iter().for_each(|topic| topic.resume(shared, false));
+        self.resume.into_iter().for_each(|topic| drop(topic.resume(shared, false)));
     }
 }
 
@@ -211,17 +215,21 @@ impl TopicState {
     }
 
     /// A publish that waits for room: patiently at first, so that a batch of settlements makes room
-    /// for a batch of publishes, then for each single settlement.
+    /// for a batch of publishes, then for each single settlement, and for what expires.
     fn waiting(self: &Arc<Self>, shared: &Arc<Shared>, ticket: u64) -> Publish {
         let by: Arc<dyn Confirm<Receipt>> = Arc::<Self>::clone(self);
         let mut publish = Operation::confirmed(by, ticket);
         let (topic, shared) = (Arc::clone(self), Arc::clone(shared));
         Operation::boxed(async move {
-            if let Ok(result) = timeout(PATIENCE, &mut publish).await {
-                return result;
+            let mut patience = PATIENCE;
+            loop {
+                if let Ok(result) = timeout(patience, &mut publish).await {
+                    return result;
+                }
+                let expiry = topic.resume(&shared, true).and_then(|full| full.next_expiry());
+                let wait = expiry.map_or(MAX_PATIENCE, |expiry| expiry.since(Timestamp::now()));
+                patience = wait.clamp(PATIENCE, MAX_PATIENCE);
             }
-            topic.resume(&shared, true);
-            publish.await
         })
     }
 
@@ -249,8 +257,8 @@ impl TopicState {
         after.run(shared);
     }
 
-    /// A group may have room again: the first in the queue go on.
-    pub(super) fn resume(self: &Arc<Self>, shared: &Arc<Shared>, insist: bool) {
+    /// A group may have room again: the first in the queue go on. Tells which group is full.
+    pub(super) fn resume(self: &Arc<Self>, shared: &Arc<Shared>, insist: bool) -> Option<Arc<Group>> {
         let mut after = After { insist, ..After::default() };
         let mut wakers = SmallVec::<[Waker; 8]>::new();
         let mut inner = self.state.lock();
@@ -274,7 +282,9 @@ impl TopicState {
         }
         drop(inner);
         wakers.into_iter().for_each(Waker::wake);
+        let full = after.full.take();
         after.run(shared);
+        full
     }
 
     /// The broker has closed: what still waits fails. Tells how many.
@@ -391,7 +401,10 @@ impl Inner {
             match self.append(topic, shared, message, after) {
                 Ok(appended) => break appended,
                 // A batch tells its acks when it is done; at the bound they are asked for.
-                Err(Full::Wait(group)) if !group.make_room(true, after.insist, &mut after.resume) => return None,
+                Err(Full::Wait(group)) if !group.make_room(true, after.insist, &mut after.resume) => {
+                    after.full = Some(group);
+                    return None;
+                }
                 Err(Full::Reject(group)) if !group.make_room(false, true, &mut after.resume) => {
                     return Some(Err(group.full()));
                 }

@@ -2,8 +2,8 @@
 //!
 //! Varghese and Lauck, "Hashed and Hierarchical Timing Wheels" (1987), scheme 7: seven levels of 64
 //! slots, a tick of a millisecond; level *n* holds what is due within 64ⁿ⁺¹ ticks. An item moves
-//! down at most six times, so that firing a million is linear; beside the item it costs the slack of
-//! a vector.
+//! down at most six times, so that firing a million is linear; beside the item it costs an eighth of it
+//! at most.
 
 use std::mem;
 
@@ -51,6 +51,26 @@ impl<T: Due> Wheel<T> {
         self.place(due, item);
     }
 
+    /// Every item, in no order.
+    pub(super) fn items(&self) -> impl Iterator<Item = &T> {
+        self.levels.iter().flat_map(|level| &level.slots).flatten()
+    }
+
+    /// Takes out, by a look at each, those for which `taken` holds.
+    pub(super) fn take_if(&mut self, mut taken: impl FnMut(&T) -> bool) -> Vec<T> {
+        let mut out = Vec::new();
+        for level in &mut self.levels {
+            for (number, slot) in level.slots.iter_mut().enumerate() {
+                out.extend(slot.extract_if(.., |item| taken(item)));
+                if slot.is_empty() {
+                    level.occupied &= !(1 << number);
+                }
+            }
+        }
+        self.len -= out.len();
+        out
+    }
+
     fn place(&mut self, due: u64, item: T) {
         // The level is where `due` and `now` first differ, read from the top.
         let differing = (due ^ self.now) | 1;
@@ -60,6 +80,10 @@ impl<T: Due> Wheel<T> {
         if let Some(level) = self.levels.get_mut(level.min(LEVELS - 1)) {
             level.occupied |= 1 << slot;
             if let Some(slot) = level.slots.get_mut(slot) {
+                // A million items should not hold the room of two.
+                if slot.len() == slot.capacity() {
+                    slot.reserve_exact((slot.len() / 8).max(4));
+                }
                 slot.push(item);
             }
         }

@@ -145,7 +145,7 @@ impl Group {
             let mut limit = (window - taken).min(MAX_BATCH);
             let mut log = self.log.lock();
             // What is delayed has its place among what the log holds.
-            if let Some(place) = state.due.front().and_then(|queued| queued.entry.place) {
+            if let Some(place) = state.due.front().and_then(|queued| queued.entry.place()) {
                 limit = log.older_than(self.reader(), place.tick, limit);
                 if limit == 0 {
                     drop(log);
@@ -233,7 +233,7 @@ impl Group {
         {
             if queued.entry.is_expired(now) {
                 state.counts.expired += 1;
-                change.remove(Sum { messages: 1, bytes: queued.entry.size });
+                change.remove(Sum { messages: 1, bytes: queued.entry.size() });
                 self.depart(state, &queued.entry.message);
                 continue;
             }

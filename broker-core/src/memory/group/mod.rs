@@ -2,6 +2,7 @@
 //!
 //! A subscription without group is a group with one member and no name.
 
+mod expiry;
 mod members;
 mod settlement;
 mod state;
@@ -19,8 +20,9 @@ use super::entry::{Entry, Queued};
 use super::lanes::Lanes;
 use super::log::{Log, Parts};
 use super::tally::{Asked, Sum};
-use crate::{Counts, DeadLetter, Error, Group as GroupId, GroupSettings, TopicFilter};
+use crate::{Counts, DeadLetter, Error, Group as GroupId, GroupSettings, Timestamp, TopicFilter};
 
+pub(super) use self::expiry::take_expired;
 pub(super) use self::members::Received;
 use self::state::{After, Change, State};
 
@@ -66,6 +68,8 @@ impl Group {
                 timer: None,
                 timekeeper: None,
                 lanes: Lanes::default(),
+                expiry: None,
+                story: None,
                 members: Vec::new(),
                 last_member: 0,
                 open: Slab::new(),
@@ -107,14 +111,14 @@ impl Group {
         let mut entries = self.take_all();
         let appended: HashSet<*const Entry> = entries.iter().map(Arc::as_ptr).collect();
         for entry in past.into_iter().filter(|entry| !appended.contains(&Arc::as_ptr(entry))) {
-            change.add(entry.size);
+            change.add(entry.size());
             entries.push(entry);
         }
-        entries.sort_by_key(|entry| entry.place);
+        entries.sort_by_key(|entry| entry.place());
         let now = self.shared.clock.tick();
         for entry in entries {
             // In its place already, if it is due.
-            let due = entry.place.is_none_or(|place| place.tick <= now);
+            let due = entry.place().is_none_or(|place| place.tick <= now);
             match self.in_turn(&mut state, Queued::new(entry)) {
                 Some(queued) if due => state.ready.push_back(queued),
                 Some(queued) => self.dispatch(&mut state, queued),
@@ -197,7 +201,7 @@ impl Group {
         let mut after = After::default();
         for letter in letters {
             let entry = Entry::new(letter.topic, letter.message);
-            change.add(entry.size);
+            change.add(entry.size());
             self.arrive(&mut state, Queued::new(entry));
         }
         self.apply(change, &mut after);
@@ -208,12 +212,15 @@ impl Group {
     pub(super) fn snapshot(&self) -> Snapshot {
         let mut state = self.state.lock();
         let mut after = After::default();
+        let now = Timestamp::now();
         self.collect_all(&mut state, &mut after);
-        let log = self.log.lock();
-        let (unread, held, dropped) =
-            (log.unread(self.reader()), log.held_by(self.reader()), log.dropped(self.reader()));
+        self.expire_all(&mut state, now, &mut after);
+        let mut log = self.log.lock();
+        log.expire(now);
+        let (unread, held) = (log.unread(self.reader()), log.held_by(self.reader()));
+        let (dropped, expired) = (log.dropped(self.reader()), log.expired(self.reader()));
         drop(log);
-        let counts = Counts { dropped, ..state.counts };
+        let counts = Counts { dropped, expired: state.counts.expired + expired, ..state.counts };
         let snapshot = Snapshot {
             lag: Sum { messages: unread.messages + held.messages, bytes: unread.bytes + held.bytes },
             in_flight: state.in_flight,

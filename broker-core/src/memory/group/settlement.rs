@@ -8,7 +8,7 @@ use parking_lot::MutexGuard;
 use smallvec::SmallVec;
 
 use crate::memory::batch::Batch;
-use crate::memory::entry::{Place, Queued, is_expired};
+use crate::memory::entry::{Place, Queued, is_scheduled};
 use crate::memory::topics::{TopicState, closed};
 use crate::{DeadLetter, Deliveries, Failure, Message, Settle, Settlement, Timestamp};
 
@@ -43,24 +43,15 @@ impl Group {
         }
         let mut after = After::default();
         let mut change = self.collect_open(&mut state, &mut after);
-        self.drop_expired(&mut state, &mut change);
+        self.expire(&mut state, Timestamp::now(), &mut change);
         let progress = change.messages < 0;
         self.apply(change, &mut after);
+        if progress {
+            state.wake_for_ready(&mut after);
+        }
         resume.append(&mut after.resume);
         self.finish(state, after);
         progress
-    }
-
-    /// Discards what expired at the head of the log: at the bound, it must not keep others out.
-    pub(super) fn drop_expired(&self, state: &mut State, change: &mut Change) {
-        let now = Timestamp::now();
-        let mut log = self.log.lock();
-        while log.next(self.reader()).is_some_and(|message| is_expired(message, now))
-            && let Some(expired) = log.pass(self.reader(), 1)
-        {
-            state.counts.expired += 1;
-            change.remove(expired);
-        }
     }
 
     /// Settles one delivery in full view: all but an ack that nobody asks for, and the last of a
@@ -85,13 +76,13 @@ impl Group {
         } else {
             state.counts.acked -= 1;
             let mut queued = batch.again(index);
+            state.remember(batch.at, failure_of(&settlement), &mut queued);
             match settlement {
                 Settlement::Release => {
                     queued.attempts -= 1;
                     self.put_back(&mut state, queued, None, &mut change);
                 }
-                Settlement::Retry { after: wait, failure } => {
-                    state.remember(failure, &mut queued);
+                Settlement::Retry { after: wait, .. } => {
                     let retry = state.settings.retry;
                     if retry.is_exhausted(queued.attempts) {
                         let failure = exhausted(&queued, retry.max_attempts());
@@ -103,17 +94,12 @@ impl Group {
                     }
                 }
                 Settlement::Reject(failure) => {
-                    state.remember(Some(failure.clone()), &mut queued);
                     self.give_up(&mut state, queued, failure, &mut after);
                 }
                 Settlement::Ack => {}
             }
         }
-        // A message may be ready now, or be due sooner than the members that wait think.
-        if !state.ready.is_empty() || !state.due.is_empty() {
-            state.wake_one(&mut after);
-        }
-        state.keep_time(&mut after);
+        state.wake_for_ready(&mut after);
         self.apply(change, &mut after);
         self.rest(&state);
         self.finish(state, after);
@@ -122,7 +108,8 @@ impl Group {
     }
 
     pub(super) fn put_back(&self, state: &mut State, mut queued: Queued, wait: Option<Duration>, change: &mut Change) {
-        change.add(queued.entry.size);
+        change.add(queued.entry.size());
+        state.note_expiry(&queued);
         if self.ordered {
             state.lanes.set_in_flight(&queued, false);
         }
@@ -150,11 +137,16 @@ impl Group {
 
     /// The message, unless it waits behind its key.
     pub(super) fn in_turn(&self, state: &mut State, queued: Queued) -> Option<Queued> {
+        state.note_expiry(&queued);
         if self.ordered { state.lanes.arrive(queued) } else { Some(queued) }
     }
 
     pub(super) fn dispatch(&self, state: &mut State, mut queued: Queued) {
-        if let Some(place) = queued.entry.place {
+        if is_scheduled(&queued.entry.message) && queued.entry.is_expired(Timestamp::now()) {
+            // Whoever comes next discards it: it waits for nothing.
+            return state.ready.push_back(queued);
+        }
+        if let Some(place) = queued.entry.place() {
             return self.dispatch_placed(state, place, queued);
         }
         let wait = queued.entry.message.deliver_at().map(|time| time.since(Timestamp::now()));
@@ -242,7 +234,7 @@ impl Group {
             self.shared.bury(letter, dead_letter.as_ref());
         }
         after.wakers.into_iter().for_each(Waker::wake);
-        after.resume.into_iter().for_each(|topic| topic.resume(&self.shared, false));
+        after.resume.into_iter().for_each(|topic| drop(topic.resume(&self.shared, false)));
     }
 
     /// A drain may have waited for this.
@@ -250,6 +242,14 @@ impl Group {
         if self.shared.is_closing() {
             self.shared.progress.notify_waiters();
         }
+    }
+}
+
+fn failure_of(settlement: &Settlement) -> Option<Failure> {
+    match settlement {
+        Settlement::Retry { failure, .. } => failure.clone(),
+        Settlement::Reject(failure) => Some(failure.clone()),
+        Settlement::Ack | Settlement::Release => None,
     }
 }
 

@@ -8,7 +8,7 @@ use slab::Slab;
 use smallvec::SmallVec;
 
 use crate::memory::batch::Batch;
-use crate::memory::entry::{Place, Queued};
+use crate::memory::entry::{Place, Queued, Story};
 use crate::memory::lanes::Lanes;
 use crate::memory::tally::Sum;
 use crate::memory::topics::TopicState;
@@ -27,6 +27,10 @@ pub(super) struct State {
     /// The waiting member that sleeps until the timer's next tick.
     pub(super) timekeeper: Option<u64>,
     pub(super) lanes: Lanes,
+    /// When it is worth looking for what has expired of all these.
+    pub(super) expiry: Option<Timestamp>,
+    /// The last that was told of a failure: the next may be the same.
+    pub(super) story: Option<Arc<Story>>,
     pub(super) members: Vec<Member>,
     pub(super) last_member: u64,
     /// Batches with unsettled deliveries, and what was collected of each.
@@ -78,7 +82,7 @@ impl Change {
 
 /// Mostly the last: what is due comes in order.
 fn insert(due: &mut VecDeque<Queued>, place: Place, queued: Queued) {
-    let at = due.partition_point(|other| other.entry.place < Some(place));
+    let at = due.partition_point(|other| other.entry.place() < Some(place));
     due.insert(at, queued);
 }
 
@@ -100,6 +104,14 @@ impl State {
             after.wakers.extend(member.waker.take());
             self.timekeeper.take_if(|keeper| *keeper == member.id);
         }
+    }
+
+    /// Messages may be ready now, or due sooner than the members that wait think.
+    pub(super) fn wake_for_ready(&mut self, after: &mut After) {
+        if !self.ready.is_empty() || !self.due.is_empty() {
+            self.wake_one(after);
+        }
+        self.keep_time(after);
     }
 
     /// Wakes a member that waits if none of them sleeps until the timer's next tick: it will.
@@ -130,7 +142,7 @@ impl State {
     /// A message is about to be ready: what became due before it goes before it.
     pub(super) fn pass(&mut self, place: Place) {
         self.fire(place.tick);
-        while let Some(queued) = self.due.pop_front_if(|queued| queued.entry.place <= Some(place)) {
+        while let Some(queued) = self.due.pop_front_if(|queued| queued.entry.place() <= Some(place)) {
             self.ready.push_back(queued);
         }
     }
@@ -177,12 +189,21 @@ impl State {
         })
     }
 
-    pub(super) fn remember(&mut self, failure: Option<Failure>, queued: &mut Queued) {
-        if let Some(failure) = failure {
+    /// Remembers of a message that comes back when it was `first` delivered, and its last failure.
+    pub(super) fn remember(&mut self, first: Timestamp, failure: Option<Failure>, queued: &mut Queued) {
+        if let Some(failure) = &failure
+            && self.last_error.as_deref() != Some(failure.reason())
+        {
             self.last_error = Some(failure.reason().into());
-            if let Some(story) = &mut queued.story {
-                story.failure = Some(failure);
-            }
         }
+        let story = match &queued.story {
+            Some(story) if failure.is_none() || story.failure == failure => return,
+            Some(story) => Story { first: story.first, failure },
+            None => Story { first, failure },
+        };
+        if self.story.as_deref() != Some(&story) {
+            self.story = Some(Arc::new(story));
+        }
+        queued.story.clone_from(&self.story);
     }
 }
