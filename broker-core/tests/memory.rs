@@ -217,6 +217,23 @@ async fn a_retry_that_is_due_does_not_wait_for_a_member_that_gave_up() {
     member.abort();
 }
 
+/// Nor for one that sleeps until it is due, and is alive and not polled then.
+#[tokio::test]
+async fn a_retry_that_is_due_does_not_wait_for_a_member_that_is_not_polled() {
+    let (broker, topic) = (MemoryBroker::new(), Topic::new("orders").unwrap());
+    let [mut a, mut b, c] = three(&broker, &topic).await;
+    broker.publish(&topic, Message::new("fails")).await.unwrap();
+    let failing = b.next().await.unwrap().expect("open");
+    let mut unpolled = Box::pin(a.next());
+    assert!((&mut unpolled).now_or_never().is_none(), "it is the first to be told");
+    let (told, mut hear) = tokio::sync::mpsc::unbounded_channel();
+    let member = holds_one(c, told);
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    failing.retry_after(Duration::from_millis(200)).await.unwrap();
+    assert_eq!(soon(hear.recv()).await.as_deref(), Some("fails"));
+    member.abort();
+}
+
 /// `select!` keeps a `next()` alive that nobody polls while another arm works.
 #[tokio::test]
 async fn a_member_that_is_told_and_not_polled_does_not_starve_its_group() {

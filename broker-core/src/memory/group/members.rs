@@ -17,6 +17,10 @@ use super::state::{After, Change, Member, State};
 
 /// Entries looked at in one go for one that may be delivered.
 const MAX_INTAKE: usize = 4096;
+/// Milliseconds after which another member looks at the timer, if the one that sleeps for it has not come.
+const GRACE: u64 = 50;
+/// Milliseconds such a member sleeps at most.
+const MAX_SLEEP: u64 = 1_000;
 
 /// Whether a member received something, and what it is to do.
 pub(in crate::memory) enum Received {
@@ -181,14 +185,18 @@ impl Group {
         if self.has_more(state) {
             return Ok(Received::Again);
         }
+        // Before this one waits: it knows.
+        state.keep_time(after);
         if let Some(member) = state.member(id) {
             member.waker = Some(cx.waker().clone());
         }
-        let due = state.timer.as_ref().and_then(|timer| timer.next());
-        if due.is_some() {
+        let Some(due) = state.timer.as_ref().and_then(|timer| timer.next()) else { return Ok(Received::Wait(None)) };
+        if state.timekeeper.is_none() {
             state.timekeeper = Some(id);
+            return Ok(Received::Wait(Some(due)));
         }
-        Ok(Received::Wait(due))
+        // The other may be alive and not polled, and what comes sooner is told to it alone.
+        Ok(Received::Wait(Some((due + GRACE).min(now + MAX_SLEEP))))
     }
 
     /// Whether there is more to look at; if not, the log will tell of the next entry.

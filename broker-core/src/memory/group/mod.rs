@@ -67,6 +67,7 @@ impl Group {
                 due: VecDeque::new(),
                 timer: None,
                 timekeeper: None,
+                untold: false,
                 lanes: Lanes::default(),
                 expiry: None,
                 story: None,

@@ -26,6 +26,8 @@ pub(super) struct State {
     pub(super) timer: Option<Box<Wheel<Queued>>>,
     /// The waiting member that sleeps until the timer's next tick.
     pub(super) timekeeper: Option<u64>,
+    /// Whether members wait that know of no timer.
+    pub(super) untold: bool,
     pub(super) lanes: Lanes,
     /// When it is worth looking for what has expired of all these.
     pub(super) expiry: Option<Timestamp>,
@@ -114,9 +116,13 @@ impl State {
         self.keep_time(after);
     }
 
-    /// Wakes a member that waits if none of them sleeps until the timer's next tick: it will.
+    /// Wakes a member that waits if none of them sleeps until the timer's next tick: it will. Of a timer
+    /// that is new all are told, so that others look after it should that member not be polled.
     pub(super) fn keep_time(&mut self, after: &mut After) {
-        if self.timer.is_some() && self.timekeeper.is_none() {
+        if self.timer.is_some() && std::mem::take(&mut self.untold) {
+            self.timekeeper = None;
+            after.wakers.extend(self.members.iter_mut().filter(|member| !member.full).filter_map(|m| m.waker.take()));
+        } else if self.timer.is_some() && self.timekeeper.is_none() {
             self.wake_one(after);
         }
     }
@@ -148,6 +154,7 @@ impl State {
     }
 
     pub(super) fn delay(&mut self, now: u64, queued: Queued) {
+        self.untold |= self.timer.is_none();
         let timer = self.timer.get_or_insert_with(|| Box::new(Wheel::new(now)));
         if timer.next().is_none_or(|next| queued.due < next) {
             self.timekeeper = None;
