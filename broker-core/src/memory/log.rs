@@ -70,7 +70,9 @@ pub(super) struct LogState {
     room_bytes: u64,
     /// The reader that was found at its bound last.
     blocker: usize,
-    /// Readers at their bound for whom the next entry is the oldest they can drop.
+    /// Readers at their bound that drop their oldest for the next entry, and those for whom it is itself
+    /// the oldest they can drop.
+    dropping: SmallVec<[usize; 2]>,
     skipping: SmallVec<[usize; 2]>,
     /// Readers to be told of the next entry.
     waiting: SmallVec<[usize; 2]>,
@@ -94,6 +96,8 @@ struct Reader {
     crowd: bool,
     /// Entries dropped because the group was at its bound.
     dropped: u64,
+    /// Whether it drops for the next entry though something is in hand.
+    drops: bool,
     /// Entries that expired before it came to them.
     expired: u64,
     /// Its place in `waiting`, if it is listed there.
@@ -149,14 +153,14 @@ impl LogState {
         matches!(self.room(size), Room::Free)
     }
 
-    /// Whether an entry of `size` bytes can be appended. Where a group drops its oldest, it does so
-    /// now.
+    /// Whether an entry of `size` bytes can be appended. Where a group drops its oldest it does so then,
+    /// and not for an entry that another refuses.
     pub(super) fn room(&mut self, size: u64) -> Room {
         if self.room > 0 && self.room_bytes >= size {
             return Room::Free;
         }
         let (mut room, mut room_bytes) = (u64::MAX, u64::MAX);
-        self.skipping.clear();
+        self.dropping.clear();
         // Whoever was at its bound last is the likeliest to be still.
         let keys = self.readers.capacity();
         for key in (self.blocker..keys).chain(0..self.blocker.min(keys)) {
@@ -169,9 +173,9 @@ impl LogState {
                 self.blocker = key;
                 return Room::Full(group, overflow);
             } else {
-                self.drop_oldest(key, size);
-                // After this entry its room is worked out anew.
-                (room, room_bytes) = (room.min(1), room_bytes.min(size));
+                self.dropping.push(key);
+                // Worked out anew for each entry.
+                (room, room_bytes) = (0, 0);
             }
         }
         (self.room, self.room_bytes) = (room, room_bytes);
@@ -187,10 +191,26 @@ impl LogState {
         Some((reader.backlog.max_messages().saturating_sub(messages), max_bytes.saturating_sub(bytes)))
     }
 
-    fn at_bound(&self, key: usize) -> Option<(Arc<Group>, Overflow)> {
-        let reader = self.readers.get(key)?;
+    /// The group of a reader that is at its bound, unless it is to drop what is before it.
+    fn at_bound(&mut self, key: usize) -> Option<(Arc<Group>, Overflow)> {
+        let reader = self.readers.get_mut(key)?;
         let overflow = reader.backlog.overflow();
-        (overflow != Overflow::DropOldest).then(|| (Arc::clone(&reader.group), overflow))
+        // What it holds may have been settled without a word.
+        let drops = overflow == Overflow::DropOldest && (reader.held == 0 || std::mem::take(&mut reader.drops));
+        (!drops).then(|| (Arc::clone(&reader.group), overflow))
+    }
+
+    /// The group of a reader that drops its oldest has nothing to tell: it drops for the next entry.
+    pub(super) fn set_drops(&mut self, key: usize) {
+        if let Some(reader) = self.readers.get_mut(key) {
+            reader.drops = true;
+        }
+    }
+
+    fn make_way(&mut self, size: u64) {
+        while let Some(key) = self.dropping.pop() {
+            self.drop_oldest(key, size);
+        }
     }
 
     /// Moves a reader's cursor until an entry of `size` bytes fits behind it. If nothing is left to
@@ -221,6 +241,7 @@ impl LogState {
         if self.readers.is_empty() {
             return drop(message.take());
         }
+        self.make_way(size);
         if let Some(scheduled) = message.take_if(|message| is_scheduled(message)) {
             // Each group moves it to its timer: shared from the start, it goes there without being copied.
             return self.append_shared(&Entry::new(topic.clone(), scheduled), wake);
@@ -241,6 +262,7 @@ impl LogState {
         if self.readers.is_empty() {
             return;
         }
+        self.make_way(entry.size());
         if !self.runs.back_mut().is_some_and(Run::takes_shared) {
             self.add_run(Segment::shared(self.next_capacity()));
         }
@@ -327,6 +349,7 @@ impl LogState {
             backlog,
             crowd: false,
             dropped: 0,
+            drops: false,
             expired: 0,
             place: None,
             tell_at: 0,

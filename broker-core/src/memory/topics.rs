@@ -320,6 +320,8 @@ pub(super) fn closed() -> Error {
 /// Why an entry was not appended.
 enum Full {
     Wait(Arc<Group>),
+    /// Settlements that were not told may make room; if not, it drops its oldest.
+    Drop(Arc<Group>),
     Reject(Arc<Group>),
 }
 
@@ -405,6 +407,7 @@ impl Inner {
                     after.full = Some(group);
                     return None;
                 }
+                Err(Full::Drop(group)) if !group.make_room(false, true, &mut after.resume) => group.drop_for_next(),
                 Err(Full::Reject(group)) if !group.make_room(false, true, &mut after.resume) => {
                     return Some(Err(group.full()));
                 }
@@ -483,7 +486,8 @@ fn check(log: &mut LogState, topic: &Arc<TopicState>, size: u64) -> Result<(), F
     match log.room(size) {
         Room::Free => Ok(()),
         Room::Full(group, Overflow::Reject) => Err(Full::Reject(group)),
-        Room::Full(group, _) => {
+        Room::Full(group, Overflow::DropOldest) => Err(Full::Drop(group)),
+        Room::Full(group, Overflow::Wait) => {
             log.stall(topic);
             Err(Full::Wait(group))
         }

@@ -54,6 +54,11 @@ impl Group {
         progress
     }
 
+    /// A publish found the group at its bound, with no room to be made: it drops its oldest for that.
+    pub(in crate::memory) fn drop_for_next(&self) {
+        self.log.lock().set_drops(self.reader());
+    }
+
     /// Settles one delivery in full view: all but an ack that nobody asks for, and the last of a
     /// batch. An ack has been counted by its batch already.
     pub(in crate::memory) fn settle(&self, batch: &Batch, index: u32, settlement: Settlement) -> Settle {
