@@ -106,9 +106,9 @@ pub trait Harness: fmt::Debug + Send + Sync {
     }
 
     /// Whether the adapter's raw client can be reached through `broker`; `None` if it has none.
-    fn raw_client(&self, broker: &dyn Broker) -> Option<bool> {
+    fn raw_client<'a>(&'a self, broker: &'a dyn Broker) -> BoxFuture<'a, Option<bool>> {
         let _ = broker;
-        None
+        Box::pin(std::future::ready(None))
     }
 }
 

@@ -11,12 +11,21 @@ use tokio::net::TcpStream;
 
 use crate::{Fault, Harness, InProcess, Link, Place, Proxy, Secret, Suite, Timing};
 
+/// Whether an adapter's raw client can be reached through a handle; `None` if it has none. Only who knows
+/// the adapters can tell.
+pub type RawClient = fn(&dyn Broker) -> BoxFuture<'_, Option<bool>>;
+
+/// Of a broker that has none.
+pub fn no_raw_client(_: &dyn Broker) -> BoxFuture<'_, Option<bool>> {
+    Box::pin(std::future::ready(None))
+}
+
 /// The suite against the broker at `url`.
 ///
 /// # Errors
 ///
 /// [`Invalid`](broker_core::ErrorKind::Invalid) if the URL names no broker that `connectors` knows.
-pub fn suite(connectors: &Connectors, url: &str) -> Result<Suite> {
+pub fn suite(connectors: &Connectors, url: &str, raw: RawClient) -> Result<Suite> {
     let parsed = BrokerUrl::parse(url)?;
     // Whatever is wrong with it is told before anything runs.
     drop(connectors.open(url)?);
@@ -27,7 +36,13 @@ pub fn suite(connectors: &Connectors, url: &str) -> Result<Suite> {
     }
     let (connectors, url) = (connectors.clone(), url.to_owned());
     Ok(Suite::new(name.clone(), move || {
-        Arc::new(AtUrl { name: name.clone(), url: url.clone(), parsed: parsed.clone(), connectors: connectors.clone() })
+        Arc::new(AtUrl {
+            name: name.clone(),
+            url: url.clone(),
+            parsed: parsed.clone(),
+            connectors: connectors.clone(),
+            raw,
+        })
     }))
 }
 
@@ -37,6 +52,7 @@ struct AtUrl {
     url: String,
     parsed: BrokerUrl,
     connectors: Connectors,
+    raw: RawClient,
 }
 
 impl fmt::Debug for AtUrl {
@@ -107,6 +123,10 @@ impl Harness for AtUrl {
 
     fn unreachable(&self) -> Option<Result<Arc<dyn Broker>>> {
         Some(Self::nowhere().and_then(|nowhere| self.connectors.open(&self.at(&nowhere, None))))
+    }
+
+    fn raw_client<'a>(&'a self, broker: &'a dyn Broker) -> BoxFuture<'a, Option<bool>> {
+        (self.raw)(broker)
     }
 
     fn secret(&self) -> Option<Secret> {

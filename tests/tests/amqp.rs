@@ -84,9 +84,15 @@ impl Harness for RabbitMq {
         })
     }
 
-    fn raw_client(&self, broker: &dyn Broker) -> Option<bool> {
+    fn raw_client<'a>(&'a self, broker: &'a dyn Broker) -> BoxFuture<'a, Option<bool>> {
         let broker: &dyn std::any::Any = broker;
-        Some(broker.downcast_ref::<AmqpBroker>().is_some())
+        let broker = broker.downcast_ref::<AmqpBroker>();
+        Box::pin(async move {
+            match broker {
+                Some(amqp) => Some(amqp.raw().await.is_ok()),
+                None => Some(false),
+            }
+        })
     }
 }
 

@@ -160,7 +160,7 @@ async fn a_slow_line_changes_nothing() -> Tested {
     let proxy = Proxy::start(listener.local_addr()?.to_string()).await?;
     proxy.set(Fault::Delay(Duration::from_millis(30)));
     tokio::spawn(async move { server.serve(listener).await });
-    let suite = url::suite(&connectors(), &format!("http://{}", proxy.address()))?;
+    let suite = url::suite(&connectors(), &format!("http://{}", proxy.address()), url::no_raw_client)?;
     let suite = suite.only(["A1", "A4", "B1", "B4", "C2", "C3", "D2", "E1", "E7", "F5"]).parallel(8);
     good(&suite.run(|report| println!("{report} ({} ms)", report.millis)).await)
 }

@@ -88,9 +88,10 @@ impl Harness for Kafka {
         })
     }
 
-    fn raw_client(&self, broker: &dyn Broker) -> Option<bool> {
+    fn raw_client<'a>(&'a self, broker: &'a dyn Broker) -> BoxFuture<'a, Option<bool>> {
         let broker: &dyn std::any::Any = broker;
-        Some(broker.downcast_ref::<KafkaBroker>().is_some_and(|kafka| kafka.raw_producer().is_ok()))
+        let reached = broker.downcast_ref::<KafkaBroker>().is_some_and(|kafka| kafka.raw_producer().is_ok());
+        Box::pin(std::future::ready(Some(reached)))
     }
 }
 

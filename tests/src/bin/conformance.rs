@@ -8,7 +8,9 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use broker_core::Connectors;
+use broker_amqp::AmqpBroker;
+use broker_core::{BoxFuture, Broker, Connectors};
+use broker_kafka::KafkaBroker;
 use broker_tests::{CHECKS, Form, Report, Suite, from_json, json, markdown, summary, url};
 use clap::Parser;
 
@@ -78,6 +80,18 @@ fn connectors() -> Connectors {
     connectors
 }
 
+/// Whether an adapter's own client can be reached through its broker; `memory:` and `http:` have none.
+fn raw_client(broker: &dyn Broker) -> BoxFuture<'_, Option<bool>> {
+    let any: &dyn std::any::Any = broker;
+    let (kafka, amqp) = (any.downcast_ref::<KafkaBroker>(), any.downcast_ref::<AmqpBroker>());
+    Box::pin(async move {
+        if let Some(kafka) = kafka {
+            return Some(kafka.raw_producer().is_ok());
+        }
+        Some(amqp?.raw().await.is_ok())
+    })
+}
+
 /// A line on standard output; a reader that left early is no failure of a broker.
 fn say(line: &str) {
     let _ = writeln!(std::io::stdout(), "{line}");
@@ -103,7 +117,8 @@ async fn run(arguments: &Arguments) -> Result<bool, String> {
     for argument in &arguments.urls {
         let (name, url) = named(argument);
         // The error names no URL: one may hold a password. Its place tells which it was.
-        let suite = url::suite(&connectors, url).map_err(|error| format!("broker {}: {error}", suites.len() + 1))?;
+        let suite = url::suite(&connectors, url, raw_client)
+            .map_err(|error| format!("broker {}: {error}", suites.len() + 1))?;
         let suite = suite.parallel(arguments.jobs.into());
         let suite = if let Some(name) = name { suite.named(name) } else { suite };
         suites.push(if arguments.only.is_empty() { suite } else { suite.only(&arguments.only) });
@@ -117,6 +132,9 @@ async fn run(arguments: &Arguments) -> Result<bool, String> {
         for form in &forms {
             reports.extend(run_suite(&suite.clone().form(*form), arguments.stress).await);
         }
+    }
+    if reports.is_empty() {
+        return Err("nothing to show: no check was run, and the files of --from hold no report".to_owned());
     }
     if let Some(file) = &arguments.json {
         write(file, &json(&reports).map_err(|error| error.to_string())?)?;

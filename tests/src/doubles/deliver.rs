@@ -81,7 +81,7 @@ fn refitted(options: Subscribe, max_in_flight: usize) -> Subscribe {
 
 pub(super) const DOUBLES: &[Double] = &[
     // Messages.
-    Double::new("takes payloads for text", &["A2"], || {
+    Double::new("takes payloads for text", &[("A2", "arrived with another payload")], || {
         Defect::default().message(Box::new(|message| {
             let mut text = Message::new(lossy(message.payload()))
                 .with_id(message.id().clone())
@@ -96,12 +96,16 @@ pub(super) const DOUBLES: &[Double] = &[
             }
         }))
     }),
-    Double::new("drops the content type", &["A1", "A2"], || seen(|message| rebuilt(&message, true, false))),
-    Double::new("forgets a header", &["A1", "A3"], || {
+    Double::new("drops the content type", &[("A1", "and arrived with None"), ("A2", "and arrived with None")], || {
+        seen(|message| rebuilt(&message, true, false))
+    }),
+    Double::new("forgets a header", &[("A1", "and arrived as None"), ("A3", "header \"binary\" is")], || {
         seen_headers(|name, value| (name != "number" && name != "binary").then(|| value.clone()))
     }),
-    Double::new("takes header values for text", &["A3"], || seen_headers(|_, value| Some(lossy(value)))),
-    Double::new("keeps one of repeated headers", &["A3"], || {
+    Double::new("takes header values for text", &[("A3", "header \"binary\" is")], || {
+        seen_headers(|_, value| Some(lossy(value)))
+    }),
+    Double::new("keeps one of repeated headers", &[("A3", "and arrived as")], || {
         Defect::default().message(Box::new(|message| {
             let mut headers = Headers::new();
             for (name, value) in message.headers().iter() {
@@ -110,7 +114,7 @@ pub(super) const DOUBLES: &[Double] = &[
             message.clone().with_headers(headers)
         }))
     }),
-    Double::new("writes header names in lower case", &["A3"], || {
+    Double::new("writes header names in lower case", &[("A3", "and arrived as None")], || {
         Defect::default().message(Box::new(|message| {
             let mut headers = Headers::new();
             for (name, value) in message.headers().iter() {
@@ -119,30 +123,38 @@ pub(super) const DOUBLES: &[Double] = &[
             message.clone().with_headers(headers)
         }))
     }),
-    Double::new("gives a message an id of its own", &["A1", "A8"], || {
-        seen(|message| message.with_id(MessageId::random()))
-    }),
-    Double::new("cuts timestamps to seconds", &["A1"], || {
+    Double::new(
+        "gives a message an id of its own",
+        &[("A1", "messages are missing"), ("A8", "the receipt names")],
+        || seen(|message| message.with_id(MessageId::random())),
+    ),
+    Double::new("cuts timestamps to seconds", &[("A1", "and arrived as of")], || {
         seen(|message| {
             let cut = message.timestamp().as_millis() / 1000 * 1000;
             message.with_timestamp(Timestamp::from_millis(cut))
         })
     }),
-    Double::new("stamps the time of delivery", &["A8"], || {
+    Double::new("stamps the time of delivery", &[("A8", "is not between")], || {
         seen(|message| {
             let late = message.timestamp().after(std::time::Duration::from_secs(1));
             message.with_timestamp(late)
         })
     }),
-    Double::new("merges the absent and the empty key", &["A11"], || {
+    Double::new("merges the absent and the empty key", &[("A11", "has key None and arrived with")], || {
         seen(|message| if message.key().is_none() { message.with_key("") } else { message })
     }),
-    Double::new("loses keys", &["A1", "A11"], || seen(|message| rebuilt(&message, false, true))),
-    Double::new("turns a tombstone into an empty payload", &["F5"], || seen(|message| rebuilt(&message, true, true))),
-    Double::new("drops trace context", &["G3"], || {
+    Double::new("loses keys", &[("A1", "and arrived with None"), ("A11", "and arrived with None")], || {
+        seen(|message| rebuilt(&message, false, true))
+    }),
+    Double::new(
+        "turns a tombstone into an empty payload",
+        &[("F5", "tombstone and empty payload were confused")],
+        || seen(|message| rebuilt(&message, true, true)),
+    ),
+    Double::new("drops trace context", &[("G3", "and arrived as None")], || {
         seen_headers(|name, value| (!name.starts_with("trace")).then(|| value.clone()))
     }),
-    Double::new("loses the trace of a dead letter", &["G3"], || {
+    Double::new("loses the trace of a dead letter", &[("G3", "the dead letter's traceparent is None")], || {
         Defect::default().message(Box::new(|message| {
             let mut message = message.clone();
             if DeadLetter::is_dead(&message) {
@@ -151,16 +163,38 @@ pub(super) const DOUBLES: &[Double] = &[
             message
         }))
     }),
-    Double::new("always says it is the first attempt", &["C8", "G1"], || Defect::default().attempt(Box::new(|_| 1))),
-    Double::new("counts attempts by two", &["C8"], || Defect::default().attempt(Box::new(|attempt| 2 * attempt - 1))),
-    Double::new("hands every thirtieth delivery out twice", &["A1", "B1", "B2", "B8"], || {
-        let count = AtomicUsize::new(0);
-        Defect::default().copies(Box::new(move |_| 1 + usize::from(count.fetch_add(1, Ordering::SeqCst) % 30 == 29)))
+    Double::new(
+        "always says it is the first attempt",
+        &[("C8", "says it is attempt"), ("G1", "a retried message came back with another attempt")],
+        || Defect::default().attempt(Box::new(|_| 1)),
+    ),
+    Double::new("counts attempts by two", &[("C8", "says it is attempt")], || {
+        Defect::default().attempt(Box::new(|attempt| 2 * attempt - 1))
     }),
-    Double::new("hands dead letters out twice", &["C3", "C4", "C9"], || {
-        Defect::default().copies(Box::new(|delivery| 1 + usize::from(DeadLetter::is_dead(delivery.message()))))
-    }),
-    Double::new("loses the reason of a dead letter", &["C3"], || {
+    Double::new(
+        "hands every thirtieth delivery out twice",
+        &[
+            ("A1", "messages are missing"),
+            ("B1", "messages are missing"),
+            ("B2", "an unexpected delivery: message"),
+            ("B8", "times for one message"),
+        ],
+        || {
+            let count = AtomicUsize::new(0);
+            Defect::default()
+                .copies(Box::new(move |_| 1 + usize::from(count.fetch_add(1, Ordering::SeqCst) % 30 == 29)))
+        },
+    ),
+    Double::new(
+        "hands dead letters out twice",
+        &[
+            ("C3", "an unexpected delivery: message"),
+            ("C4", "the dead-letter topic: an unexpected delivery: message"),
+            ("C9", "messages are missing"),
+        ],
+        || Defect::default().copies(Box::new(|delivery| 1 + usize::from(DeadLetter::is_dead(delivery.message())))),
+    ),
+    Double::new("loses the reason of a dead letter", &[("C3", "the dead letter's reason is")], || {
         Defect::default().message(Box::new(|message| {
             let mut message = message.clone();
             if DeadLetter::is_dead(&message) {
@@ -170,7 +204,7 @@ pub(super) const DOUBLES: &[Double] = &[
         }))
     }),
     // Who gets what.
-    Double::new("matches topics by their beginning", &["A5"], || {
+    Double::new("matches topics by their beginning", &[("A5", "messages are missing")], || {
         Defect::default().subscribe(Box::new(|broker, filter, options| {
             let below =
                 filter.topic().and_then(|topic| topic.as_str().rsplit_once('.').map(|(above, _)| format!("{above}.>")));
@@ -180,7 +214,7 @@ pub(super) const DOUBLES: &[Double] = &[
             }
         }))
     }),
-    Double::new("takes one segment for many", &["A10"], || {
+    Double::new("takes one segment for many", &[("A10", "messages are missing")], || {
         Defect::default().subscribe(Box::new(|broker, filter, options| {
             let wide = filter.as_str().strip_suffix('*').map(|before| TopicFilter::new(format!("{before}>")));
             match wide {
@@ -189,7 +223,7 @@ pub(super) const DOUBLES: &[Double] = &[
             }
         }))
     }),
-    Double::new("has room for 32 subscribers", &["A7"], || {
+    Double::new("has room for 32 subscribers", &[("A7", "received: no delivery within")], || {
         let count = AtomicUsize::new(0);
         Defect::default().subscribe(Box::new(move |broker, filter, options| {
             if count.fetch_add(1, Ordering::SeqCst) >= 32 {
@@ -198,99 +232,149 @@ pub(super) const DOUBLES: &[Double] = &[
             subscribe(broker, filter, options)
         }))
     }),
-    Double::new("refuses the ninth subscriber at once", &["E12"], || {
-        let count = Arc::new(AtomicUsize::new(0));
-        let gone = Arc::clone(&count);
-        Defect::default()
-            .subscribe(Box::new(move |broker, filter, options| {
-                if count.fetch_add(1, Ordering::SeqCst) >= 8 {
-                    return Box::pin(std::future::ready(Err(Error::unavailable("too many subscribers"))));
+    Double::new(
+        "refuses the ninth subscriber at once",
+        &[("E12", "subscribing failed: unavailable: too many subscribers")],
+        || {
+            let count = Arc::new(AtomicUsize::new(0));
+            let gone = Arc::clone(&count);
+            Defect::default()
+                .subscribe(Box::new(move |broker, filter, options| {
+                    if count.fetch_add(1, Ordering::SeqCst) >= 8 {
+                        return Box::pin(std::future::ready(Err(Error::unavailable("too many subscribers"))));
+                    }
+                    subscribe(broker, filter, options)
+                }))
+                .leave(Box::new(move |_, _, subscription| {
+                    gone.fetch_sub(1, Ordering::SeqCst);
+                    drop(subscription);
+                }))
+        },
+    ),
+    Double::new(
+        "does not fan out to the second group",
+        &[
+            ("B1", "two groups, another matched count"),
+            ("B8", "both handlers running for every message did not end within"),
+        ],
+        || {
+            let first = Mutex::new(BTreeMap::<TopicFilter, GroupName>::new());
+            Defect::default().subscribe(Box::new(move |broker, filter, options| {
+                let Some(name) = options.group_name() else { return subscribe(broker, filter, options) };
+                let known = first.lock().entry(filter.clone()).or_insert_with(|| name.clone()).clone();
+                if known == *name {
+                    subscribe(broker, filter, options)
+                } else {
+                    subscribe_nowhere(broker, &filter, options)
                 }
+            }))
+        },
+    ),
+    Double::new(
+        "takes all groups of a filter for one",
+        &[
+            ("B1", "two groups, another matched count"),
+            ("B8", "both handlers running for every message did not end within"),
+        ],
+        || {
+            Defect::default().subscribe(Box::new(|broker, filter, options| {
+                let one = GroupName::new("one").ok().filter(|_| options.group_name().is_some());
+                let options = regrouped(&options, one);
                 subscribe(broker, filter, options)
             }))
-            .leave(Box::new(move |_, _, subscription| {
-                gone.fetch_sub(1, Ordering::SeqCst);
-                drop(subscription);
+        },
+    ),
+    Double::new(
+        "gives every member of a group everything",
+        &[("B2", "an unexpected delivery: message"), ("B7", "an unexpected delivery: message")],
+        || {
+            Defect::default()
+                .subscribe(Box::new(|broker, filter, options| subscribe(broker, filter, regrouped(&options, None))))
+        },
+    ),
+    Double::new(
+        "gives the first member of a group everything",
+        &[("B2", "of the members received nothing"), ("B7", "of the members received nothing")],
+        || {
+            let joined = Mutex::new(BTreeSet::<Group>::new());
+            Defect::default().subscribe(Box::new(move |broker, filter, options| {
+                let group = options.group_name().map(|name| Group::new(name.clone(), filter.clone()));
+                match group {
+                    Some(group) if !joined.lock().insert(group.clone()) => subscribe_nowhere(broker, &filter, options),
+                    _ => subscribe(broker, filter, options),
+                }
             }))
-    }),
-    Double::new("does not fan out to the second group", &["B1", "B8"], || {
-        let first = Mutex::new(BTreeMap::<TopicFilter, GroupName>::new());
-        Defect::default().subscribe(Box::new(move |broker, filter, options| {
-            let Some(name) = options.group_name() else { return subscribe(broker, filter, options) };
-            let known = first.lock().entry(filter.clone()).or_insert_with(|| name.clone()).clone();
-            if known == *name {
-                subscribe(broker, filter, options)
-            } else {
-                subscribe_nowhere(broker, &filter, options)
-            }
-        }))
-    }),
-    Double::new("takes all groups of a filter for one", &["B1", "B8"], || {
-        Defect::default().subscribe(Box::new(|broker, filter, options| {
-            let one = GroupName::new("one").ok().filter(|_| options.group_name().is_some());
-            let options = regrouped(&options, one);
-            subscribe(broker, filter, options)
-        }))
-    }),
-    Double::new("gives every member of a group everything", &["B2", "B7"], || {
-        Defect::default()
-            .subscribe(Box::new(|broker, filter, options| subscribe(broker, filter, regrouped(&options, None))))
-    }),
-    Double::new("gives the first member of a group everything", &["B2", "B7"], || {
-        let joined = Mutex::new(BTreeSet::<Group>::new());
-        Defect::default().subscribe(Box::new(move |broker, filter, options| {
-            let group = options.group_name().map(|name| Group::new(name.clone(), filter.clone()));
-            match group {
-                Some(group) if !joined.lock().insert(group.clone()) => subscribe_nowhere(broker, &filter, options),
-                _ => subscribe(broker, filter, options),
-            }
-        }))
-    }),
-    Double::new("shares one copy among all without a group", &["A7", "B3"], || {
-        Defect::default().subscribe(Box::new(|broker, filter, options| {
-            let group = options.group_name().cloned().or_else(|| GroupName::new("everybody").ok());
-            subscribe(broker, filter, regrouped(&options, group))
-        }))
-    }),
-    Double::new("makes a group when it is joined", &["B4", "D4"], || {
-        Defect::default().create_group(Box::new(|_, _, _| Box::pin(std::future::ready(Ok(true)))))
-    }),
-    Double::new("begins at the present, whatever start says", &["B5"], || {
+        },
+    ),
+    Double::new(
+        "shares one copy among all without a group",
+        &[("A7", "received: no delivery within"), ("B3", "received: no delivery within")],
+        || {
+            Defect::default().subscribe(Box::new(|broker, filter, options| {
+                let group = options.group_name().cloned().or_else(|| GroupName::new("everybody").ok());
+                subscribe(broker, filter, regrouped(&options, group))
+            }))
+        },
+    ),
+    Double::new(
+        "makes a group when it is joined",
+        &[("B4", "an old group was called a new one"), ("D4", "received: no delivery within")],
+        || Defect::default().create_group(Box::new(|_, _, _| Box::pin(std::future::ready(Ok(true))))),
+    ),
+    Double::new("begins at the present, whatever start says", &[("B5", "received: no delivery within")], || {
         Defect::default().settings(Box::new(|settings| settings.start = None))
     }),
     // Order and pressure.
-    Double::new("keeps no order", &["D1", "D2", "D5"], || {
-        Defect::default().settings(Box::new(|settings| settings.ordered = None))
-    }),
-    Double::new("counts nothing in flight", &["D3"], || {
+    Double::new(
+        "keeps no order",
+        &[
+            ("D1", "had two messages unsettled at once"),
+            ("D2", "was delivered while"),
+            ("D5", "while one message waits for its retry"),
+        ],
+        || Defect::default().settings(Box::new(|settings| settings.ordered = None)),
+    ),
+    Double::new("counts nothing in flight", &[("D3", "unsettled: an unexpected delivery: message")], || {
         Defect::default()
             .subscribe(Box::new(|broker, filter, options| subscribe(broker, filter, refitted(options, 256))))
     }),
-    Double::new("counts one too many in flight", &["D3"], || {
+    Double::new("counts one too many in flight", &[("D3", "unsettled: an unexpected delivery: message")], || {
         Defect::default().subscribe(Box::new(|broker, filter, options| {
             let more = options.max_in_flight() + 1;
             subscribe(broker, filter, refitted(options, more))
         }))
     }),
-    Double::new("stalls everybody for one slow group", &["D4"], || {
-        Defect::default().settings(Box::new(|settings| {
-            settings.backlog = Backlog::default().with_max_messages(10).ok();
-        }))
-    }),
-    Double::new("loses the oldest where it should wait or refuse", &["D6"], || {
-        Defect::default().settings(Box::new(|settings| {
-            settings.backlog = settings.backlog.map(|backlog| backlog.with_overflow(Overflow::DropOldest));
-        }))
-    }),
-    Double::new("loses without telling the reader", &["D6"], || Defect::default().silent(Box::new(|| true))),
-    Double::new("loses without counting", &["D6"], || {
+    Double::new(
+        "stalls everybody for one slow group",
+        &[("D4", "with a slow group: publishing did not end within")],
+        || {
+            Defect::default().settings(Box::new(|settings| {
+                settings.backlog = Backlog::default().with_max_messages(10).ok();
+            }))
+        },
+    ),
+    Double::new(
+        "loses the oldest where it should wait or refuse",
+        &[("D6", "overflow wait: publishing to a full group ended, and should have waited")],
+        || {
+            Defect::default().settings(Box::new(|settings| {
+                settings.backlog = settings.backlog.map(|backlog| backlog.with_overflow(Overflow::DropOldest));
+            }))
+        },
+    ),
+    Double::new(
+        "loses without telling the reader",
+        &[("D6", "messages were dropped and the reader told None")],
+        || Defect::default().silent(Box::new(|| true)),
+    ),
+    Double::new("loses without counting", &[("D6", "messages were dropped and")], || {
         Defect::default().status(Box::new(|status| {
             for group in &mut status.groups {
                 group.counts.dropped = 0;
             }
         }))
     }),
-    Double::new("counts no expiry", &["F8"], || {
+    Double::new("counts no expiry", &[("F8", "messages expired and")], || {
         Defect::default().status(Box::new(|status| {
             for group in &mut status.groups {
                 group.counts.expired = 0;

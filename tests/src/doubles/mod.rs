@@ -28,8 +28,9 @@ use remote::{Flaws, Remote};
 pub struct Double {
     /// What it does wrong.
     pub name: &'static str,
-    /// The checks that must catch it.
-    pub caught_by: &'static [&'static str],
+    /// The checks that must catch it, and words of what each says then: caught for another reason, it is
+    /// not caught.
+    pub caught_by: &'static [(&'static str, &'static str)],
     make: Make,
 }
 
@@ -42,11 +43,19 @@ enum Make {
 }
 
 impl Double {
-    const fn new(name: &'static str, caught_by: &'static [&'static str], defect: fn() -> Defect) -> Self {
+    const fn new(
+        name: &'static str,
+        caught_by: &'static [(&'static str, &'static str)],
+        defect: fn() -> Defect,
+    ) -> Self {
         Self { name, caught_by, make: Make::Around(defect) }
     }
 
-    const fn remote(name: &'static str, caught_by: &'static [&'static str], flaws: fn(&mut Flaws)) -> Self {
+    const fn remote(
+        name: &'static str,
+        caught_by: &'static [(&'static str, &'static str)],
+        flaws: fn(&mut Flaws),
+    ) -> Self {
         Self { name, caught_by, make: Make::Remote(flaws) }
     }
 
@@ -60,7 +69,7 @@ impl Double {
                 Arc::new(Remote::new(flawed, timing(false)))
             }),
         };
-        suite.only(self.caught_by)
+        suite.only(self.caught_by.iter().map(|(check, _)| check))
     }
 }
 
@@ -83,13 +92,16 @@ pub fn right() -> [Suite; 2] {
     ]
 }
 
+/// What a double that is about leases has.
+const LEASE: Duration = Duration::from_millis(200);
+
 /// Times for brokers that answer at once. What a double leaves out is not waited for long; a right
 /// one has all the time it may need on a busy machine.
 fn timing(right: bool) -> Timing {
     Timing {
         patience: Duration::from_secs(if right { 30 } else { 1 }),
         quiet: Duration::from_millis(60),
-        lease: Duration::ZERO,
+        lease: LEASE,
         guard: Duration::from_secs(60),
     }
 }

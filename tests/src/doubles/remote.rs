@@ -24,18 +24,67 @@ use crate::{Harness, InProcess, Link, Secret, Timing};
 pub(super) const CHECKS: &[&str] = &["E10", "E14", "F1", "F2", "F4", "F7", "F9", "G4", "G5"];
 
 pub(super) const DOUBLES: &[Double] = &[
-    Double::remote("connects when it is made", &["E10"], |flaws| flaws.dials_at_open = true),
-    Double::remote("waits for the server at close", &["E14"], |flaws| flaws.close_waits = true),
-    Double::remote("takes what it cannot send", &["E14", "F1", "F7"], |flaws| flaws.pretends = true),
-    Double::remote("is lost with its connection", &["F1", "F2"], |flaws| flaws.never_resumes = true),
-    Double::remote("is wedged by what it cannot decode", &["F4"], |flaws| flaws.wedged = true),
-    Double::remote("waits for a stalled server for ever", &["F7"], |flaws| flaws.waits_for_ever = true),
-    Double::remote("connects to nobody for ever", &["F9"], |flaws| flaws.dials_for_ever = true),
-    Double::remote("calls itself connected to nobody", &["F9"], |flaws| flaws.connects_to_nobody = true),
-    Double::remote("leaks a password into an error", &["G4"], |flaws| flaws.leaks_in_errors = true),
-    Double::remote("leaks a password into its Debug", &["G4"], |flaws| flaws.leaks_in_debug = true),
-    Double::remote("leaks a password into the log", &["G4"], |flaws| flaws.leaks_in_log = true),
-    Double::remote("hides its raw client", &["G5"], |flaws| flaws.hides_client = true),
+    Double::remote("connects when it is made", &[("E10", "opening made")], |flaws| flaws.dials_at_open = true),
+    Double::remote(
+        "waits for the server at close",
+        &[("E14", "close with the broker down did not end within")],
+        |flaws| flaws.close_waits = true,
+    ),
+    Double::remote(
+        "takes what it cannot send",
+        &[
+            ("E14", "a publish succeeded with the broker down"),
+            ("F1", "receiving what was published did not end within"),
+            (
+                "F7",
+                "publishing to a broker that answers nothing succeeded; it should have been refused as timeout or unavailable",
+            ),
+        ],
+        |flaws| flaws.pretends = true,
+    ),
+    Double::remote(
+        "is lost with its connection",
+        &[
+            ("F1", "receiving what was published did not end within"),
+            ("F2", "receiving what was published did not end within"),
+        ],
+        |flaws| flaws.never_resumes = true,
+    ),
+    Double::remote("is wedged by what it cannot decode", &[("F4", "around bytes that are no message")], |flaws| {
+        flaws.wedged = true
+    }),
+    Double::remote(
+        "waits for a stalled server for ever",
+        &[("F7", "a broker that answers nothing: publishing did not end within")],
+        |flaws| flaws.waits_for_ever = true,
+    ),
+    Double::remote(
+        "connects to nobody for ever",
+        &[("F9", "connecting to a broker that is not there did not end within")],
+        |flaws| flaws.dials_for_ever = true,
+    ),
+    Double::remote(
+        "calls itself connected to nobody",
+        &[(
+            "F9",
+            "connecting to a broker that is not there succeeded; it should have been refused as unavailable or timeout",
+        )],
+        |flaws| flaws.connects_to_nobody = true,
+    ),
+    Double::remote("leaks a password into an error", &[("G4", "a credential is seen in connecting")], |flaws| {
+        flaws.leaks_in_errors = true
+    }),
+    Double::remote("leaks a password into its Debug", &[("G4", "a credential is seen in Debug")], |flaws| {
+        flaws.leaks_in_debug = true
+    }),
+    Double::remote("leaks a password into the log", &[("G4", "a credential is seen in the log")], |flaws| {
+        flaws.leaks_in_log = true
+    }),
+    Double::remote(
+        "hides its raw client",
+        &[("G5", "the adapter has a raw client, and it cannot be reached through the broker")],
+        |flaws| flaws.hides_client = true,
+    ),
 ];
 
 /// What is wrong with it.
@@ -199,8 +248,8 @@ impl Harness for Remote {
         Box::pin(std::future::ready(Some(Err(Error::codec("that is no message")))))
     }
 
-    fn raw_client(&self, _: &dyn Broker) -> Option<bool> {
-        Some(!self.flaws.hides_client)
+    fn raw_client<'a>(&'a self, _: &'a dyn Broker) -> BoxFuture<'a, Option<bool>> {
+        Box::pin(std::future::ready(Some(!self.flaws.hides_client)))
     }
 }
 

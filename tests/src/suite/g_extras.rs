@@ -185,7 +185,7 @@ pub(super) async fn raw_client(broker: &dyn Broker, scene: &Scene) -> Verdict {
     let _ = broker;
     // The handle as the adapter makes it: a wrapper may hide what it wraps.
     let handle = scene.harness().open()?;
-    match scene.harness().raw_client(&*handle) {
+    match scene.within("reaching the raw client", scene.harness().raw_client(&*handle)).await? {
         None => Ok(Shown::Declared("no client underneath".to_owned())),
         Some(reachable) => {
             ensure!(reachable, "the adapter has a raw client, and it cannot be reached through the broker");
