@@ -5,6 +5,7 @@
 #![allow(clippy::expect_used, reason = "a bench that cannot run has nothing better to do than stop")]
 
 use std::hint::black_box;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use broker_benches::in_process::publish::Loop;
@@ -13,6 +14,7 @@ use broker_core::Message;
 use bytes::Bytes;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use tokio::runtime::Runtime;
+use tokio::sync::Mutex;
 use tokio::sync::{broadcast, mpsc};
 
 fn publish(criterion: &mut Criterion) {
@@ -35,6 +37,25 @@ fn publish(criterion: &mut Criterion) {
         });
         group.bench_function(BenchmarkId::new("tokio_broadcast", payload), |bencher| {
             bencher.iter_custom(|messages| timed(&runtime, broadcast(payload, messages)));
+        });
+    }
+    group.finish();
+}
+
+/// The same by the topic's name, with so many other topics that have a subscription each.
+fn other_topics(criterion: &mut Criterion) {
+    let runtime = Runtime::new().expect("a runtime");
+    let mut group = criterion.benchmark_group("other_topics");
+    group.throughput(Throughput::Elements(1));
+    for others in [10, 100_000] {
+        let it = Arc::new(Mutex::new(runtime.block_on(Loop::new(others)).expect("a broker")));
+        group.bench_function(BenchmarkId::from_parameter(others), |bencher| {
+            bencher.iter_custom(|messages| {
+                let it = Arc::clone(&it);
+                let load = Load { receivers: 1, payload: 64, messages, capacity: CAPACITY };
+                let work = async move { it.lock().await.publish_by_name(load).await };
+                timed(&runtime, async { work.await.expect("every message comes back").elapsed })
+            });
         });
     }
     group.finish();
@@ -92,5 +113,5 @@ async fn broadcast(payload: usize, messages: u64) -> Duration {
     began.elapsed()
 }
 
-criterion_group!(benches, publish);
+criterion_group!(benches, publish, other_topics);
 criterion_main!(benches);

@@ -23,6 +23,7 @@ use crate::comparison::{Comparison, Pair, Unit};
 pub mod fan_out;
 pub mod footprint;
 pub mod group;
+mod linear;
 mod one_core;
 pub mod publish;
 
@@ -38,7 +39,7 @@ const HANG: Duration = Duration::from_secs(120);
 /// The comparisons of this group.
 pub fn comparisons() -> Vec<Comparison> {
     let of_threads = [fan_out::comparisons(), group::comparisons(), one_core::comparisons()];
-    let of_one = [publish::comparisons(), footprint::comparisons()];
+    let of_one = [publish::comparisons(), footprint::comparisons(), linear::comparisons()];
     of_threads.into_iter().chain(of_one).flatten().collect()
 }
 

@@ -45,6 +45,7 @@ pub use self::history::Retention;
 pub use self::options::MemoryOptions;
 
 use self::clock::Clock;
+use self::dedup::AllKeys;
 use self::entry::Place;
 use self::keep::Keeps;
 use self::log::Log;
@@ -63,6 +64,8 @@ struct Shared {
     patterns_version: AtomicU64,
     registry: Mutex<Registry>,
     keeps: Keeps,
+    /// Keys that all topics remember.
+    keys: Arc<AllKeys>,
     /// Bytes that all topics retain.
     retained: Arc<AtomicU64>,
     /// Messages that topics retained so far.
@@ -86,6 +89,7 @@ impl Shared {
             patterns_version: AtomicU64::new(0),
             registry: Mutex::default(),
             keeps: Keeps::new(options.max_dead_letters, options.max_dead_letter_bytes),
+            keys: AllKeys::new(),
             retained: Arc::default(),
             sequence: AtomicU64::new(0),
             progress: Notify::new(),

@@ -73,6 +73,8 @@ struct After {
     insist: bool,
     /// The group for which a publish waits.
     full: Option<Arc<Group>>,
+    /// Whether all topics are to forget keys whose time is over.
+    look: bool,
     /// Whether the publisher is to let others run now and then.
     cooperate: bool,
 }
@@ -80,6 +82,10 @@ struct After {
 impl After {
     #[inline]
     fn run(self, shared: &Arc<Shared>) {
+        if self.look {
+            let now = shared.clock.tick();
+            shared.all_topics().iter().for_each(|topic| topic.forget_keys(now));
+        }
         if self.wake.is_empty() && self.resume.is_empty() {
             return;
         }
@@ -115,6 +121,12 @@ impl TopicState {
             && inner.done.is_empty()
             && inner.history.as_ref().is_none_or(|history| history.is_past())
             && inner.dedup.as_ref().is_none_or(|window| window.is_empty_at(now))
+    }
+
+    fn forget_keys(&self, now: u64) {
+        if let Some(window) = &mut self.state.lock().dedup {
+            window.forget_old(now);
+        }
     }
 
     /// Publishes at once where there is room, and leaves a ticket in the queue where there is none.
@@ -423,7 +435,9 @@ impl Inner {
         let receipt = Receipt::new(id).with_matched(matched as u64);
         if let Some(key) = dedup_key {
             let until = shared.clock.tick_after(shared.options.dedup_window);
-            self.dedup.get_or_insert_default().remember(key, until, receipt.clone());
+            let window = self.dedup.get_or_insert_with(|| Box::new(Window::new(&shared.keys)));
+            window.remember(key, until, receipt.clone());
+            after.look |= shared.keys.want_look(shared.clock.tick());
         }
         if let Some(retention) = &shared.options.retention
             && let Some(entry) = retained
