@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use broker_core::{ErrorKind, Headers, Message};
 use bytes::Bytes;
@@ -33,6 +33,9 @@ struct Books {
     delivered: AtomicU64,
     max: AtomicU64,
     topic_max: AtomicU64,
+    /// Since when milliseconds are counted, and when a look for what has expired may be next.
+    since: Instant,
+    look: AtomicU64,
 }
 
 /// What the messages of one topic hold.
@@ -49,7 +52,18 @@ impl Ledger {
             delivered: AtomicU64::new(0),
             max: AtomicU64::new(max),
             topic_max: AtomicU64::new(topic_max),
+            since: Instant::now(),
+            look: AtomicU64::new(0),
         }))
+    }
+
+    /// A publisher was refused. Tells whether it is time to look for messages that have expired: a broker in
+    /// this process lets go of them when it is asked for its numbers.
+    pub(crate) fn want_look(&self) -> bool {
+        let now = u64::try_from(self.0.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let look = self.0.look.load(Ordering::Relaxed);
+        let next = now.saturating_add(RETRY_AFTER.as_millis() as u64);
+        look <= now && self.0.look.compare_exchange(look, next, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
     /// From now on these bounds; what is held stays.

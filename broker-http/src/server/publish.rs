@@ -15,6 +15,7 @@ use serde::Serialize;
 
 use super::access::Caller;
 use super::idempotency::{Fingerprint, Key, Slot, TryAgain};
+use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::publishers::Published;
 use super::query::name_in_path;
@@ -41,6 +42,11 @@ pub(crate) async fn publish(State(shared): State<Arc<Shared>>, request: Request<
         caller.tell(response.headers_mut());
     }
     shared.metrics.published(response.status(), begun.elapsed());
+    if let Some(Refusal::Memory | Refusal::TopicMemory) = response.extensions().get()
+        && shared.ledger.want_look()
+    {
+        tokio::spawn(async move { shared.broker.status().await });
+    }
     response
 }
 

@@ -222,6 +222,26 @@ async fn memory_is_bounded_and_consumers_keep_draining() {
     assert!(refused(&running, "topic_memory").await >= 2 && refused(&running, "memory").await >= 2);
 }
 
+/// Nobody reads, and everything has expired: publishers are not refused for ever.
+#[tokio::test]
+async fn what_has_expired_makes_room_at_the_bound() {
+    let running = limited(|limits| {
+        (limits.memory_bytes, limits.topic_memory_bytes) = (1 << 20, 400 << 10);
+    })
+    .await;
+    running.put("late", r#"{"filter":"a"}"#).await;
+    let body = "x".repeat(50 << 10);
+    // Behind one that lasts.
+    assert_eq!(running.post("/topics/a", &body).await.status, 202);
+    while running.post("/topics/a?ttl=300ms", &body).await.status == 202 {}
+    soon(async {
+        while running.post("/topics/a", &body).await.status != 202 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn tombstones_are_bounded_too() {
     let running = limited(|limits| {
