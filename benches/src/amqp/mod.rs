@@ -43,6 +43,7 @@ fn of(load: Load) -> Vec<Comparison> {
         let pipelined = publish(load, window, MANY, 1.3).with_cpu_at_most(0.6);
         comparisons.push(bound_by_server(load, pipelined));
         comparisons.push(publish_beside(load, window, "go", "amqp091"));
+        comparisons.push(publish_joined(load, window));
     }
     // For the reader: its messages are its own, with other headers.
     comparisons.push(publish_beside(load, 64, "watermill", "watermill"));
@@ -76,6 +77,14 @@ fn publish(load: Load, window: usize, messages: u64, bar: f64) -> Comparison {
         let theirs = move || raw::publish(Arc::clone(&raw), Arc::clone(&theirs), messages, window);
         Ok(Pair::new(ours, theirs).with_limit(limit))
     })
+}
+
+/// For the reader: ours beside raw lapin as few of its users write it, which hands many messages to it at once and
+/// so has it write them together, as ours does.
+fn publish_joined(load: Load, window: usize) -> Comparison {
+    let name = load.name(&format!("publish_{window}_joined"));
+    let open = async |scene: Arc<Scene>| raw::Publisher::open(&scene).await;
+    publish_versus(name, load, window, 0.0, open, raw::publish_joined)
 }
 
 /// Ours beside a program in Go.

@@ -114,3 +114,14 @@ pub(super) async fn publish(raw: Arc<Publisher>, scene: Arc<Scene>, messages: u6
     scene.purge().await?;
     timed(messages, raw.publish(messages, window)).await
 }
+
+/// A round that hands half a window to lapin at a time, at most 64 messages.
+pub(super) async fn publish_joined(
+    raw: Arc<Publisher>,
+    scene: Arc<Scene>,
+    messages: u64,
+    window: usize,
+) -> Result<Sample> {
+    scene.purge().await?;
+    timed(messages, raw.publish_joined(messages, window, (window / 2).min(64))).await
+}
