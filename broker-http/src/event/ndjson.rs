@@ -20,7 +20,8 @@ use super::draft::{read_base64, read_due, read_expiry};
 ///
 /// # Errors
 ///
-/// [`Invalid`](broker_core::ErrorKind::Invalid), naming the field and what is allowed.
+/// [`Invalid`](broker_core::ErrorKind::Invalid), naming the field and what is allowed. Which line it is
+/// only the caller knows.
 ///
 /// ```
 /// use broker_http::event::{Options, ndjson};
@@ -33,7 +34,11 @@ use super::draft::{read_base64, read_due, read_expiry};
 /// # Ok::<(), broker_core::Error>(())
 /// ```
 pub fn decode(line: &[u8], options: &Options) -> Result<Message> {
-    let fields: Fields<'_> = serde_json::from_slice(line).map_err(|error| Error::invalid(format!("line: {error}")))?;
+    // An array would be taken for the fields in their order.
+    if line.trim_ascii_start().first() == Some(&b'[') {
+        return Err(Error::invalid("an object is expected, as in {\"payload\": 1}"));
+    }
+    let fields: Fields<'_> = serde_json::from_slice(line).map_err(|error| syntax(&error))?;
     fields.decode(options)
 }
 
@@ -70,9 +75,9 @@ impl Fields<'_> {
                 Bytes::copy_from_slice(json.get().as_bytes())
             }
             (None, Some(base64)) => named("payload_base64", read_base64(&base64))?.into(),
-            (Some(_), Some(_)) => return Err(Error::invalid("line: it has payload or payload_base64, not both")),
+            (Some(_), Some(_)) => return Err(Error::invalid("it has payload or payload_base64, not both")),
             (None, None) => {
-                return Err(Error::invalid("line: payload is missing; give payload (any JSON) or payload_base64"));
+                return Err(Error::invalid("payload is missing; give payload (any JSON) or payload_base64"));
             }
         };
         let mut headers = self.headers;
@@ -118,7 +123,17 @@ fn time(
 }
 
 fn named<T>(field: &str, result: Result<T>) -> Result<T> {
-    result.map_err(|error| Error::new(error.kind(), format!("line: {field}: {}", error.message())))
+    result.map_err(|error| error.context(field))
+}
+
+/// Of the place the column is left: the parser takes each line for the first.
+fn syntax(error: &serde_json::Error) -> Error {
+    let (line, column) = (error.line(), error.column());
+    let text = error.to_string();
+    Error::invalid(match text.strip_suffix(&format!(" at line {line} column {column}")) {
+        Some(why) => format!("column {column}: {why}"),
+        None => text,
+    })
 }
 
 fn raw<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {

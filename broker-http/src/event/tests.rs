@@ -303,8 +303,8 @@ fn who_hands_an_event_on_may_change_an_attribute() {
 #[test]
 fn lines_that_are_no_message_are_refused_by_name() {
     for (line, named) in [
-        ("", "line"),
-        ("[]", "line"),
+        ("", "column 0"),
+        ("[]", "object"),
         ("{}", "payload"),
         (r#"{"payload":1,"payload_base64":""}"#, "payload_base64"),
         (r#"{"payload_base64":"?"}"#, "payload_base64"),
@@ -317,7 +317,7 @@ fn lines_that_are_no_message_are_refused_by_name() {
         (r#"{"payload":1,"id":""}"#, "id"),
         (r#"{"payload":1,"dedup":""}"#, "dedup"),
         (r#"{"payload":1,"content_type":"a\nb"}"#, "content_type"),
-        (r#"{"payload":1} {}"#, "line"),
+        (r#"{"payload":1} {}"#, "column 15"),
     ] {
         let error = ndjson::decode(line.as_bytes(), &Options::default()).unwrap_err();
         assert!(error.message().contains(named), "{line}: {error}");

@@ -19,14 +19,14 @@ use super::problem::{Answer, Problem};
 use super::publish::{Outgoing, ends_stream, publish_all, write_problem, write_result};
 use super::publishers::Published;
 use super::{Shared, body};
-use crate::event::{LINES_TYPE, Options, ndjson};
+use crate::event::{LINES_TYPE, Options};
 use crate::traces::Parent;
 
 /// Lines published in one go.
 pub(crate) const AT_ONCE: usize = 256;
 
-/// The lines of a body that say something.
-pub(crate) fn of(body: &[u8]) -> impl Iterator<Item = &[u8]> {
+/// The lines of a body that say something, with their numbers.
+pub(crate) fn of(body: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
     let ends = memchr::memchr_iter(b'\n', body).chain(std::iter::once(body.len()));
     let mut begin = 0;
     let lines = ends.map(move |end| {
@@ -34,7 +34,7 @@ pub(crate) fn of(body: &[u8]) -> impl Iterator<Item = &[u8]> {
         begin = end + 1;
         line
     });
-    lines.filter(|line| !line.trim_ascii().is_empty())
+    (1..).zip(lines).filter(|(_, line)| !line.trim_ascii().is_empty())
 }
 
 /// Whether the sender wants results as they are known.
@@ -80,6 +80,7 @@ pub(crate) async fn stream(
         reservation: shared.ledger.reserve(0)?,
         buffer: BytesMut::new(),
         pending: VecDeque::new(),
+        number: 0,
         skipping: false,
         ended: false,
     };
@@ -101,7 +102,9 @@ struct Lines {
     /// What was read and is no whole line yet.
     buffer: BytesMut,
     /// Whole lines, or what is wrong in their place.
-    pending: VecDeque<Result<Bytes, Problem>>,
+    pending: VecDeque<Result<(u64, Bytes), Problem>>,
+    /// Of the line that ended last; empty ones count.
+    number: u64,
     /// Within a line that is too long.
     skipping: bool,
     ended: bool,
@@ -123,7 +126,7 @@ impl Lines {
         let drained: Vec<_> = self.pending.drain(..lines).collect();
         for line in drained {
             match line {
-                Ok(line) => messages.push(ndjson::decode(&line, &self.options)),
+                Ok((number, line)) => messages.push_line(number, &line, &self.options),
                 Err(problem) => {
                     // It stands alone or last: what came before is published first, in order.
                     self.ended |=
@@ -197,7 +200,7 @@ impl Lines {
                 self.ended = true;
                 let last = self.buffer.split().freeze();
                 if !self.skipping && !last.trim_ascii().is_empty() {
-                    self.pending.push_back(Ok(last));
+                    self.pending.push_back(Ok((self.number + 1, last)));
                 }
             }
             Err(problem) => {
@@ -213,15 +216,16 @@ impl Lines {
         while let Some(end) = memchr::memchr(b'\n', rest) {
             let (head, tail) = rest.split_at(end);
             rest = tail.get(1..).unwrap_or_default();
+            self.number += 1;
             if std::mem::take(&mut self.skipping) {
                 continue;
             }
             self.buffer.extend_from_slice(head);
             let line = self.buffer.split().freeze();
             if line.len() > max {
-                self.pending.push_back(Err(too_long(max)));
+                self.pending.push_back(Err(too_long(self.number, max)));
             } else if !line.trim_ascii().is_empty() {
-                self.pending.push_back(Ok(line));
+                self.pending.push_back(Ok((self.number, line)));
             }
         }
         if self.skipping {
@@ -231,11 +235,11 @@ impl Lines {
         if self.buffer.len() > max {
             self.buffer.advance(self.buffer.len());
             self.skipping = true;
-            self.pending.push_back(Err(too_long(max)));
+            self.pending.push_back(Err(too_long(self.number + 1, max)));
         }
     }
 }
 
-fn too_long(max: usize) -> Problem {
-    Problem::too_large(format!("a line is over the limit of {max} bytes"))
+fn too_long(number: u64, max: usize) -> Problem {
+    Problem::too_large(format!("line {number} is over the limit of {max} bytes"))
 }

@@ -166,7 +166,8 @@ async fn collected(
     while lines.peek().is_some() {
         // A few at a time stay in the processor's cache, and their readers need not wait for all.
         let mut outgoing = Outgoing::to(published);
-        lines.by_ref().take(lines::AT_ONCE).for_each(|line| outgoing.push(ndjson::decode(line, options)));
+        let some = lines.by_ref().take(lines::AT_ONCE);
+        some.for_each(|(number, line)| outgoing.push_line(number, line, options));
         let count = outgoing.len();
         let results = match publish_all(shared, options, caller, parent, outgoing).await {
             Err(error) if answer.is_empty() => return Err(error.into()),
@@ -197,18 +198,26 @@ pub(crate) struct Outgoing<'a> {
     bounds: Bounds,
     messages: Vec<Message>,
     refused: Vec<(usize, Error)>,
+    /// Those of the lines, where they are lines.
+    numbers: Vec<u64>,
 }
 
 impl<'a> Outgoing<'a> {
     pub(crate) fn to(published: &'a Published) -> Self {
-        Self { published, bounds: published.bounds(), messages: Vec::new(), refused: Vec::new() }
+        Self { published, bounds: published.bounds(), messages: Vec::new(), refused: Vec::new(), numbers: Vec::new() }
     }
 
-    pub(crate) fn push(&mut self, message: Result<Message, Error>) {
+    fn push(&mut self, message: Result<Message, Error>) {
         match message.and_then(|message| self.published.check(&self.bounds, &message).map(|()| message)) {
             Ok(message) => self.messages.push(message),
             Err(error) => self.refused.push((self.len(), error)),
         }
+    }
+
+    /// Reads a line; what goes wrong with it is said of its number.
+    pub(crate) fn push_line(&mut self, number: u64, line: &[u8], options: &Options) {
+        self.numbers.push(number);
+        self.push(ndjson::decode(line, options));
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -224,7 +233,7 @@ pub(crate) async fn publish_all(
     parent: &Parent,
     outgoing: Outgoing<'_>,
 ) -> Result<Vec<Result<Receipt, Error>>, Error> {
-    let Outgoing { published, mut messages, refused, .. } = outgoing;
+    let Outgoing { published, mut messages, refused, numbers, .. } = outgoing;
     let publisher = published.publisher(&*shared.broker, options.require_route)?;
     let mut span = shared.traces.publish_many(published.topic(), parent, &mut messages);
     let messages: Vec<_> = messages.into_iter().map(|message| published.charge(message)).collect();
@@ -242,17 +251,27 @@ pub(crate) async fn publish_all(
     }
     published.published(accepted);
     shared.metrics.accepted(accepted);
-    if refused.is_empty() {
-        return Ok(results);
+    if !refused.is_empty() {
+        results = merged(results, refused);
     }
-    let mut good = results.drain(..);
+    for (result, number) in results.iter_mut().zip(numbers) {
+        if let Err(error) = result {
+            *error = error.clone().context(format_args!("line {number}"));
+        }
+    }
+    Ok(results)
+}
+
+/// All results in order; each of `refused` is at its index.
+fn merged(good: Vec<Result<Receipt, Error>>, refused: Vec<(usize, Error)>) -> Vec<Result<Receipt, Error>> {
     let mut all = Vec::with_capacity(good.len() + refused.len());
+    let mut good = good.into_iter();
     for (index, error) in refused {
         all.extend(good.by_ref().take(index - all.len()));
         all.push(Err(error));
     }
     all.extend(good);
-    Ok(all)
+    all
 }
 
 /// The answer to a batch in the making.

@@ -182,6 +182,51 @@ async fn lines_are_answered_one_by_one() {
     assert!(results[1]["id"].is_string());
 }
 
+/// What is wrong with each line of a body, in both forms.
+async fn errors_of_lines(running: &Running, query: &str, body: &str) -> [Vec<String>; 2] {
+    let request = format!("POST /topics/a{query}");
+    let collected = running.send(&request, &[("content-type", "application/x-ndjson")], body).await.json();
+    let headers = [("content-type", "application/x-ndjson"), ("accept", "application/x-ndjson")];
+    let streamed = running.send(&request, &headers, body).await.text();
+    let streamed: Vec<Value> = streamed.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    [collected["results"].as_array().unwrap().clone(), streamed].map(|results| {
+        results.iter().filter_map(|result| Some(result["error"]["detail"].as_str()?.to_owned())).collect()
+    })
+}
+
+#[tokio::test]
+async fn an_error_says_the_number_of_its_line() {
+    let running = Running::start().await;
+    // Empty lines count, as an editor counts them.
+    let bad =
+        "{\"payload\":1}\n\n{\"payload\":\n{\"payload\":1,\"ttl\":\"x\"}\n{}\r\n{\"payload\":1,\"colour\":1}\n[1]";
+    for query in ["", "?key=k&ttl=1h"] {
+        for errors in errors_of_lines(&running, query, bad).await {
+            let starts =
+                ["line 3: column ", "line 4: ttl: ", "line 5: payload ", "line 6: column ", "line 7: an object"];
+            assert_eq!(errors.len(), starts.len(), "{errors:?}");
+            for (error, start) in errors.iter().zip(starts) {
+                assert!(error.starts_with(start) && !error.contains("line 1"), "{start:?}: {error}");
+            }
+        }
+    }
+
+    // In the middle of a body that takes many reads, and a line that is too long after it.
+    let good = "{\"payload\":1}\n".repeat(4_000);
+    let body = format!("{good}{{\"payload\" 1}}\n{good}");
+    for errors in errors_of_lines(&running, "", &body).await {
+        assert!(matches!(&*errors, [one] if one.starts_with("line 4001: column 12: ")), "{errors:?}");
+    }
+    let long = format!("{good}{{\"payload\":\"{}\"}}\n{{}}", "x".repeat(1 << 20));
+    let longer = format!("{{}}\n{{\"payload\":\"{}\"}}", "x".repeat(5 << 20));
+    let headers = [("content-type", "application/x-ndjson"), ("accept", "application/x-ndjson")];
+    let answer = running.send("POST /topics/a", &headers, long).await.text();
+    let last: Vec<&str> = answer.lines().skip(4_000).collect();
+    assert!(last[0].contains("line 4001: message ") && last[1].contains("line 4002: payload"), "{last:?}");
+    let answer = running.send("POST /topics/a", &headers, longer).await.text();
+    assert!(answer.contains("line 2 is over"), "{answer}");
+}
+
 #[tokio::test]
 async fn compressed_bodies_are_inflated_within_the_limit() {
     use std::io::Write;
