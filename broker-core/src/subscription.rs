@@ -20,7 +20,8 @@ pub enum Gap {
     /// So many were dropped because the backlog was full.
     Lost(u64),
     /// An unknown number: the connection was lost and with it a queue that only this subscription
-    /// had (RabbitMQ, without group).
+    /// had (RabbitMQ, without group), or the past that a subscription to a pattern reads is retained from
+    /// an earlier time on in one topic than in another (`memory:`; told with the last message before it is whole).
     Unknown,
 }
 

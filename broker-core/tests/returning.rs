@@ -21,6 +21,34 @@ fn from(start: StartAt) -> Subscribe {
     Subscribe::new().with_options(GroupOptions::new().with_start(start)).with_max_in_flight(100_000).expect("a bound")
 }
 
+#[tokio::test]
+async fn what_the_past_of_a_pattern_lacks_is_told_where_it_lacks() {
+    let broker = MemoryBroker::with_options(MemoryOptions::new().with_retention(Retention::messages(2)));
+    for (topic, id) in [("a.x", "1"), ("a.y", "2"), ("a.x", "3"), ("a.y", "4"), ("a.y", "5"), ("a.x", "6")] {
+        let message = Message::new("").with_id(id.parse().unwrap());
+        broker.publish(&topic.parse().unwrap(), message).await.unwrap();
+    }
+    // 1 and 2 are gone: before 3 nothing is left either.
+    let mut whole = broker.subscribe(&"a.>".parse().unwrap(), from(StartAt::Earliest)).await.unwrap();
+    let mut read = Vec::new();
+    assert_eq!(whole.receive(&mut read, 100).await.unwrap(), 4);
+    assert_eq!(whole.gap(), None);
+
+    broker.publish(&"a.y".parse().unwrap(), Message::new("7")).await.unwrap();
+    broker.publish(&"a.y".parse().unwrap(), Message::new("8")).await.unwrap();
+    // 4 and 5 are gone, and 3 is left.
+    let mut holed = broker.subscribe(&"a.>".parse().unwrap(), from(StartAt::Earliest)).await.unwrap();
+    let mut read = Vec::new();
+    assert_eq!(holed.receive(&mut read, 100).await.unwrap(), 1);
+    assert_eq!((read.first().unwrap().message().id().to_string().as_str(), holed.gap()), ("3", Some(Gap::Unknown)));
+    assert_eq!(holed.receive(&mut read, 100).await.unwrap(), 3);
+    assert_eq!(holed.gap(), None);
+    // A reader of one topic that it has whole hears of none.
+    let mut one = broker.subscribe(&"a.x".parse().unwrap(), from(StartAt::Earliest)).await.unwrap();
+    assert_eq!(one.receive(&mut read, 100).await.unwrap(), 2);
+    assert_eq!(one.gap(), None);
+}
+
 /// Reads `filter` in many lives until everything `expected` was seen; returns what was not.
 async fn read_in_many_lives(
     broker: &MemoryBroker,

@@ -72,6 +72,9 @@ pub(super) struct History {
     entries: VecDeque<(Timestamp, Arc<Entry>)>,
     /// What is delayed and not due yet.
     pending: BTreeMap<Place, (Timestamp, Arc<Entry>)>,
+    /// The highest place of what is retained no longer. Of several topics one keeps longer than another:
+    /// a reader of both that goes on after an earlier place misses something.
+    dropped: Option<Place>,
     bytes: u64,
     max_age: Duration,
     /// Bytes that all topics retain.
@@ -88,7 +91,7 @@ impl History {
     /// One that is counted in `total`.
     pub(super) fn new(total: &Arc<AtomicU64>) -> Self {
         let (entries, pending) = (VecDeque::new(), BTreeMap::new());
-        Self { entries, pending, bytes: 0, max_age: Duration::MAX, total: Arc::clone(total) }
+        Self { entries, pending, dropped: None, bytes: 0, max_age: Duration::MAX, total: Arc::clone(total) }
     }
 
     /// Adds a message at its place; `tick` is the present, at or after that of a message not delayed.
@@ -115,6 +118,7 @@ impl History {
             // What nobody could have seen yet goes last.
             match self.entries.pop_front().or_else(|| self.pending.pop_first().map(|(_, pending)| pending)) {
                 Some((_, oldest)) => {
+                    self.dropped = self.dropped.max(oldest.place());
                     self.bytes -= oldest.size();
                     self.total.fetch_sub(oldest.size(), Ordering::Relaxed);
                 }
@@ -136,6 +140,19 @@ impl History {
         let all = self.entries.iter().chain(self.pending.values());
         let asked = move |(visible, _): &&(Timestamp, _)| *visible >= time && now.since(*visible) <= self.max_age;
         all.filter(asked).map(|(_, entry)| entry)
+    }
+
+    /// The highest place of what was dropped or is too old.
+    pub(super) fn missing(&self) -> Option<Place> {
+        let now = Timestamp::now();
+        let old = self.entries.iter().filter(|(visible, _)| now.since(*visible) > self.max_age);
+        self.dropped.max(old.filter_map(|(_, entry)| entry.place()).max())
+    }
+
+    /// The highest place of all it ever had.
+    pub(super) fn highest(&self) -> Option<Place> {
+        let newest = self.entries.back().and_then(|(_, entry)| entry.place());
+        self.dropped.max(newest).max(self.pending.keys().next_back().copied())
     }
 
     /// Whether everything in it is too old by now: age is looked at when a message comes.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::Shared;
-use super::entry::Entry;
+use super::entry::{Entry, Place};
 use super::group::Group;
 use super::log::Log;
 use super::topics::{TopicState, closed};
@@ -22,6 +22,8 @@ const FIRST_SWEEP: usize = 1024;
 pub(super) struct Registry {
     topics: HashMap<Topic, Arc<TopicState>>,
     sweep_at: usize,
+    /// The highest place in the past of topics that were forgotten.
+    forgotten: Option<Place>,
     /// The logs of patterns; that of a topic is the topic's.
     patterns: HashMap<TopicFilter, Arc<Log>>,
     last_log: u64,
@@ -151,7 +153,13 @@ impl Registry {
             return Arc::clone(topic);
         }
         if self.topics.len() >= self.sweep_at.max(FIRST_SWEEP) {
-            self.topics.retain(|_, topic| Arc::strong_count(topic) > 1 || !topic.is_idle(now));
+            self.topics.retain(|_, topic| {
+                let kept = Arc::strong_count(topic) > 1 || !topic.is_idle(now);
+                if !kept {
+                    self.forgotten = self.forgotten.max(topic.highest_place());
+                }
+                kept
+            });
             self.sweep_at = self.topics.len() * 2;
         }
         let topic = TopicState::new(name.clone());
@@ -208,12 +216,17 @@ impl Registry {
         };
         let mut past: Vec<Arc<Entry>> = Vec::new();
         let filter = group.filter();
+        // A topic that comes again has nothing from before it was forgotten; others may.
+        let mut missing = self.forgotten.filter(|_| filter.is_pattern());
         let exact = filter.topic().and_then(|topic| self.topics.get(&topic));
         let many = self.topics.values().filter(|topic| filter.is_pattern() && filter.matches(&topic.topic));
         for topic in exact.into_iter().chain(many) {
-            topic.link(shared, |history| past.extend(history.since(since).map(Arc::clone)));
+            topic.link(shared, |history| {
+                past.extend(history.since(since).map(Arc::clone));
+                missing = missing.max(history.missing());
+            });
         }
-        group.replay(past);
+        group.replay(past, missing);
     }
 }
 

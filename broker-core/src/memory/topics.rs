@@ -16,6 +16,7 @@ use tokio::time::timeout;
 use super::Shared;
 use super::dedup::Window;
 use super::entry::Entry;
+use super::entry::Place;
 use super::group::Group;
 use super::history::History;
 use super::log::{Log, LogState, Room, Wake};
@@ -111,6 +112,11 @@ impl TopicState {
         if let Some(history) = &inner.history {
             with(history);
         }
+    }
+
+    /// The highest place of all that was ever retained.
+    pub(super) fn highest_place(&self) -> Option<Place> {
+        self.state.lock().history.as_ref().and_then(|history| history.highest())
     }
 
     /// Whether nothing would be lost if the topic were forgotten until it is named again.

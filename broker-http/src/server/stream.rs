@@ -248,10 +248,15 @@ impl Events {
         loop {
             let room = MAX_SEEKING - self.ready.len();
             let more = room > 0 && matches!(self.subscription.poll_receive(cx, &mut batch, room), Poll::Ready(Ok(1..)));
+            let gap = self.subscription.gap();
             let found = batch.iter().position(|delivery| delivery.message().id() == id);
             if let Some(at) = found {
                 // Seen already, and everything before it.
                 self.ready.drain(..).chain(batch.drain(..=at)).for_each(|delivery| detach(delivery.ack()));
+            }
+            // What the past lacks before the event was not for this reader.
+            if found.is_some() || gap.is_some_and(|gap| gap.lost().is_some()) {
+                self.gap = gap;
             }
             self.ready.extend(batch.drain(..));
             if found.is_none() && more {

@@ -144,6 +144,32 @@ async fn a_reader_that_comes_back_goes_on_where_it_was() {
 }
 
 #[tokio::test]
+async fn a_reader_of_many_topics_is_told_what_a_busy_one_has_dropped() {
+    let options = MemoryOptions::new().with_retention(Retention::messages(3));
+    let running = Running::over(Arc::new(MemoryBroker::with_options(options)), ServerOptions::new()).await;
+    for id in ["a.quiet?id=q1", "a.busy?id=b1", "a.busy?id=b2", "a.quiet?id=q2", "a.busy?id=b3", "a.busy?id=b4"] {
+        running.post(&format!("/topics/{id}"), "x").await;
+    }
+    running.post("/topics/a.busy?id=b5", "x").await;
+    // b1 and b2 are gone.
+    for (last, gap, ids) in [
+        ("q1", true, ["q2", "b3", "b4", "b5"].as_slice()),
+        ("q2", false, &["b3", "b4", "b5"]),
+        ("b3", false, &["b4", "b5"]),
+        ("b2", true, &["q1", "q2", "b3", "b4", "b5"]),
+    ] {
+        let (mut stream, mut text) =
+            open(&running, "/topics/a.%3E/stream", &format!("last-event-id: {last}\r\n")).await;
+        while !text.contains("id: b5") {
+            text.push_str(&read_until(&mut stream, "\n\n").await);
+        }
+        let seen: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("id: ")).collect();
+        assert_eq!((&*seen, text.contains("event: gap")), (ids, gap), "after {last}: {text}");
+        assert!(!gap || text.find("event: gap") < text.find("id: "), "{text}");
+    }
+}
+
+#[tokio::test]
 async fn what_is_wrong_is_named() {
     let mut limits = Limits::default();
     limits.streams = 1;

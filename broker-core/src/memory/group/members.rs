@@ -143,6 +143,10 @@ impl Group {
         while taken < window && looked_at < MAX_INTAKE {
             if !state.ready.is_empty() {
                 taken += self.hand_out_ready(state, id, (window - taken).min(MAX_BATCH), batches, after);
+                if state.reaches_gap() && taken > 0 {
+                    // It comes after what was received when it is told.
+                    break;
+                }
                 continue;
             }
             let mut parts = Parts::new();
@@ -180,7 +184,8 @@ impl Group {
                 state.wake_one(after);
             }
             state.keep_time(after);
-            return Ok(Received::Some { drained: taken < window && state.members.len() == 1 });
+            let drained = taken < window && state.members.len() == 1 && state.gap.is_none();
+            return Ok(Received::Some { drained });
         }
         if self.has_more(state) {
             return Ok(Received::Again);
@@ -236,8 +241,11 @@ impl Group {
         let now = Timestamp::now();
         let mut list = SmallVec::new();
         let mut change = Change::default();
+        let missing = state.missing;
+        // Up to where the past has its gap, if it has one.
+        let goes = |next: &mut Queued| missing.is_none() || next.entry.place() <= missing;
         while list.len() < limit
-            && let Some(mut queued) = state.ready.pop_front()
+            && let Some(mut queued) = state.ready.pop_front_if(goes)
         {
             if queued.entry.is_expired(now) {
                 state.counts.expired += 1;
@@ -284,6 +292,9 @@ impl Group {
     /// What was lost since this was last asked.
     pub(in crate::memory) fn gap(&self) -> Option<Gap> {
         let mut state = self.state.lock();
+        if let Some(gap) = state.gap.take() {
+            return Some(gap);
+        }
         let dropped = self.log.lock().dropped(self.reader());
         let lost = dropped - std::mem::replace(&mut state.lost, dropped);
         (lost > 0).then_some(Gap::Lost(lost))

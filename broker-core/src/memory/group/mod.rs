@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use slab::Slab;
 
 use super::Shared;
-use super::entry::{Entry, Queued};
+use super::entry::{Entry, Place, Queued};
 use super::lanes::Lanes;
 use super::log::{Log, Parts};
 use super::tally::{Asked, Sum};
@@ -77,6 +77,8 @@ impl Group {
                 in_flight: 0,
                 counts: Counts::default(),
                 lost: 0,
+                missing: None,
+                gap: None,
                 last_error: None,
                 deleted: false,
             }),
@@ -105,8 +107,8 @@ impl Group {
 
     /// Gives a new group what topics retain: `past` may repeat what was appended since the group
     /// stands, and belongs between. All of it is put in order; what is appended from here on has later
-    /// places.
-    pub(super) fn replay(&self, past: Vec<Arc<Entry>>) {
+    /// places. Up to `missing` the past lacks messages; members that have read so far are told.
+    pub(super) fn replay(&self, past: Vec<Arc<Entry>>, missing: Option<Place>) {
         let mut state = self.state.lock();
         let mut change = Change::default();
         let mut entries = self.take_all();
@@ -116,6 +118,8 @@ impl Group {
             entries.push(entry);
         }
         entries.sort_by_key(|entry| entry.place());
+        // Who has nothing from before begins after it.
+        state.missing = missing.filter(|_| entries.first().is_some_and(|first| first.place() <= missing));
         let now = self.shared.clock.tick();
         for entry in entries {
             // In its place already, if it is due.

@@ -13,7 +13,7 @@ use crate::memory::lanes::Lanes;
 use crate::memory::tally::Sum;
 use crate::memory::topics::TopicState;
 use crate::memory::wheel::Wheel;
-use crate::{Counts, Failure, GroupSettings, Timestamp};
+use crate::{Counts, Failure, Gap, GroupSettings, Timestamp};
 
 pub(super) struct State {
     pub(super) settings: GroupSettings,
@@ -40,6 +40,10 @@ pub(super) struct State {
     pub(super) in_flight: u64,
     pub(super) counts: Counts,
     pub(super) lost: u64,
+    /// The place up to which the past lacks messages, until it has been handed out so far.
+    pub(super) missing: Option<Place>,
+    /// A gap in the past that nobody was told of.
+    pub(super) gap: Option<Gap>,
     pub(super) last_error: Option<Arc<str>>,
     pub(super) deleted: bool,
 }
@@ -150,6 +154,18 @@ impl State {
         self.fire(place.tick);
         while let Some(queued) = self.due.pop_front_if(|queued| queued.entry.place() <= Some(place)) {
             self.ready.push_back(queued);
+        }
+    }
+
+    /// Whether the past was handed out just now up to where it has its gap.
+    pub(super) fn reaches_gap(&mut self) -> bool {
+        let next = self.ready.front().and_then(|queued| queued.entry.place());
+        match self.missing {
+            Some(missing) if next.is_none_or(|next| next > missing) => {
+                (self.missing, self.gap) = (None, Some(Gap::Unknown));
+                true
+            }
+            _ => false,
         }
     }
 
