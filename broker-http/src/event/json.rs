@@ -19,7 +19,8 @@ use super::{Decoded, Envelope, Options, percent};
 /// Appends one event as a JSON object.
 ///
 /// A JSON payload stands in `data` as it is, byte for byte, unless white space around it or a
-/// carriage return in it would get lost on the way; text stands in `data` as a string; everything
+/// carriage return in it would get lost on the way, or it is nested more than 120 deep, which parsers
+/// refuse; text stands in `data` as a string; everything
 /// else is in `data_base64`. So the object has no carriage return, and has line feeds only where a
 /// JSON payload has them.
 ///
@@ -110,7 +111,8 @@ fn encode_payload(content_type: Option<&str>, payload: &[u8], object: &mut Membe
     match content_type {
         Some(content_type) if is_json(content_type) => {
             let kept = serde_json::from_slice::<&RawValue>(payload)
-                .is_ok_and(|json| json.get().len() == payload.len() && !payload.contains(&b'\r'));
+                .is_ok_and(|json| json.get().len() == payload.len() && !payload.contains(&b'\r'))
+                && !is_deep(payload);
             if kept {
                 return object.raw("data", payload);
             }
@@ -125,6 +127,34 @@ fn encode_payload(content_type: Option<&str>, payload: &[u8], object: &mut Membe
         _ => {}
     }
     object.value("data_base64", &STANDARD.encode(payload));
+}
+
+/// Levels of a JSON payload up to which it is embedded: with the few around it a whole answer stays
+/// within the 128 that many parsers read at most (serde_json among them), and one payload makes nobody's
+/// pull unreadable.
+const MAX_DEPTH: usize = 120;
+
+/// Whether well-formed JSON is nested deeper than that.
+fn is_deep(json: &[u8]) -> bool {
+    // Most has not even so many brackets.
+    if memchr::memchr2_iter(b'[', b'{', json).nth(MAX_DEPTH).is_none() {
+        return false;
+    }
+    let (mut depth, mut in_text, mut escaped) = (0_usize, false, false);
+    for byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = in_text,
+            b'"' => in_text = !in_text,
+            b'[' | b'{' if !in_text => depth += 1,
+            b']' | b'}' if !in_text => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        if depth > MAX_DEPTH {
+            return true;
+        }
+    }
+    false
 }
 
 /// A media type that is JSON: `*/json` or `*/*+json` (JSON event format, section 3.1.1).

@@ -335,3 +335,22 @@ fn lines_keep_json_as_it_is_written() {
     assert_eq!(bytes.payload().as_ref(), b"\x00\xff");
     assert_eq!((bytes.content_type(), bytes.key().map(Bytes::len), bytes.dedup_key()), (None, Some(0), Some("d")));
 }
+
+#[test]
+fn what_is_nested_too_deep_for_parsers_is_not_embedded() {
+    let topic = Topic::new("a").unwrap();
+    let nested = |depth: usize| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
+    let brackets = format!(r#"{{"a":"\\\"{}","b":[{}1]}}"#, "[".repeat(10_000), "[],".repeat(10_000));
+    for (payload, embedded) in [(nested(120), true), (nested(121), false), (nested(10_000), false), (brackets, true)] {
+        let message = Message::new(payload.clone()).with_content_type("application/json").unwrap();
+        let mut out = b"{\"deliveries\":[{\"event\":".to_vec();
+        let begin = out.len();
+        json::encode(Envelope::new(&topic, &message), &mut out);
+        let decoded = json::decode(&out[begin..], &Options::default(), None).unwrap().message;
+        assert_eq!(decoded.payload().as_ref(), payload.as_bytes());
+        out.extend_from_slice(b"}]}");
+        let read: serde_json::Value = serde_json::from_slice(&out).unwrap();
+        let event = &read["deliveries"][0]["event"];
+        assert_eq!((event.get("data").is_some(), event.get("data_base64").is_some()), (embedded, !embedded));
+    }
+}

@@ -210,3 +210,16 @@ async fn what_is_wrong_is_named() {
         running.post("/subscriptions/q/settle", body).await.is_problem(400, detail);
     }
 }
+
+#[tokio::test]
+async fn a_payload_nested_deep_leaves_the_answer_readable() {
+    let running = Running::start().await;
+    running.put("q", r#"{"filter":"a"}"#).await;
+    let deep = format!("{}{}", "[".repeat(10_000), "]".repeat(10_000));
+    let json = [("content-type", "application/json")];
+    assert_eq!(running.send("POST /topics/a", &json, &deep).await.status, 202);
+    assert_eq!(running.send("POST /topics/a", &json, "[1]").await.status, 202);
+    let leases = running.pull("q", "max=2&wait=10s").await;
+    assert!(leases[0].event["data_base64"].is_string() && leases[0].event.get("data").is_none());
+    assert_eq!(leases[1].event["data"], json!([1]));
+}
