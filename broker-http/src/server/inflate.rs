@@ -1,6 +1,6 @@
 //! Compressed request bodies: gzip and zstd, bounded by what they inflate to.
 
-use std::io::Read;
+use std::io::{Read, Write};
 
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header};
@@ -65,6 +65,10 @@ fn inflate_now(encoding: Encoding, body: &[u8], limit: usize) -> Answer<Bytes> {
             let mut rest = body;
             let mut read = Ok(0);
             while !rest.is_empty() && read.is_ok() && inflated.len() <= limit {
+                if let Some(after) = after_skippable(rest) {
+                    rest = after;
+                    continue;
+                }
                 if zstd_window(rest).is_some_and(|window| window > ZSTD_WINDOW_BYTES) {
                     return Err(Problem::invalid(
                         "the body is zstd with a window of more than 8 MiB; compress it with less",
@@ -79,6 +83,59 @@ fn inflate_now(encoding: Encoding, body: &[u8], limit: usize) -> Answer<Bytes> {
     };
     read.map_err(|error| broken(&error))?;
     if inflated.len() > limit { Err(too_large(limit)) } else { Ok(inflated.into()) }
+}
+
+/// What follows a frame of zstd that says nothing (RFC 8878, section 3.1.2).
+fn after_skippable(frame: &[u8]) -> Option<&[u8]> {
+    let (magic, rest) = frame.split_first_chunk()?;
+    if u32::from_le_bytes(*magic) & !0xf != 0x184d_2a50 {
+        return None;
+    }
+    let (size, rest) = rest.split_first_chunk()?;
+    rest.get(usize::try_from(u32::from_le_bytes(*size)).ok()?..)
+}
+
+/// A body of gzip, inflated piece by piece: what is flushed comes out at once, and no piece is large.
+pub(crate) struct Inflating {
+    decoder: flate2::write::MultiGzDecoder<Vec<u8>>,
+    packed: Bytes,
+}
+
+/// Compressed bytes inflated in one go: at most a mebibyte comes of them.
+const PIECE_BYTES: usize = 1 << 10;
+
+impl Inflating {
+    pub(crate) fn new() -> Self {
+        Self { decoder: flate2::write::MultiGzDecoder::new(Vec::new()), packed: Bytes::new() }
+    }
+
+    /// Takes what has arrived; everything before has been inflated.
+    pub(crate) fn feed(&mut self, packed: Bytes) {
+        self.packed = packed;
+    }
+
+    /// The next piece, or `None` if more must arrive first.
+    pub(crate) fn next(&mut self) -> Option<Answer<Vec<u8>>> {
+        if self.packed.is_empty() {
+            return None;
+        }
+        let piece = self.packed.split_to(self.packed.len().min(PIECE_BYTES));
+        let inflated = self.decoder.write_all(&piece).and_then(|()| self.decoder.flush());
+        Some(self.give(inflated))
+    }
+
+    /// Nothing more arrives: what is left.
+    pub(crate) fn finish(&mut self) -> Answer<Vec<u8>> {
+        let finished = self.decoder.try_finish();
+        self.give(finished)
+    }
+
+    fn give(&mut self, inflated: std::io::Result<()>) -> Answer<Vec<u8>> {
+        match inflated {
+            Ok(()) => Ok(std::mem::take(self.decoder.get_mut())),
+            Err(error) => Err(Problem::invalid(format!("the body is no valid gzip: {error}"))),
+        }
+    }
 }
 
 /// The window a zstd frame asks for (RFC 8878, section 3.1.1.1.2): the decoder holds so much back,
@@ -110,8 +167,6 @@ fn too_large(limit: usize) -> Problem {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use super::*;
 
     fn gzip(body: &[u8]) -> Vec<u8> {
@@ -142,6 +197,19 @@ mod tests {
     fn two_frames_are_one_body() {
         let packed = [zstd(b"one"), zstd(b"two")].concat();
         assert_eq!(inflate_now(Encoding::Zstd, &packed, 100).unwrap(), "onetwo");
+        let packed = [gzip(b"one"), gzip(b"two")].concat();
+        assert_eq!(inflate_now(Encoding::Gzip, &packed, 100).unwrap(), "onetwo");
+    }
+
+    #[test]
+    fn frames_that_are_to_be_skipped_are_skipped() {
+        let skip = |magic: u8, size: u8| [&[magic, 0x2a, 0x4d, 0x18, size, 0, 0, 0][..], &[7; 3]].concat();
+        let packed = [skip(0x50, 3), zstd(b"one"), skip(0x5f, 3), zstd(b"two"), skip(0x53, 3)].concat();
+        assert_eq!(inflate_now(Encoding::Zstd, &packed, 100).unwrap(), "onetwo");
+        // One that ends early, and what only looks like one.
+        for bad in [skip(0x50, 4), skip(0x60, 3)] {
+            assert_eq!(inflate_now(Encoding::Zstd, &bad, 100).unwrap_err().status(), 400);
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use futures_util::stream;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 
 use super::access::{Action, Caller, Gate, Revoked};
-use super::inflate::Encoding;
+use super::inflate::{Encoding, Inflating};
 use super::memory::Reservation;
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
@@ -56,12 +56,14 @@ pub(crate) async fn stream(
     body: Body,
     has_key: bool,
 ) -> Answer {
+    let encoding = match Encoding::of(headers) {
+        Ok(encoding) => encoding,
+        Err(problem) => return Err(body::refuse(headers, body, &shared.limits(), problem).await),
+    };
     let problem = if has_key {
         Some(Problem::invalid("idempotency-key: the answer to a stream of lines is not kept; give each line a dedup"))
-    } else if Encoding::of(headers)?.is_some() {
-        Some(Problem::invalid(
-            "content-encoding: a stream of lines is sent as it is; collect the results to send it compressed",
-        ))
+    } else if encoding == Some(Encoding::Zstd) {
+        Some(Problem::invalid("content-encoding: a stream of lines is compressed by gzip, or sent as it is"))
     } else {
         options.check_many().err().map(Problem::from)
     };
@@ -78,6 +80,7 @@ pub(crate) async fn stream(
         parent: shared.traces.parent(headers),
         body,
         reservation: shared.ledger.reserve(0)?,
+        gzip: encoding.map(|_| Box::new(Inflating::new())),
         buffer: BytesMut::new(),
         pending: VecDeque::new(),
         number: 0,
@@ -99,6 +102,8 @@ struct Lines {
     parent: Parent,
     body: Body,
     reservation: Reservation,
+    /// Where the body is compressed.
+    gzip: Option<Box<Inflating>>,
     /// What was read and is no whole line yet.
     buffer: BytesMut,
     /// Whole lines, or what is wrong in their place.
@@ -174,6 +179,11 @@ impl Lines {
     }
 
     async fn read(&mut self) {
+        if let Some(piece) = self.gzip.as_mut().and_then(|gzip| gzip.next()) {
+            self.take(piece);
+            // Little can inflate to much: others run meanwhile.
+            return tokio::task::yield_now().await;
+        }
         let mut deadline = body::Deadline::after(self.shared.limits().body_timeout);
         let data = tokio::select! {
             biased;
@@ -186,27 +196,37 @@ impl Lines {
             data = body::next_data(&mut self.body, &mut deadline) => data,
         };
         match data {
-            Ok(Some(data)) => {
-                // Of a line and what came with it; given back with the stream.
-                match self.reservation.reach((self.buffer.len() + data.len()) as u64) {
-                    Ok(()) => self.split(&data),
-                    Err(problem) => {
-                        self.ended = true;
-                        self.pending.push_back(Err(problem));
-                    }
-                }
-            }
+            Ok(Some(data)) => match &mut self.gzip {
+                Some(gzip) => gzip.feed(data),
+                None => self.take(Ok(data)),
+            },
             Ok(None) => {
-                self.ended = true;
+                if let Some(rest) = self.gzip.as_mut().map(|gzip| gzip.finish()) {
+                    self.take(rest);
+                }
+                if std::mem::replace(&mut self.ended, true) {
+                    return;
+                }
                 let last = self.buffer.split().freeze();
                 if !self.skipping && !last.trim_ascii().is_empty() {
                     self.pending.push_back(Ok((self.number + 1, last)));
                 }
             }
-            Err(problem) => {
-                self.ended = true;
-                self.pending.push_back(Err(problem));
-            }
+            Err(problem) => self.take(Err::<Bytes, _>(problem)),
+        }
+    }
+
+    /// Takes what came of the body, or ends with what is wrong with it.
+    fn take(&mut self, data: Answer<impl AsRef<[u8]>>) {
+        let taken = data.and_then(|data| {
+            // Of a line and what came with it; given back with the stream.
+            self.reservation.reach((self.buffer.len() + data.as_ref().len()) as u64)?;
+            self.split(data.as_ref());
+            Ok(())
+        });
+        if let Err(problem) = taken {
+            self.ended = true;
+            self.pending.push_back(Err(problem));
         }
     }
 

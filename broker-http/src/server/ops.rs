@@ -10,19 +10,23 @@ use serde_json::json;
 use super::Shared;
 use super::metrics::Gauges;
 use super::problem::{Answer, Problem};
-use super::query::Query;
+use super::query::{Query, no_query};
 use super::subscriptions::{DEFAULT_PAGE, MAX_PAGE, respond};
 
 /// The OpenAPI document; a test compares it with the routes.
 pub(crate) const OPENAPI: &str = include_str!("openapi.json");
 
 /// `GET /healthz`: the process is alive.
-pub(crate) async fn healthz() -> &'static str {
-    "ok\n"
+pub(crate) async fn healthz(uri: Uri) -> Answer<&'static str> {
+    no_query(&uri)?;
+    Ok("ok\n")
 }
 
 /// `GET /readyz`: it takes requests, and so does the broker behind it; says what that one can do.
-pub(crate) async fn readyz(State(shared): State<Arc<Shared>>) -> Response {
+pub(crate) async fn readyz(State(shared): State<Arc<Shared>>, uri: Uri) -> Response {
+    if let Err(problem) = no_query(&uri) {
+        return problem.into_response();
+    }
     if shared.is_draining() {
         return Problem::draining().into_response();
     }
@@ -43,7 +47,8 @@ pub(crate) async fn readyz(State(shared): State<Arc<Shared>>) -> Response {
 }
 
 /// `GET /metrics`
-pub(crate) async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
+pub(crate) async fn metrics(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
+    no_query(&uri)?;
     let gauges = Gauges {
         connections: shared.connections.open(),
         subscriptions: shared.registry.len(),
@@ -56,12 +61,13 @@ pub(crate) async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
     // A broker that cannot be asked takes nothing away from what is counted here.
     let status = shared.broker.status().await.ok();
     let text = shared.metrics.render(gauges, &shared.registry.pushes(), status.as_ref());
-    typed("text/plain; version=0.0.4; charset=utf-8", text)
+    Ok(typed("text/plain; version=0.0.4; charset=utf-8", text))
 }
 
 /// `GET /openapi.json`
-pub(crate) async fn openapi() -> Response {
-    typed("application/json", OPENAPI)
+pub(crate) async fn openapi(uri: Uri) -> Answer {
+    no_query(&uri)?;
+    Ok(typed("application/json", OPENAPI))
 }
 
 fn typed(content_type: &'static str, body: impl IntoResponse) -> Response {

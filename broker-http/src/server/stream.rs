@@ -53,9 +53,7 @@ pub(crate) async fn stream(
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Answer {
     let upgrade = match upgrade {
-        Err(rejection) if headers.contains_key(header::UPGRADE) => {
-            return Err(Problem::invalid(format!("the upgrade to a WebSocket is not well formed: {rejection}")));
-        }
+        Err(rejection) if wants_socket(&headers) => return Err(no_socket(rejection)),
         upgrade => upgrade.ok(),
     };
     let filter = TopicFilter::new(&*name_in_path(&uri)?)?;
@@ -99,6 +97,31 @@ pub(crate) async fn stream(
     Ok(response)
 }
 
+/// Whether it is a WebSocket that is asked for: clients offer an upgrade to HTTP/2 too, and go on without.
+fn wants_socket(headers: &HeaderMap) -> bool {
+    let offers = headers.get_all(header::UPGRADE).iter().filter_map(|value| value.to_str().ok());
+    offers.flat_map(|value| value.split(',')).any(|offer| offer.trim().eq_ignore_ascii_case("websocket"))
+}
+
+/// What is wrong with the upgrade, and what to send (RFC 6455, section 4.2).
+fn no_socket(rejection: WebSocketUpgradeRejection) -> Problem {
+    use WebSocketUpgradeRejection as Rejection;
+    let why = match &rejection {
+        Rejection::InvalidWebSocketVersionHeader(_) => "send the header sec-websocket-version: 13",
+        Rejection::WebSocketKeyHeaderMissing(_) => "send the header sec-websocket-key, 16 random bytes in base64",
+        Rejection::InvalidConnectionHeader(_) => "send the header connection: upgrade beside upgrade: websocket",
+        Rejection::ConnectionNotUpgradable(_) => {
+            "this connection cannot be upgraded; connect by HTTP/1.1, or by HTTP/2 with extended CONNECT"
+        }
+        _ => return Problem::invalid(format!("the upgrade to a WebSocket is not well formed: {rejection}")),
+    };
+    let mut problem = Problem::invalid(format!("the upgrade to a WebSocket is not well formed: {why}"));
+    if matches!(rejection, Rejection::InvalidWebSocketVersionHeader(_)) {
+        problem.headers_mut().insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+    }
+    problem
+}
+
 /// A member of a group. If no subscription has the group, one to pull is made of its name, so that it can
 /// be listed, purged and deleted.
 pub(crate) async fn join(
@@ -133,7 +156,8 @@ pub(crate) async fn copy(shared: &Shared, filter: &TopicFilter, start: StartAt) 
 
 /// A copy that begins after the event the reader saw last, if that is still retained.
 async fn resume(shared: &Shared, filter: &TopicFilter, last: &HeaderValue) -> Answer<(Subscription, Seeking)> {
-    let id = last.to_str().ok().and_then(|text| text.parse::<MessageId>().ok());
+    // Browsers send back in UTF-8 what they were given.
+    let id = std::str::from_utf8(last.as_bytes()).ok().and_then(|text| text.parse::<MessageId>().ok());
     if let Some(id) = id
         && shared.broker.capabilities().start_earliest.is_some()
     {

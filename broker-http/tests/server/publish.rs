@@ -182,6 +182,53 @@ async fn lines_are_answered_one_by_one() {
     assert!(results[1]["id"].is_string());
 }
 
+#[tokio::test]
+async fn a_compressed_stream_of_lines_is_answered_as_it_is_flushed() {
+    use std::io::Write;
+    use tokio::io::AsyncWriteExt;
+    let running = Running::start().await;
+    let head = format!(
+        "POST /topics/a HTTP/1.1\r\nhost: {}\r\nconnection: close\r\ncontent-type: application/x-ndjson\r\n\
+         accept: application/x-ndjson\r\ncontent-encoding: gzip\r\ntransfer-encoding: chunked\r\n\r\n",
+        running.address
+    );
+    let chunk = |data: &[u8]| [format!("{:x}\r\n", data.len()).as_bytes(), data, b"\r\n"].concat();
+    let mut stream = running.connect().await;
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    for id in ["first", "second"] {
+        encoder.write_all(format!("{{\"payload\":1,\"id\":\"{id}\"}}\n").as_bytes()).unwrap();
+        encoder.flush().unwrap();
+        stream.write_all(&chunk(&std::mem::take(encoder.get_mut()))).await.unwrap();
+        // Before the body goes on.
+        crate::support::read_until(&mut stream, &format!("\"id\":\"{id}\"")).await;
+    }
+    // A second member, and much in little: a line that is too long, far beyond what is held.
+    let mut rest = encoder.finish().unwrap();
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+    encoder.write_all(&vec![b' '; 64 << 20]).unwrap();
+    encoder.write_all(b"x\n{\"payload\":1,\"id\":\"third\"}").unwrap();
+    rest.extend(encoder.finish().unwrap());
+    stream.write_all(&chunk(&rest)).await.unwrap();
+    stream.write_all(b"0\r\n\r\n").await.unwrap();
+    let heard = crate::support::read_until(&mut stream, "third").await;
+    assert!(heard.contains("line 3 is over"), "{heard}");
+
+    // What breaks off or goes on as something else is told at the end; what came before is published.
+    let headers =
+        [("content-type", "application/x-ndjson"), ("accept", "application/x-ndjson"), ("content-encoding", "gzip")];
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    encoder.write_all(b"{\"payload\":1}\n").unwrap();
+    encoder.flush().unwrap();
+    let flushed = encoder.get_ref().clone();
+    let whole = encoder.finish().unwrap();
+    for bad in [flushed, [&whole[..], b"garbage"].concat()] {
+        let answer = running.send("POST /topics/a", &headers, bad).await.text();
+        let lines: Vec<&str> = answer.lines().collect();
+        assert!(lines.len() == 2 && lines[0].contains("\"id\"") && lines[1].contains("gzip"), "{answer}");
+    }
+}
+
 /// What is wrong with each line of a body, in both forms.
 async fn errors_of_lines(running: &Running, query: &str, body: &str) -> [Vec<String>; 2] {
     let request = format!("POST /topics/a{query}");

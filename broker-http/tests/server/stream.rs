@@ -5,10 +5,10 @@ use std::sync::Arc;
 use broker_core::{MemoryBroker, MemoryOptions, Retention};
 use broker_http::{Limits, ServerOptions};
 use serde_json::{Value, json};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::support::{Running, read_until};
+use crate::support::{Reply, Running, read_until, soon};
 
 async fn open(running: &Running, path: &str, header: &str) -> (TcpStream, String) {
     let mut stream = running.connect().await;
@@ -144,6 +144,47 @@ async fn a_reader_that_comes_back_goes_on_where_it_was() {
 }
 
 #[tokio::test]
+async fn an_id_that_is_not_ascii_is_one_to_come_back_with() {
+    let options = MemoryOptions::new().with_retention(Retention::messages(5));
+    let running = Running::over(Arc::new(MemoryBroker::with_options(options)), ServerOptions::new()).await;
+    running.post("/topics/a?id=k%C3%A4se", "x").await;
+    running.post("/topics/a?id=2", "x").await;
+    let (mut stream, mut text) = open(&running, "/topics/a/stream", "last-event-id: k\u{e4}se\r\n").await;
+    while !text.contains("id: 2") {
+        text.push_str(&read_until(&mut stream, "\n\n").await);
+    }
+    assert!(!text.contains("gap") && !text.contains("id: k"), "{text}");
+}
+
+#[tokio::test]
+async fn an_upgrade_that_is_none_says_what_to_send() {
+    let running = Running::start().await;
+    let key = "sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==";
+    let ask = async |method: &str, headers: &str| {
+        let mut stream = running.connect().await;
+        let head =
+            format!("{method} /topics/a/stream HTTP/1.1\r\nhost: localhost\r\nupgrade: websocket\r\n{headers}\r\n\r\n");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        soon(stream.read_to_end(&mut answer)).await.unwrap();
+        Reply::parse(&answer)
+    };
+    let connection = "connection: upgrade, close";
+    let reply = ask("GET", &format!("{connection}\r\nsec-websocket-version: 13")).await;
+    reply.is_problem(400, "sec-websocket-key");
+    let reply = ask("GET", &format!("{connection}\r\nsec-websocket-version: 8\r\n{key}")).await;
+    reply.is_problem(400, "sec-websocket-version: 13");
+    assert_eq!(reply.header("sec-websocket-version"), Some("13"));
+    let reply = ask("GET", &format!("connection: close\r\nsec-websocket-version: 13\r\n{key}")).await;
+    reply.is_problem(400, "connection: upgrade");
+    ask("POST", connection).await.is_problem(405, "POST");
+    // curl offers HTTP/2 so, and takes the events without.
+    let offer = "connection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAAP__\r\n";
+    let (_stream, head) = open(&running, "/topics/a/stream", offer).await;
+    assert!(head.contains("text/event-stream"), "{head}");
+}
+
+#[tokio::test]
 async fn a_reader_of_many_topics_is_told_what_a_busy_one_has_dropped() {
     let options = MemoryOptions::new().with_retention(Retention::messages(3));
     let running = Running::over(Arc::new(MemoryBroker::with_options(options)), ServerOptions::new()).await;
@@ -176,6 +217,9 @@ async fn what_is_wrong_is_named() {
     let running = Running::with(ServerOptions::new().with_limits(limits)).await;
     running.get("/topics/a.%3E.b/stream").await.is_problem(400, "filter");
     running.get("/topics/a/stream?colour=red").await.is_problem(400, "group");
+    for path in ["/healthz", "/readyz", "/metrics", "/openapi.json"] {
+        running.get(&format!("{path}?colour=red")).await.is_problem(400, "colour");
+    }
     running.get("/topics/a/stream?group=a@b").await.is_problem(400, "group");
     running.post("/topics/a/stream", "").await.is_problem(405, "POST");
     let (_stream, _) = open(&running, "/topics/a/stream", "").await;
