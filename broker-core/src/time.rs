@@ -1,9 +1,12 @@
 //! Points in time and durations as people and the wire write them.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use jiff::SignedDuration;
+use jiff::civil::DateTime;
 use serde::{Deserialize, Deserializer, Serializer};
 
 use crate::{Error, Result};
@@ -66,13 +69,16 @@ impl Timestamp {
 
 impl fmt::Display for Timestamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Beyond the years RFC 3339 can write, the nearest it can.
-        let time = jiff::Timestamp::from_millisecond(self.0).unwrap_or(if self.0 < 0 {
-            jiff::Timestamp::MIN
-        } else {
-            jiff::Timestamp::MAX
-        });
-        write!(f, "{time:.3}")
+        match jiff::Timestamp::from_millisecond(self.0) {
+            Ok(time) => write!(f, "{time:.3}"),
+            // Beyond the years RFC 3339 can write, the nearest it can; a day before, `jiff` already has
+            // only the calendar.
+            Err(_) if self.0 < 0 => write!(f, "{:.3}", jiff::Timestamp::MIN),
+            Err(_) => {
+                let time = EPOCH.checked_add(SignedDuration::from_millis(self.0)).unwrap_or(DateTime::MAX);
+                write!(f, "{time:.3}Z")
+            }
+        }
     }
 }
 
@@ -86,7 +92,12 @@ impl FromStr for Timestamp {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        text.parse::<jiff::Timestamp>().map(|time| Self(time.as_millisecond())).map_err(|error| {
+        let short = shortened(text);
+        let read = match short.parse::<jiff::Timestamp>() {
+            Ok(time) => Ok(Self(time.as_millisecond())),
+            Err(error) => last_day(&short).ok_or(error),
+        };
+        read.map_err(|error| {
             Error::invalid(format!("time {text:?}: it is written as RFC 3339 does, as in 2026-11-22T12:00:00Z"))
                 .with_source(error)
         })
@@ -94,6 +105,32 @@ impl FromStr for Timestamp {
 }
 
 crate::text::serde_as_text!(Timestamp);
+
+const EPOCH: DateTime = jiff::civil::date(1970, 1, 1).at(0, 0, 0, 0);
+
+/// Without the digits of a fraction beyond those that are kept: RFC 3339 allows any number.
+fn shortened(text: &str) -> Cow<'_, str> {
+    const DIGITS: usize = 3;
+    let Some((before, after)) = text.split_once('.') else { return text.into() };
+    let digits = after.bytes().take_while(u8::is_ascii_digit).count();
+    match (after.get(..DIGITS), after.get(digits..)) {
+        (Some(kept), Some(rest)) if digits > DIGITS => format!("{before}.{kept}{rest}").into(),
+        _ => text.into(),
+    }
+}
+
+/// The last day that RFC 3339 can write, which `jiff` leaves out, since not all its time zones have it.
+fn last_day(text: &str) -> Option<Timestamp> {
+    let pieces = jiff::fmt::temporal::Pieces::parse(text).ok()?;
+    let offset = pieces.to_numeric_offset()?;
+    let local = pieces.date().to_datetime(pieces.time()?).duration_since(EPOCH);
+    let millis = local.checked_sub(SignedDuration::from_secs(offset.seconds().into()))?.as_millis();
+    let time = Timestamp(i64::try_from(millis).ok()?);
+    (pieces.date().year() == 9999 && time.0 <= MAX_MILLIS).then_some(time)
+}
+
+/// 9999-12-31T23:59:59.999Z.
+const MAX_MILLIS: i64 = 253_402_300_799_999;
 
 /// The longest duration that is not taken for a mistake: a hundred years.
 const MAX_DURATION: Duration = Duration::from_secs(100 * 366 * 24 * 3600);
@@ -202,7 +239,7 @@ pub mod duration_text {
     ///
     /// What [`parse_duration`] says.
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
-        let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
+        let text = Cow::<'de, str>::deserialize(deserializer)?;
         parse_duration(&text).map_err(|error| serde::de::Error::custom(error.message()))
     }
 }
@@ -240,8 +277,32 @@ mod tests {
     }
 
     #[test]
+    fn fractions_of_any_length_and_the_last_day_are_read() {
+        for (text, read) in [
+            ("2026-11-22T12:00:00.123456789012Z", "2026-11-22T12:00:00.123Z"),
+            ("2026-11-22T12:00:00.1239999999999999+01:00", "2026-11-22T11:00:00.123Z"),
+            ("2026-11-22T12:00:00.5Z", "2026-11-22T12:00:00.500Z"),
+            ("9999-12-31T23:59:59Z", "9999-12-31T23:59:59.000Z"),
+            ("9999-12-31T23:59:59.999999999999Z", "9999-12-31T23:59:59.999Z"),
+            ("9999-12-31T12:00:00-11:59", "9999-12-31T23:59:00.000Z"),
+            ("9999-12-30T21:00:00Z", "9999-12-30T21:00:00.000Z"),
+        ] {
+            let time: Timestamp = text.parse().unwrap();
+            assert_eq!(time.to_string(), read, "{text}");
+            assert_eq!(read.parse::<Timestamp>().unwrap(), time);
+        }
+        for bad in ["9999-12-31T23:59:59-01:00", "9999-12-31T23:59:59", "9999-12-32T00:00:00Z", "2026-11-22T12:00:00.Z"]
+        {
+            assert!(bad.parse::<Timestamp>().is_err(), "{bad}");
+        }
+        let time: Timestamp = "9999-12-31T23:59:59.999Z".parse().unwrap();
+        assert_eq!(time.as_millis(), MAX_MILLIS);
+    }
+
+    #[test]
     fn times_beyond_the_calendar_still_print() {
         assert!(Timestamp::from_millis(i64::MAX).to_string().starts_with("9999-"));
+        assert_eq!(Timestamp::from_millis(i64::MAX).to_string(), "9999-12-31T23:59:59.999Z");
         assert!(Timestamp::from_millis(i64::MIN).to_string().starts_with("-00"));
     }
 }
