@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -30,7 +31,7 @@ const YOUNG: Duration = Duration::from_secs(10 * 60);
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
 /// What an entry costs beside its answer: it has two places in tables that are up to half empty.
-const OVERHEAD: usize = 180;
+const OVERHEAD: usize = 220;
 
 /// What is set aside for a request at work: most answers are shorter.
 const ROOM: usize = OVERHEAD + 512;
@@ -38,7 +39,24 @@ const ROOM: usize = OVERHEAD + 512;
 /// A key, whose it is, and the topic it was sent to: the same key of somebody else or elsewhere is
 /// another. It is half of a SHA-256, so that long ones take no more room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Key([u8; 16]);
+pub(crate) struct Key {
+    hash: [u8; 16],
+    owner: Owner,
+}
+
+/// An identity, by the hash of its name; where there are none, nobody.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Owner(Option<NonZeroU64>);
+
+impl Owner {
+    fn of(caller: Option<&Caller>) -> Self {
+        let hash = |caller: &Caller| {
+            let hash = Sha256::digest(caller.name());
+            u64::from_be_bytes(hash.first_chunk().copied().unwrap_or_default())
+        };
+        Self(caller.and_then(|caller| NonZeroU64::new(hash(caller))))
+    }
+}
 
 impl Key {
     /// The key of a request, if it has one.
@@ -55,7 +73,7 @@ impl Key {
         for part in [caller.map_or("", Caller::name), topic, text] {
             add(&mut hash, part.as_bytes());
         }
-        Ok(Some(Self(half(hash))))
+        Ok(Some(Self { hash: half(hash), owner: Owner::of(caller) }))
     }
 }
 
@@ -109,6 +127,10 @@ fn half(hash: Sha256) -> [u8; 16] {
 pub(crate) struct TryAgain;
 
 /// The answers kept: bounded in bytes, the oldest goes first, and none that is young.
+///
+/// An identity has room for another while it holds no more than is free: one alone takes half of all,
+/// two take a third each, and however many there are, none fills it for the next (dynamic thresholds,
+/// Choudhury and Hahne 1998). Where there are no identities, whoever comes takes all.
 #[derive(Clone, Debug)]
 pub(crate) struct Answers(Arc<Store>);
 
@@ -125,6 +147,8 @@ struct Table {
     order: VecDeque<(Instant, Key)>,
     /// With what is set aside for requests at work.
     bytes: usize,
+    /// Of them, those of each identity.
+    held: HashMap<Owner, usize>,
 }
 
 #[derive(Debug)]
@@ -172,7 +196,7 @@ impl Answers {
 
     fn begin_at(&self, now: Instant, key: Key, fingerprint: Fingerprint) -> Answer<Slot> {
         let mut table = self.0.table.lock();
-        table.forget(now, KEPT, 0);
+        while table.forget_oldest(now, KEPT) {}
         match table.entries.get(&key) {
             Some(entry) if entry.fingerprint != fingerprint => Err(Problem::new(
                 StatusCode::UNPROCESSABLE_ENTITY,
@@ -186,11 +210,12 @@ impl Answers {
             }
             None => {
                 let most = self.0.max_bytes.load(Ordering::Relaxed).saturating_sub(ROOM);
-                table.forget(now, YOUNG, most);
-                if table.bytes > most {
-                    return Err(full(table.order.front().map(|(kept, _)| YOUNG.saturating_sub(now - *kept))));
+                while !table.has_room(key.owner, most) {
+                    if !table.forget_oldest(now, YOUNG) {
+                        return Err(full(table.order.front().map(|(kept, _)| YOUNG.saturating_sub(now - *kept))));
+                    }
                 }
-                table.bytes += ROOM;
+                table.add(key.owner, ROOM);
                 table.entries.insert(key, Entry { fingerprint, answer: None });
                 Ok(Slot::Ours(Running { store: Arc::clone(&self.0), key }))
             }
@@ -238,7 +263,7 @@ impl Drop for Running {
         let mut table = self.store.table.lock();
         if table.entries.get(&self.key).is_some_and(|entry| entry.answer.is_none()) {
             table.entries.remove(&self.key);
-            table.bytes -= ROOM;
+            table.give_back(self.key.owner, ROOM);
         }
     }
 }
@@ -247,21 +272,40 @@ impl Table {
     fn keep(&mut self, now: Instant, key: Key, status: StatusCode, json: &[u8]) {
         let Some(entry) = self.entries.get_mut(&key) else { return };
         entry.answer = Some((status, json.into()));
-        self.bytes = self.bytes - ROOM + OVERHEAD + json.len();
+        self.give_back(key.owner, ROOM);
+        self.add(key.owner, OVERHEAD + json.len());
         self.order.push_back((now, key));
     }
 
-    /// Forgets the oldest answers of at least this age, until no more than `bytes` are kept.
-    fn forget(&mut self, now: Instant, age: Duration, bytes: usize) {
-        while self.bytes > bytes
-            && let Some((time, _)) = self.order.front()
-            && now.saturating_duration_since(*time) >= age
-            && let Some((_, key)) = self.order.pop_front()
-        {
-            if let Some(Entry { answer: Some((_, json)), .. }) = self.entries.remove(&key) {
-                self.bytes -= OVERHEAD + json.len();
+    /// Whether one more of this identity's is kept, so that `most` is not passed.
+    fn has_room(&self, owner: Owner, most: usize) -> bool {
+        let Some(free) = most.checked_sub(self.bytes) else { return false };
+        owner.0.is_none() || self.held.get(&owner).is_none_or(|held| *held <= free)
+    }
+
+    fn add(&mut self, owner: Owner, bytes: usize) {
+        self.bytes += bytes;
+        *self.held.entry(owner).or_default() += bytes;
+    }
+
+    fn give_back(&mut self, owner: Owner, bytes: usize) {
+        self.bytes -= bytes;
+        if let Some(held) = self.held.get_mut(&owner) {
+            *held -= bytes;
+            if *held == 0 {
+                self.held.remove(&owner);
             }
         }
+    }
+
+    /// Forgets the oldest answer if it has at least this age.
+    fn forget_oldest(&mut self, now: Instant, age: Duration) -> bool {
+        let old = |(time, _): &mut (Instant, Key)| now.saturating_duration_since(*time) >= age;
+        let Some((_, key)) = self.order.pop_front_if(old) else { return false };
+        if let Some(Entry { answer: Some((_, json)), .. }) = self.entries.remove(&key) {
+            self.give_back(key.owner, OVERHEAD + json.len());
+        }
+        true
     }
 }
 
@@ -273,7 +317,7 @@ mod tests {
     const JSON: &[u8] = &[b'x'; 100];
 
     fn answer(answers: &Answers, now: Instant, key: u8) -> Answer<()> {
-        match answers.begin_at(now, Key([key; 16]), FINGERPRINT)? {
+        match answers.begin_at(now, key_of(key), FINGERPRINT)? {
             Slot::Ours(running) => {
                 answers.0.table.lock().keep(now, running.key, StatusCode::ACCEPTED, JSON);
                 Ok(())
@@ -282,8 +326,38 @@ mod tests {
         }
     }
 
+    fn key_of(key: u8) -> Key {
+        Key { hash: [key; 16], owner: Owner(None) }
+    }
+
+    #[test]
+    fn no_identity_fills_the_room_of_another() {
+        const ANSWER: usize = OVERHEAD + JSON.len();
+        let answers = Answers::new(ROOM + 60 * ANSWER);
+        let begin = Instant::now();
+        let fill = |owner: u64, now: Instant| {
+            let owner = Owner(NonZeroU64::new(owner));
+            let keys = (0..u8::MAX).map(|hash| Key { hash: [hash; 16], owner });
+            let mut kept = 0;
+            for key in keys {
+                let Ok(Slot::Ours(running)) = answers.begin_at(now, key, FINGERPRINT) else { continue };
+                answers.0.table.lock().keep(now, running.key, StatusCode::ACCEPTED, JSON);
+                kept += 1;
+            }
+            kept
+        };
+        // Half, then half of what is left, and so on: there is room for the next always.
+        let kept: Vec<usize> = (1..=5).map(|owner| fill(owner, begin)).collect();
+        assert_eq!(kept, [31, 15, 8, 4, 2]);
+        // What is old makes room, and nothing is counted twice.
+        assert!(fill(6, begin + YOUNG) > 20);
+        let table = answers.0.table.lock();
+        assert_eq!(table.held.values().sum::<usize>(), table.bytes);
+        assert_eq!(table.entries.len() * ANSWER, table.bytes);
+    }
+
     fn is_kept(answers: &Answers, key: u8) -> bool {
-        answers.0.table.lock().entries.contains_key(&Key([key; 16]))
+        answers.0.table.lock().entries.contains_key(&key_of(key))
     }
 
     #[test]
@@ -314,9 +388,9 @@ mod tests {
     fn requests_at_work_have_their_room_set_aside_and_give_it_back() {
         let answers = Answers::new(2 * ROOM);
         let now = Instant::now();
-        let one = answers.begin_at(now, Key([1; 16]), FINGERPRINT).unwrap();
-        let other = answers.begin_at(now, Key([2; 16]), FINGERPRINT).unwrap();
-        answers.begin_at(now, Key([3; 16]), FINGERPRINT).unwrap_err();
+        let one = answers.begin_at(now, key_of(1), FINGERPRINT).unwrap();
+        let other = answers.begin_at(now, key_of(2), FINGERPRINT).unwrap();
+        answers.begin_at(now, key_of(3), FINGERPRINT).unwrap_err();
         drop((one, other));
         assert_eq!(answers.0.table.lock().bytes, 0);
         answer(&answers, now, 3).unwrap();
