@@ -16,6 +16,7 @@ use crate::comparison::Comparison;
 use crate::{Failure, Result};
 
 mod bare;
+mod embedded;
 mod endpoint;
 pub(crate) mod footprint;
 mod isolation;
@@ -45,6 +46,7 @@ pub fn comparisons() -> Vec<Comparison> {
         publish::comparisons(),
         lines::comparisons(),
         push::comparisons(),
+        embedded::comparisons(),
         latency::comparisons(),
         isolation::comparisons(),
         footprint::comparisons(),

@@ -17,7 +17,9 @@ use crate::comparison::{Comparison, Pair, Unit};
 use crate::{Failure, Result};
 
 /// Messages a round.
-const MESSAGES: usize = 16_000;
+pub(super) const MESSAGES: usize = 16_000;
+
+pub(super) const TOPIC: &str = "orders.created";
 
 pub(super) fn comparisons() -> Vec<Comparison> {
     let hyper = Comparison::new("http/push/hyper", Unit::DeliveriesPerSecond, 0.8, async || {
@@ -38,23 +40,23 @@ pub(super) fn comparisons() -> Vec<Comparison> {
 }
 
 /// Our engine, pushing to an endpoint.
-struct Pushing {
-    _ours: Ours,
+pub(super) struct Pushing {
+    pub(super) ours: Ours,
     publisher: Publisher,
-    endpoint: Endpoint,
+    pub(super) endpoint: Endpoint,
     messages: usize,
 }
 
 impl Pushing {
-    async fn start(mode: &str, messages: usize) -> Result<Self> {
+    pub(super) async fn start(mode: &str, messages: usize) -> Result<Self> {
         let (ours, endpoint) = (Ours::start().await?, Endpoint::start().await?);
         let mode = if mode == "batch" { "batch" } else { "binary" };
         let spec = json!({
             "filter": "orders.>", "endpoint": endpoint.url(), "mode": mode, "max_in_flight": CONNECTIONS,
         });
         ours.put("push", spec).await?;
-        let publisher = ours.broker.publisher(&Topic::new("orders.created")?, PublisherOptions::new())?;
-        Ok(Self { _ours: ours, publisher, endpoint, messages })
+        let publisher = ours.broker.publisher(&Topic::new(TOPIC)?, PublisherOptions::new())?;
+        Ok(Self { ours, publisher, endpoint, messages })
     }
 
     /// Publishes a round's messages and waits until the endpoint has them all.
@@ -71,7 +73,9 @@ impl Pushing {
     }
 }
 
-fn rounds(pushing: Arc<Pushing>) -> impl FnMut() -> std::pin::Pin<Box<dyn Future<Output = Result<f64>> + Send>> {
+pub(super) fn rounds(
+    pushing: Arc<Pushing>,
+) -> impl FnMut() -> std::pin::Pin<Box<dyn Future<Output = Result<f64>> + Send>> {
     move || {
         let pushing = Arc::clone(&pushing);
         Box::pin(async move { pushing.round().await })
