@@ -198,6 +198,8 @@ struct Member {
     filter: &'static str,
     solo: bool,
     max_in_flight: usize,
+    /// Of the past it began with.
+    gaps: usize,
     in_flight: usize,
     subscription: Option<Subscription>,
 }
@@ -423,7 +425,7 @@ impl World {
             self.oracles.len() - 1
         });
         let subscription = Some(subscription);
-        self.members.push(Member { oracle, filter, solo: false, max_in_flight, in_flight: 0, subscription });
+        self.members.push(Member { oracle, filter, solo: false, max_in_flight, in_flight: 0, gaps: 0, subscription });
     }
 
     async fn subscribe_alone(&mut self, index: usize) {
@@ -448,7 +450,7 @@ impl World {
         let subscription = Some(self.broker.subscribe(&filter.parse().unwrap(), subscribe).await.unwrap());
         self.oracles.push(oracle);
         let oracle = self.oracles.len() - 1;
-        self.members.push(Member { oracle, filter, solo: true, max_in_flight, in_flight: 0, subscription });
+        self.members.push(Member { oracle, filter, solo: true, max_in_flight, in_flight: 0, gaps: 0, subscription });
     }
 
     fn receive(&mut self, member: usize, limit: usize) {
@@ -468,7 +470,12 @@ impl World {
             Poll::Ready(result) => result.unwrap(),
         };
         assert_eq!(received, batch.len());
-        assert!(received >= sure.min(window), "{received} received, {sure} available, window {window}");
+        // A batch of the past ends where the past has its gap, once.
+        let ends = subscription.gap() == Some(Gap::Unknown);
+        let least = if ends { 1 } else { usize::MAX };
+        assert!(received >= sure.min(window).min(least), "{received} received, {sure} available, window {window}");
+        member.gaps += usize::from(ends);
+        assert!(member.gaps <= 1, "told of one gap {} times", member.gaps);
         assert!(received <= (sure + perhaps).min(window), "{received} received, {sure} + {perhaps}, window {window}");
         for delivery in batch {
             let number = oracle.hand_out(&delivery, self.now);
