@@ -156,7 +156,7 @@ fn step() -> impl Strategy<Value = Step> {
 #[derive(Default)]
 struct Oracle {
     ordered: bool,
-    /// By number, in the order of publishing.
+    /// By place, in the order in which they were taken.
     messages: BTreeMap<u64, Held>,
     /// The last message that was handed out for the first time: these come in order.
     fresh: Option<u64>,
@@ -215,6 +215,8 @@ struct World {
     broker: MemoryBroker,
     now: u64,
     published: u64,
+    /// The place of each message by its number: where it was taken, which for one that waited is later.
+    places: HashMap<u64, u64>,
     /// By topic, if the broker retains.
     retained: Option<[VecDeque<(u64, Held)>; TOPICS.len()]>,
     /// By topic and key: until when, and the number and copies of the first.
@@ -349,6 +351,8 @@ impl World {
 
     /// A message is taken: every group that matches has it, and drops its oldest for it where it must.
     fn append(&mut self, topic: usize, number: u64, held: Held, expired: bool) {
+        let place = self.places.len() as u64;
+        self.places.insert(number, place);
         let dropping: Vec<usize> = [6, 9].into_iter().filter_map(|index| self.full(index)).collect();
         for oracle in self.matching(topic) {
             let drops = dropping.contains(&oracle);
@@ -364,13 +368,13 @@ impl World {
             if expired {
                 oracle.expired += 1;
             } else {
-                oracle.messages.insert(number, held);
+                oracle.messages.insert(place, held);
             }
         }
         if let Some(retained) = &mut self.retained {
             let retained = &mut retained[topic];
-            // A number that nobody has stands for one that has expired.
-            retained.push_back((if expired { u64::MAX } else { number }, held));
+            // A place that nobody has stands for one that has expired.
+            retained.push_back((if expired { u64::MAX } else { place }, held));
             if retained.len() > RETAINED {
                 retained.pop_front();
             }
@@ -478,7 +482,7 @@ impl World {
         assert!(member.gaps <= 1, "told of one gap {} times", member.gaps);
         assert!(received <= (sure + perhaps).min(window), "{received} received, {sure} + {perhaps}, window {window}");
         for delivery in batch {
-            let number = oracle.hand_out(&delivery, self.now);
+            let number = oracle.hand_out(&delivery, self.now, &self.places);
             member.in_flight += 1;
             self.in_hand.push(InHand { member: index, number, delivery });
         }
@@ -673,8 +677,9 @@ impl Oracle {
         (sure, perhaps)
     }
 
-    fn hand_out(&mut self, delivery: &Delivery, now: u64) -> u64 {
+    fn hand_out(&mut self, delivery: &Delivery, now: u64, places: &HashMap<u64, u64>) -> u64 {
         let number: u64 = std::str::from_utf8(delivery.message().payload()).unwrap().parse().unwrap();
+        let number = places[&number];
         let mut held = *self.messages.get(&number).expect("a message this group should not have");
         match held.place {
             Place::InFlight => panic!("{number} is in flight already"),
