@@ -1,6 +1,9 @@
 //! What the server takes from outside at most: in bytes, in time and in number.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
+
+use broker_core::{Error, Result, format_duration};
 
 /// The bounds of a [`Server`](crate::Server). The defaults suit a daemon on one machine; every
 /// bound holds from the first request on.
@@ -13,10 +16,14 @@ use std::time::Duration;
 /// let options = ServerOptions::new().with_limits(limits);
 /// assert_eq!(options.limits().connections, 100);
 /// ```
+///
+/// Each has a range that it must be in, which [`check`](Self::check) tells. A server brings what is out of it
+/// to the nearest value within, and logs that it did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Limits {
-    /// Connections at a time; one more is answered 503 and closed.
+    /// Connections at a time; one more is answered 503 and closed. With TLS it is closed without a word: a
+    /// handshake would cost what the bound is to save.
     pub connections: usize,
     /// Requests at a time on one HTTP/2 connection.
     pub streams_per_connection: u32,
@@ -91,5 +98,170 @@ impl Default for Limits {
             streams: 1_000,
             idempotency_bytes: 64 << 20,
         }
+    }
+}
+
+/// A limit: where it stands, and what it may be.
+struct Bound<'a> {
+    name: &'static str,
+    value: Value<'a>,
+    range: RangeInclusive<u64>,
+}
+
+enum Value<'a> {
+    Count(&'a mut usize),
+    Streams(&'a mut u32),
+    Bytes(&'a mut u64),
+    /// In milliseconds, rounded up.
+    Time(&'a mut Duration),
+}
+
+impl Value<'_> {
+    fn get(&self) -> u64 {
+        match self {
+            Self::Count(value) => u64::try_from(**value).unwrap_or(u64::MAX),
+            Self::Streams(value) => u64::from(**value),
+            Self::Bytes(value) => **value,
+            Self::Time(value) => u64::try_from(value.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX),
+        }
+    }
+
+    fn set(&mut self, new: u64) {
+        match self {
+            Self::Count(value) => **value = usize::try_from(new).unwrap_or(usize::MAX),
+            Self::Streams(value) => **value = u32::try_from(new).unwrap_or(u32::MAX),
+            Self::Bytes(value) => **value = new,
+            Self::Time(value) => **value = Duration::from_millis(new),
+        }
+    }
+
+    fn show(&self, number: u64) -> String {
+        match self {
+            Self::Time(_) => format_duration(Duration::from_millis(number)),
+            _ => number.to_string(),
+        }
+    }
+}
+
+impl Limits {
+    /// Whether every limit is in its range.
+    ///
+    /// ```
+    /// use broker_http::Limits;
+    ///
+    /// let mut limits = Limits::default();
+    /// assert!(limits.check().is_ok());
+    /// limits.headers = 0;
+    /// assert_eq!(limits.check().unwrap_err().message(), "limits.headers 0: it is from 1 to 10000");
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`](broker_core::ErrorKind::Invalid), naming the first that is not, and its range.
+    pub fn check(&self) -> Result<()> {
+        for Bound { name, value, range } in self.clone().bounds() {
+            let number = value.get();
+            if !range.contains(&number) {
+                let (least, most) = (value.show(*range.start()), value.show(*range.end()));
+                let number = value.show(number);
+                return Err(Error::invalid(format!("limits.{name} {number}: it is from {least} to {most}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// With what is out of its range brought to the nearest that is within.
+    pub(crate) fn within(&self) -> Self {
+        let mut limits = self.clone();
+        if let Err(error) = self.check() {
+            tracing::warn!(%error, "a limit is out of its range: the nearest value within holds");
+            for Bound { mut value, range, .. } in limits.bounds() {
+                let number = value.get();
+                if !range.contains(&number) {
+                    value.set(number.clamp(*range.start(), *range.end()));
+                }
+            }
+        }
+        limits
+    }
+
+    fn bounds(&mut self) -> Vec<Bound<'_>> {
+        use Value::{Bytes, Count, Streams, Time};
+        /// In milliseconds, a month: nobody means to wait longer, and clocks can add it.
+        const MONTH: u64 = 30 * 24 * 3600 * 1000;
+        const MANY: u64 = 10_000_000;
+        const MEMORY: u64 = 1 << 48;
+        // So that a new one is not forgotten here.
+        let Self {
+            connections,
+            streams_per_connection,
+            headers,
+            header_bytes,
+            uri_bytes,
+            header_timeout,
+            body_timeout,
+            message_body_bytes,
+            batch_body_bytes,
+            batch_messages,
+            json_body_bytes,
+            refused_body_bytes,
+            subscriptions,
+            topics,
+            memory_bytes,
+            topic_memory_bytes,
+            leases,
+            streams,
+            idempotency_bytes,
+        } = self;
+        let all = [
+            ("connections", Count(connections), 1..=MANY),
+            ("streams_per_connection", Streams(streams_per_connection), 1..=65_536),
+            // Room for so many is made for each request.
+            ("headers", Count(headers), 1..=10_000),
+            // The parser of HTTP/1.1 takes no less; each connection may hold the most.
+            ("header_bytes", Count(header_bytes), 8 << 10..=16 << 20),
+            ("uri_bytes", Count(uri_bytes), 1..=65_534),
+            ("header_timeout", Time(header_timeout), 1..=MONTH),
+            ("body_timeout", Time(body_timeout), 1..=MONTH),
+            ("message_body_bytes", Count(message_body_bytes), 1..=1 << 30),
+            ("batch_body_bytes", Count(batch_body_bytes), 1..=1 << 30),
+            ("batch_messages", Count(batch_messages), 1..=MANY),
+            ("json_body_bytes", Count(json_body_bytes), 1..=1 << 30),
+            ("refused_body_bytes", Bytes(refused_body_bytes), 1..=1 << 30),
+            ("subscriptions", Count(subscriptions), 1..=MANY),
+            ("topics", Count(topics), 1..=MANY),
+            ("memory_bytes", Bytes(memory_bytes), 1..=MEMORY),
+            ("topic_memory_bytes", Bytes(topic_memory_bytes), 1..=MEMORY),
+            ("leases", Count(leases), 1..=MANY),
+            ("streams", Count(streams), 1..=MANY),
+            ("idempotency_bytes", Count(idempotency_bytes), 1..=1 << 30),
+        ];
+        all.into_iter().map(|(name, value, range)| Bound { name, value, range }).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_limit_has_a_range_and_is_brought_into_it() {
+        Limits::default().check().expect("the defaults are within");
+        let names: Vec<(&str, RangeInclusive<u64>)> =
+            Limits::default().bounds().into_iter().map(|bound| (bound.name, bound.range)).collect();
+        assert!(names.iter().all(|(_, range)| *range.start() > 0), "0 would refuse everything");
+        for (index, (name, range)) in names.iter().enumerate() {
+            for (absurd, nearest) in [(0, *range.start()), (u64::MAX, *range.end())] {
+                let mut limits = Limits::default();
+                limits.bounds().into_iter().nth(index).expect("it is there").value.set(absurd);
+                let error = limits.check().expect_err(name);
+                assert!(error.message().contains(name), "{error}");
+                let mut within = limits.within();
+                assert_eq!(within.bounds().into_iter().nth(index).expect("it is there").value.get(), nearest, "{name}");
+                within.check().expect("all are within");
+            }
+        }
+        let limits = Limits { body_timeout: Duration::MAX, ..Limits::default() };
+        assert_eq!(limits.within().body_timeout, Duration::from_secs(30 * 24 * 3600));
     }
 }

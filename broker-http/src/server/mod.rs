@@ -141,7 +141,7 @@ impl Server {
     /// A server over `broker`.
     pub fn new(broker: Arc<dyn Broker>, options: ServerOptions) -> Self {
         let metrics = Arc::<Metrics>::default();
-        let limits = options.limits().clone();
+        let limits = options.limits().within();
         let ledger = Ledger::new(limits.memory_bytes, limits.topic_memory_bytes);
         let given = broker;
         let broker = Metered::over(Arc::clone(&given), &ledger);
@@ -337,12 +337,12 @@ impl Server {
     /// ```
     pub fn set_options(&self, options: ServerOptions) {
         let shared = &self.shared;
-        let limits = options.limits();
+        let limits = options.limits().within();
         shared.ledger.set(limits.memory_bytes, limits.topic_memory_bytes);
         shared.publishers.set_max(limits.topics);
         shared.idempotency.set_max(limits.idempotency_bytes);
         shared.leases.set_max(limits.leases);
-        shared.limits.store(Arc::new(limits.clone()));
+        shared.limits.store(Arc::new(limits));
         shared.gate.set(&options.access());
         shared.publishers.set_topics(options.topics().clone());
         options.instruct(&shared.push_client);

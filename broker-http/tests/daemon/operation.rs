@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tokio::io::AsyncBufReadExt;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 
 use super::{Daemon, command, endpoint, run, soon};
 
@@ -116,6 +116,38 @@ async fn sigterm_ends_what_waits_for_a_silent_broker() {
     let ended = soon(child.wait_with_output()).await.unwrap();
     let said = String::from_utf8(ended.stderr).unwrap();
     assert!(said.contains("SIGTERM") && said.contains("before the broker"), "{said}");
+}
+
+/// It connects to a broker that then says nothing, with a subscription to be made there.
+#[tokio::test]
+async fn sigterm_ends_what_restores_at_a_silent_broker() {
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let broker = format!("http://{}", silent.local_addr().unwrap());
+    let (asked, mut hear) = tokio::sync::mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        let mut kept = Vec::new();
+        while let Ok((mut stream, _)) = silent.accept().await {
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") && stream.read_buf(&mut head).await.unwrap() > 0 {}
+            if head.starts_with(b"GET /readyz") {
+                let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}";
+                stream.write_all(answer).await.unwrap();
+            } else {
+                asked.send(String::from_utf8_lossy(&head).into_owned()).unwrap();
+                kept.push(stream);
+            }
+        }
+    });
+    let config = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(config.path(), "[subscriptions.q]\nfilter = \"a\"\n").unwrap();
+    let path = config.path().to_str().unwrap();
+    let child = command(&["--config", path, "--listen", "127.0.0.1:0", "--broker", &broker]).spawn().unwrap();
+    soon(hear.recv()).await.expect("it is asked for the group");
+    let pid = child.id().unwrap().to_string();
+    assert!(std::process::Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    let ended = soon(child.wait_with_output()).await.unwrap();
+    let said = String::from_utf8(ended.stderr).unwrap();
+    assert!(said.contains("SIGTERM") && said.contains("before the subscriptions"), "{said}");
 }
 
 #[tokio::test]

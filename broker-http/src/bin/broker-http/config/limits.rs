@@ -1,16 +1,10 @@
 //! `[limits]`: the names of [`Limits`], and what each is for.
 
-use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use broker_core::{format_duration, parse_duration};
 use broker_http::Limits;
 use serde::Deserialize;
-
-/// Room for so many is made for each request.
-const HEADERS: RangeInclusive<usize> = 1..=10_000;
-/// The parser of HTTP/1.1 takes no less; each connection may hold the most.
-const HEADER_BYTES: RangeInclusive<usize> = 8 << 10..=16 << 20;
 
 macro_rules! limits {
     (numbers { $($name:ident: $kind:ty = $doc:literal,)* } durations { $($time:ident = $time_doc:literal,)* }) => {
@@ -35,8 +29,7 @@ macro_rules! limits {
                 $(if let Some(text) = &self.$time {
                     limits.$time = positive(concat!("limits.", stringify!($time)), text)?;
                 })*
-                within("headers", limits.headers, HEADERS)?;
-                within("header_bytes", limits.header_bytes, HEADER_BYTES)?;
+                limits.check().map_err(|error| error.message().to_owned())?;
                 Ok(limits)
             }
         }
@@ -54,7 +47,7 @@ macro_rules! limits {
 
 limits! {
     numbers {
-        connections: usize = "connections at a time; one more is answered 503",
+        connections: usize = "connections at a time; one more is answered 503, or with TLS cut",
         streams_per_connection: u32 = "requests at a time on one HTTP/2 connection",
         headers: usize = "headers of a request; more are answered 431",
         header_bytes: usize = "bytes of a request's line and headers; more are answered 431",
@@ -81,11 +74,4 @@ limits! {
 fn positive(key: &str, text: &str) -> Result<Duration, String> {
     let duration = parse_duration(text).map_err(|error| format!("{key}: {}", error.message()))?;
     if duration.is_zero() { Err(format!("{key}: it is longer than zero")) } else { Ok(duration) }
-}
-
-fn within(key: &str, value: usize, range: RangeInclusive<usize>) -> Result<(), String> {
-    if range.contains(&value) {
-        return Ok(());
-    }
-    Err(format!("limits.{key} {value}: it is from {} to {}", range.start(), range.end()))
 }

@@ -174,7 +174,14 @@ async fn serve(args: Args) -> Result<ExitCode, String> {
     connected.map_err(|error| format!("cannot connect to the broker {}: {error}", broker.name()))?;
     let traces = Traces::start(config.otlp.as_ref())?;
     let server = Server::new(broker, traces.of(config.options()?.with_development(development)));
-    server.restore().await.map_err(|error| error.message().to_owned())?;
+    let restored = tokio::select! {
+        restored = server.restore() => restored,
+        signal = signals.end() => {
+            say!("broker-http: {signal}: ended before the subscriptions were restored");
+            return Ok(ExitCode::FAILURE);
+        }
+    };
+    restored.map_err(|error| error.message().to_owned())?;
 
     let mode = if development { ", development mode: for this machine only" } else { "" };
     announce(&listener, &**server.broker(), if tls.is_some() { "https" } else { "http" }, mode);
