@@ -156,6 +156,67 @@ async fn too_many_of_anything_is_told_and_counted() {
     .await;
 }
 
+/// A batch of too many messages or bytes, and JSON that is too long for a subscription or a settlement.
+#[tokio::test]
+async fn batches_and_json_are_bounded() {
+    let running = limited(|limits| {
+        (limits.batch_messages, limits.batch_body_bytes, limits.json_body_bytes) = (3, 1_000, 200);
+    })
+    .await;
+    running.put("a", r#"{"filter":"a"}"#).await;
+    let event = |id: usize, data: &str| {
+        format!(r#"{{"specversion":"1.0","id":"{id}","source":"s","type":"t","data":"{data}"}}"#)
+    };
+    let batch = |count: usize| {
+        let events: Vec<String> = (0..count).map(|id| event(id, "")).collect();
+        format!("[{}]", events.join(","))
+    };
+    let events = [("content-type", "application/cloudevents-batch+json")];
+    let lines = [("content-type", "application/x-ndjson")];
+    let publish = "POST /topics/a";
+    assert!(running.send(publish, &events, batch(3)).await.status < 300);
+    running.send(publish, &events, batch(4)).await.is_problem(413, "3");
+    running.send(publish, &lines, "{\"payload\":1}\n".repeat(4)).await.is_problem(413, "3");
+    running.send(publish, &events, format!("[{}]", event(0, &"x".repeat(1_000)))).await.is_problem(413, "1000");
+    let chunked = [events[0], ("transfer-encoding", "chunked")];
+    let chunks = format!("3e9\r\n{}\r\n0\r\n\r\n", " ".repeat(1_001));
+    running.send(publish, &chunked, &chunks).await.is_problem(413, "1000");
+    running.put("b", &format!(r#"{{"filter":"b","x":"{}"}}"#, "x".repeat(200))).await.is_problem(413, "200");
+    let settle = format!(r#"{{"ack":["{}"]}}"#, "x".repeat(200));
+    running.send("POST /subscriptions/a/settle", &[], settle).await.is_problem(413, "200");
+    assert_eq!(refused(&running, "too_large").await, 6);
+    // What was within the bounds is there, and nothing else.
+    assert_eq!(running.pull("a", "max=100").await.len(), 3);
+}
+
+/// Whoever goes on sending what was refused is not read for ever.
+#[tokio::test]
+async fn a_refused_body_is_not_read_beyond_its_bound() {
+    let running = limited(|limits| {
+        (limits.message_body_bytes, limits.refused_body_bytes) = (1 << 10, 64 << 10);
+    })
+    .await;
+    let mut stream = running.connect().await;
+    let head = "POST /topics/a HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n";
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let chunk = [b"10000\r\n".as_slice(), &vec![b'x'; 64 << 10], b"\r\n"].concat();
+    let mut sent = 0;
+    // What the kernels hold between the two is some megabytes.
+    let cut = soon(async {
+        while sent < 256 << 20 {
+            if stream.write_all(&chunk).await.is_err() {
+                return true;
+            }
+            sent += chunk.len();
+        }
+        false
+    })
+    .await;
+    assert!(cut, "{sent} bytes were read of what was refused");
+    assert_eq!(running.get("/healthz").await.status, 200);
+    refused_at_last(&running, "too_large", 1).await;
+}
+
 #[tokio::test]
 async fn memory_is_bounded_and_consumers_keep_draining() {
     let running = limited(|limits| {
