@@ -68,6 +68,7 @@ async fn beyond_the_lease() -> Result<(), Box<dyn Error>> {
     server.drain(Duration::from_secs(1)).await;
     assert_eq!(reports.len(), 3);
     let waited = reports.iter().find(|report| report.check == "C1").map(|report| report.millis);
+    // That it waited at all, not how fast anything was.
     assert!(waited > Some(1_500), "C1 waits out the lease: {waited:?} ms");
     let bad: Vec<String> = reports.iter().filter(|report| !report.is_good()).map(Report::to_string).collect();
     if bad.is_empty() { Ok(()) } else { Err(bad.join("\n").into()) }

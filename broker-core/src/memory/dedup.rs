@@ -8,7 +8,8 @@ use crate::Receipt;
 
 /// Keys a topic remembers at most; beyond, its oldest are forgotten early.
 const MAX_KEYS: usize = 100_000;
-/// Keys that all topics of a broker remember at most: some hundred bytes each, the key besides.
+/// Keys that all topics of a broker remember at most, but that each may remember one: some hundred bytes
+/// each, the key besides.
 const MAX_ALL_KEYS: usize = 1_000_000;
 /// Ticks between two looks through all topics for keys that were to be forgotten.
 const LOOK: u64 = 1_000;
