@@ -85,13 +85,13 @@ async fn the_message_is_the_one_that_was_signed() {
 #[tokio::test]
 async fn the_extractor_takes_no_push_twice() {
     let [service, _] = services(verifier).await;
-    let push = || signed(SECRET, "1", 10, "42");
-    assert_eq!(send(service, push()).await.status(), StatusCode::OK);
-    let again = send(service, push()).await;
+    let push = signed(SECRET, "1", 10, "42");
+    assert_eq!(send(service, push.clone()).await.status(), StatusCode::OK);
+    let again = send(service, push.clone()).await;
     assert_eq!(again.status(), StatusCode::CONFLICT);
     assert_eq!(again.headers()["retry-after"], "2");
     // Another signature of the same is the same.
-    let stripped = push();
+    let stripped = push;
     let more = format!("v1,aGk= {}", stripped.headers()["webhook-signature"].to_str().unwrap());
     assert_eq!(send(service, with(stripped, "webhook-signature", &more)).await.status(), StatusCode::CONFLICT);
     // The same message, pushed at another time.
@@ -121,25 +121,26 @@ async fn the_layer_knows_what_became_of_a_push() {
         )
         .layer(VerifyLayer::new(verifier()));
     let service = serve(app).await;
-    let done = || signed(SECRET, "1", 10, "42");
-    assert_eq!(send(service, done()).await.status(), StatusCode::OK);
-    assert_eq!(send(service, done()).await.status(), StatusCode::NO_CONTENT);
+    // Each is signed once: a second later it would be another.
+    let done = signed(SECRET, "1", 10, "42");
+    assert_eq!(send(service, done.clone()).await.status(), StatusCode::OK);
+    assert_eq!(send(service, done.clone()).await.status(), StatusCode::NO_CONTENT);
     assert_eq!(calls.load(Ordering::Acquire), 1);
-    let failing = || signed(SECRET, "2", 10, "fail");
+    let failing = signed(SECRET, "2", 10, "fail");
     for _ in 0..2 {
-        assert_eq!(send(service, failing()).await.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        assert_eq!(send(service, failing.clone()).await.status(), StatusCode::INTERNAL_SERVER_ERROR);
     }
     assert_eq!(calls.load(Ordering::Acquire), 3);
 
-    let waiting = || signed(SECRET, "3", 10, "wait");
-    let first = tokio::spawn(send(service, waiting()));
+    let waiting = signed(SECRET, "3", 10, "wait");
+    let first = tokio::spawn(send(service, waiting.clone()));
     while calls.load(Ordering::Acquire) < 4 {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    assert_eq!(send(service, waiting()).await.status(), StatusCode::CONFLICT);
+    assert_eq!(send(service, waiting.clone()).await.status(), StatusCode::CONFLICT);
     gate.notify_one();
     assert_eq!(first.await.unwrap().status(), StatusCode::OK);
-    assert_eq!(send(service, waiting()).await.status(), StatusCode::NO_CONTENT);
+    assert_eq!(send(service, waiting.clone()).await.status(), StatusCode::NO_CONTENT);
     assert_eq!(calls.load(Ordering::Acquire), 4);
 }
 
