@@ -89,8 +89,8 @@ pub enum Overflow {
     /// The publish fails as [`Unavailable`](crate::ErrorKind::Unavailable), naming the group.
     Reject,
     /// The group's oldest undelivered message is dropped and counted, and its reader is told.
-    /// What waits for its time (a delay, a retry) counts and is not dropped: where it fills the bound, the
-    /// message that comes is the oldest that can be.
+    /// What waits for its time (a delay, a retry), waits behind its key or is read again from the past counts
+    /// and is not dropped: where it fills the bound, the message that comes is the oldest that can be.
     DropOldest,
 }
 

@@ -302,3 +302,77 @@ async fn what_is_closed_is_not_altered() {
     assert_eq!(broker.alter_group(&group, GroupOptions::new()).await.unwrap_err().kind(), ErrorKind::Closed);
     assert_eq!(broker.purge_group(&group).await.unwrap_err().kind(), ErrorKind::Closed);
 }
+
+fn bounded(messages: u64, overflow: Overflow) -> GroupOptions {
+    GroupOptions::new().with_backlog(Backlog::default().with_max_messages(messages).unwrap().with_overflow(overflow))
+}
+
+/// Subscriptions that stand still at their bound and drop their oldest, on one filter and on many: each is asked once
+/// what it has settled, whatever the others say.
+#[test]
+fn a_publish_to_many_that_drop_their_oldest_ends() {
+    let (ended, hear) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let (broker, topic) = (MemoryBroker::new(), Topic::new("a.b.c.d.e").unwrap());
+            // All its patterns of single segments, and the topic itself.
+            let filters = (0..32_u32).map(|stars| {
+                let segment =
+                    |place: usize| if stars >> place & 1 == 1 { "*" } else { ["a", "b", "c", "d", "e"][place] };
+                (0..5).map(segment).collect()
+            });
+            let filters: Vec<Vec<&str>> = filters.collect();
+            let mut stalled = Vec::new();
+            for filter in filters.iter().chain(&filters) {
+                let filter: TopicFilter = filter.join(".").parse().unwrap();
+                let options = Subscribe::new().with_options(bounded(1, Overflow::DropOldest));
+                stalled.push(broker.subscribe(&filter, options).await.unwrap());
+            }
+            broker.publish(&topic, Message::new("held")).await.unwrap();
+            let mut held = Vec::new();
+            for subscription in &mut stalled {
+                held.push(subscription.next().await.unwrap().expect("open"));
+            }
+            let receipt = broker.publish(&topic, Message::new("dropped")).await.unwrap();
+            assert_eq!(receipt.matched, Some(64));
+            ended.send(()).unwrap();
+        });
+    });
+    hear.recv_timeout(Duration::from_secs(20)).expect("a publish that ends");
+}
+
+/// Room that something made by expiring is told to whoever waits for it, also if a look at the numbers found it.
+#[tokio::test]
+async fn dead_letters_that_wait_hear_of_what_expired() {
+    let (broker, topic, dead) = (MemoryBroker::new(), Topic::new("a").unwrap(), Topic::new("dead.g").unwrap());
+    broker.create_group(&"q@dead.g".parse().unwrap(), bounded(1, Overflow::Wait)).await.unwrap();
+    let mut failing = broker.subscribe(&(&topic).into(), Subscribe::group("g".parse().unwrap())).await.unwrap();
+    broker.publish(&dead, Message::new("passing").with_ttl(Duration::from_millis(20))).await.unwrap();
+    broker.publish(&topic, Message::new("letter")).await.unwrap();
+    failing.next().await.unwrap().expect("open").reject("no").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(broker.status().await.unwrap().group(&"q@dead.g".parse().unwrap()).unwrap().counts.expired, 1);
+    let mut letters = broker.subscribe(&(&dead).into(), Subscribe::group("q".parse().unwrap())).await.unwrap();
+    assert_eq!(soon(letters.next()).await.unwrap().expect("open").message().payload().as_ref(), b"letter");
+}
+
+/// The place that a deleted group had in the log is another's: its member is told nothing of that one's losses.
+#[tokio::test]
+async fn a_member_of_a_deleted_group_is_told_of_no_gap() {
+    let (broker, topic) = (MemoryBroker::new(), Topic::new("a").unwrap());
+    let (first, second): (Group, Group) = ("g@a".parse().unwrap(), "h@a".parse().unwrap());
+    broker.create_group(&first, bounded(1, Overflow::DropOldest)).await.unwrap();
+    let mut member = broker.subscribe(&(&topic).into(), Subscribe::group("g".parse().unwrap())).await.unwrap();
+    for _ in 0..3 {
+        broker.publish(&topic, Message::new("")).await.unwrap();
+    }
+    assert_eq!(member.gap(), Some(Gap::Lost(2)));
+    broker.delete_group(&first).await.unwrap();
+    assert_eq!(member.gap(), None);
+    broker.create_group(&second, bounded(1, Overflow::DropOldest)).await.unwrap();
+    for _ in 0..9 {
+        broker.publish(&topic, Message::new("")).await.unwrap();
+    }
+    assert_eq!(member.gap(), None);
+}

@@ -98,7 +98,7 @@ const WAITING: usize = 4;
 /// Filters of which nothing is delayed, so that what is retained is in the order of publishing.
 const LATE: [&str; 3] = ["a.x", "a.>", "c"];
 /// Name, filter, whether it is ordered, its bound and what happens at it.
-const GROUPS: [(&str, &str, bool, u64, Overflow); 10] = [
+const GROUPS: [(&str, &str, bool, u64, Overflow); 11] = [
     ("one", "a.x", false, u64::MAX, Overflow::Wait),
     ("two", "a.x", true, u64::MAX, Overflow::Wait),
     ("all", "a.>", false, u64::MAX, Overflow::Wait),
@@ -109,6 +109,7 @@ const GROUPS: [(&str, &str, bool, u64, Overflow); 10] = [
     ("tight", "c", false, 10, Overflow::Reject),
     ("slow", "d", false, 5, Overflow::Wait),
     ("slower", "*", true, 3_000, Overflow::DropOldest),
+    ("older", "c", false, 5, Overflow::DropOldest),
 ];
 /// Messages a topic retains, where it does.
 const RETAINED: usize = 30;
@@ -353,7 +354,7 @@ impl World {
     fn append(&mut self, topic: usize, number: u64, held: Held, expired: bool) {
         let place = self.places.len() as u64;
         self.places.insert(number, place);
-        let dropping: Vec<usize> = [6, 9].into_iter().filter_map(|index| self.full(index)).collect();
+        let dropping: Vec<usize> = [6, 9, 10].into_iter().filter_map(|index| self.full(index)).collect();
         for oracle in self.matching(topic) {
             let drops = dropping.contains(&oracle);
             let oracle = &mut self.oracles[oracle];

@@ -58,8 +58,11 @@ pub(super) struct LogState {
     /// is worth making.
     burst: usize,
     last_burst: usize,
-    /// When it is worth looking for what has expired.
+    /// When it is worth looking for what has expired: when the first does, and not too soon after the last look.
     expiry: Option<Timestamp>,
+    look_from: Option<Timestamp>,
+    /// Topics whose publishes may go on because something expired.
+    resumed: Vec<Arc<TopicState>>,
     readers: Slab<Reader>,
     /// Readers whose group has several members.
     crowds: usize,
@@ -96,8 +99,6 @@ struct Reader {
     crowd: bool,
     /// Entries dropped because the group was at its bound.
     dropped: u64,
-    /// Whether it drops for the next entry though something is in hand.
-    drops: bool,
     /// Entries that expired before it came to them.
     expired: u64,
     /// Its place in `waiting`, if it is listed there.
@@ -150,12 +151,13 @@ impl LogState {
     }
 
     pub(super) fn has_room(&mut self, size: u64) -> bool {
-        matches!(self.room(size), Room::Free)
+        matches!(self.room(size, &[]), Room::Free)
     }
 
     /// Whether an entry of `size` bytes can be appended. Where a group drops its oldest it does so then,
-    /// and not for an entry that another refuses.
-    pub(super) fn room(&mut self, size: u64) -> Room {
+    /// and not for an entry that another refuses; if it holds anything, it is among the `asked`, which had
+    /// no settlements to tell.
+    pub(super) fn room(&mut self, size: u64, asked: &[Arc<Group>]) -> Room {
         if self.room > 0 && self.room_bytes >= size {
             return Room::Free;
         }
@@ -168,8 +170,8 @@ impl LogState {
             if left > 0 && left_bytes >= size {
                 (room, room_bytes) = (room.min(left), room_bytes.min(left_bytes));
             } else if self.expiry.is_some() && self.expire(Timestamp::now()) {
-                return self.room(size);
-            } else if let Some((group, overflow)) = self.at_bound(key) {
+                return self.room(size, asked);
+            } else if let Some((group, overflow)) = self.at_bound(key, asked) {
                 self.blocker = key;
                 return Room::Full(group, overflow);
             } else {
@@ -192,19 +194,13 @@ impl LogState {
     }
 
     /// The group of a reader that is at its bound, unless it is to drop what is before it.
-    fn at_bound(&mut self, key: usize) -> Option<(Arc<Group>, Overflow)> {
-        let reader = self.readers.get_mut(key)?;
+    fn at_bound(&self, key: usize, asked: &[Arc<Group>]) -> Option<(Arc<Group>, Overflow)> {
+        let reader = self.readers.get(key)?;
         let overflow = reader.backlog.overflow();
         // What it holds may have been settled without a word.
-        let drops = overflow == Overflow::DropOldest && (reader.held == 0 || std::mem::take(&mut reader.drops));
+        let was_asked = || asked.iter().any(|group| Arc::ptr_eq(group, &reader.group));
+        let drops = overflow == Overflow::DropOldest && (reader.held == 0 || was_asked());
         (!drops).then(|| (Arc::clone(&reader.group), overflow))
-    }
-
-    /// The group of a reader that drops its oldest has nothing to tell: it drops for the next entry.
-    pub(super) fn set_drops(&mut self, key: usize) {
-        if let Some(reader) = self.readers.get_mut(key) {
-            reader.drops = true;
-        }
     }
 
     fn make_way(&mut self, size: u64) {
@@ -349,7 +345,6 @@ impl LogState {
             backlog,
             crowd: false,
             dropped: 0,
-            drops: false,
             expired: 0,
             place: None,
             tell_at: 0,
@@ -537,9 +532,8 @@ impl LogState {
     }
 
     fn freed(&mut self, key: usize) -> Vec<Arc<TopicState>> {
-        if self.stalled.is_empty() {
-            return Vec::new();
-        }
-        self.stalled.extract_if(.., |(blocker, _)| *blocker == key).map(|(_, topic)| topic).collect()
+        let mut topics = self.take_resumed();
+        topics.extend(self.stalled.extract_if(.., |(blocker, _)| *blocker == key).map(|(_, topic)| topic));
+        topics
     }
 }

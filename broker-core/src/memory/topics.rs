@@ -256,6 +256,12 @@ impl TopicState {
         let mut after = After::default();
         let mut message = Some(message);
         let mut inner = self.state.lock();
+        if inner.unheard > 0 {
+            // Nobody looks for those that wait whether something has expired.
+            drop(inner);
+            self.resume(shared, false);
+            inner = self.state.lock();
+        }
         match inner.admit_in_turn(self, shared, &mut message, false, &mut after) {
             Some(Ok(_)) => {}
             Some(Err(error)) => {
@@ -301,6 +307,8 @@ impl TopicState {
         drop(inner);
         wakers.into_iter().for_each(Waker::wake);
         let full = after.full.take();
+        // It may be called with the registry locked.
+        after.look = false;
         after.run(shared);
         full
     }
@@ -417,15 +425,20 @@ impl Inner {
         {
             return Some(Ok(first));
         }
+        // Of groups that drop their oldest: they have told all they had.
+        let mut asked = SmallVec::<[Arc<Group>; 2]>::new();
         let (matched, retained) = loop {
-            match self.append(topic, shared, message, after) {
+            match self.append(topic, shared, message, &asked, after) {
                 Ok(appended) => break appended,
                 // A batch tells its acks when it is done; at the bound they are asked for.
                 Err(Full::Wait(group)) if !group.make_room(true, after.insist, &mut after.resume) => {
                     after.full = Some(group);
                     return None;
                 }
-                Err(Full::Drop(group)) if !group.make_room(false, true, &mut after.resume) => group.drop_for_next(),
+                Err(Full::Drop(group)) => {
+                    group.tell_all(&mut after.resume);
+                    asked.push(group);
+                }
                 Err(Full::Reject(group)) if !group.make_room(false, true, &mut after.resume) => {
                     return Some(Err(group.full()));
                 }
@@ -464,6 +477,7 @@ impl Inner {
         topic: &Arc<TopicState>,
         shared: &Shared,
         message: &mut Option<Message>,
+        asked: &[Arc<Group>],
         after: &mut After,
     ) -> Result<(usize, Option<Arc<Entry>>), Full> {
         let retains = shared.options.retention.is_some();
@@ -474,7 +488,7 @@ impl Inner {
                 let mut log = log.lock();
                 // Whoever must wait now is overtaken by nobody.
                 log.set_direct(None);
-                check(&mut log, topic, size)?;
+                check(&mut log, topic, size, asked, &mut after.resume)?;
                 log.set_direct(self.waiting.is_empty().then_some(self.version));
                 log.append(&topic.topic, message, size, &mut after.wake);
                 after.cooperate |= log.has_crowd();
@@ -486,7 +500,7 @@ impl Inner {
                 let mut logs: SmallVec<[MutexGuard<'_, LogState>; 4]> =
                     logs.into_iter().map(|log| log.lock()).collect();
                 for log in &mut logs {
-                    check(log, topic, size)?;
+                    check(log, topic, size, asked, &mut after.resume)?;
                 }
                 let entry = message.take().map(|message| {
                     let place = retains.then(|| shared.place(&message));
@@ -502,8 +516,16 @@ impl Inner {
     }
 }
 
-fn check(log: &mut LogState, topic: &Arc<TopicState>, size: u64) -> Result<(), Full> {
-    match log.room(size) {
+fn check(
+    log: &mut LogState,
+    topic: &Arc<TopicState>,
+    size: u64,
+    asked: &[Arc<Group>],
+    resume: &mut Vec<Arc<TopicState>>,
+) -> Result<(), Full> {
+    let room = log.room(size, asked);
+    resume.append(&mut log.take_resumed());
+    match room {
         Room::Free => Ok(()),
         Room::Full(group, Overflow::Reject) => Err(Full::Reject(group)),
         Room::Full(group, Overflow::DropOldest) => Err(Full::Drop(group)),

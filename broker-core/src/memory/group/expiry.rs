@@ -15,7 +15,7 @@ const MESSAGES_A_MILLI: usize = 4_096;
 impl Group {
     /// When something the group has is known to expire, if anything: its publishers look again then.
     pub(in crate::memory) fn next_expiry(&self) -> Option<Timestamp> {
-        let held = self.state.lock().expiry;
+        let held = self.state.lock().next_expiry();
         earlier(held, self.log.lock().next_expiry())
     }
 
@@ -30,7 +30,7 @@ impl Group {
     /// Discards what has expired of what is ready, due later, or waits behind its key; what is in flight
     /// is its member's. Does nothing if the last look was too recent for its cost.
     pub(super) fn expire(&self, state: &mut State, now: Timestamp, change: &mut Change) {
-        if state.expiry.is_none_or(|look| look > now) {
+        if state.next_expiry().is_none_or(|look| look > now) {
             return;
         }
         let behind = state.lanes.take_expired(now);
@@ -51,6 +51,10 @@ impl State {
         self.expiry = earlier(self.expiry, queued.entry.message.expires_at());
     }
 
+    fn next_expiry(&self) -> Option<Timestamp> {
+        self.expiry.max(self.look_from.filter(|_| self.expiry.is_some()))
+    }
+
     /// Takes what has expired of what is not behind another message, and finds when to look again.
     fn take_expired(&mut self, now: Timestamp) -> VecDeque<Queued> {
         let mut taken = take_expired(&mut self.ready, now);
@@ -66,7 +70,7 @@ impl State {
         let mut count = 0;
         let first = held.inspect(|_| count += 1).filter_map(|queued| queued.entry.message.expires_at()).min();
         let pause = Duration::from_millis((count / MESSAGES_A_MILLI) as u64);
-        self.expiry = first.map(|first| first.max(now.after(pause)));
+        (self.expiry, self.look_from) = (first, Some(now.after(pause)));
         taken
     }
 }

@@ -41,7 +41,7 @@ impl Group {
         state.last_member += 1;
         let id = state.last_member;
         state.members.push(Member { id, max_in_flight, in_flight: 0, waker: None, full: false, woken: false });
-        self.log.lock().set_crowd(self.reader(), state.members.len() > 1);
+        self.tell_crowd(&state);
         id
     }
 
@@ -50,7 +50,7 @@ impl Group {
         let mut state = self.state.lock();
         let mut after = After::default();
         state.members.retain(|member| member.id != id);
-        self.log.lock().set_crowd(self.reader(), state.members.len() > 1);
+        self.tell_crowd(&state);
         // It may have been woken for messages that nobody else knows of.
         state.wake_one(&mut after);
         state.timekeeper.take_if(|keeper| *keeper == id);
@@ -59,6 +59,13 @@ impl Group {
         self.finish(state, after);
         self.tell_drain();
         last
+    }
+
+    fn tell_crowd(&self, state: &State) {
+        // The place of a deleted group in the log may be another's by now.
+        if !state.deleted {
+            self.log.lock().set_crowd(self.reader(), state.members.len() > 1);
+        }
     }
 
     /// A member no longer waits: what it was woken for goes to another.
@@ -143,9 +150,13 @@ impl Group {
         while taken < window && looked_at < MAX_INTAKE {
             if !state.ready.is_empty() {
                 taken += self.hand_out_ready(state, id, (window - taken).min(MAX_BATCH), batches, after);
-                if state.reaches_gap() && taken > 0 {
-                    // It comes after what was received when it is told.
-                    break;
+                if state.reaches_gap() {
+                    if taken > 0 {
+                        // It comes after what was received when it is told.
+                        break;
+                    }
+                    // Who has nothing from before begins after it.
+                    state.gap = None;
                 }
                 continue;
             }
@@ -292,11 +303,15 @@ impl Group {
     /// What was lost since this was last asked.
     pub(in crate::memory) fn gap(&self) -> Option<Gap> {
         let mut state = self.state.lock();
+        if state.deleted {
+            // Its place in the log may be another's by now.
+            return None;
+        }
         if let Some(gap) = state.gap.take() {
             return Some(gap);
         }
         let dropped = self.log.lock().dropped(self.reader());
-        let lost = dropped - std::mem::replace(&mut state.lost, dropped);
+        let lost = dropped.saturating_sub(std::mem::replace(&mut state.lost, dropped));
         (lost > 0).then_some(Gap::Lost(lost))
     }
 }

@@ -70,6 +70,7 @@ impl Group {
                 untold: false,
                 lanes: Lanes::default(),
                 expiry: None,
+                look_from: None,
                 story: None,
                 members: Vec::new(),
                 last_member: 0,
@@ -222,6 +223,7 @@ impl Group {
         self.expire_all(&mut state, now, &mut after);
         let mut log = self.log.lock();
         log.expire(now);
+        after.resume.append(&mut log.take_resumed());
         let (unread, held) = (log.unread(self.reader()), log.held_by(self.reader()));
         let (dropped, expired) = (log.dropped(self.reader()), log.expired(self.reader()));
         drop(log);

@@ -54,9 +54,12 @@ impl Group {
         progress
     }
 
-    /// A publish found the group at its bound, with no room to be made: it drops its oldest for that.
-    pub(in crate::memory) fn drop_for_next(&self) {
-        self.log.lock().set_drops(self.reader());
+    /// A publish is about to have the group drop its oldest: looks for settlements that were not told. Where
+    /// each tells there are none, so that a reader that stands still is looked through once.
+    pub(in crate::memory) fn tell_all(&self, resume: &mut Vec<Arc<TopicState>>) {
+        if !self.is_asked() {
+            self.make_room(true, true, resume);
+        }
     }
 
     /// Settles one delivery in full view: all but an ack that nobody asks for, and the last of a

@@ -29,8 +29,10 @@ pub(super) struct State {
     /// Whether members wait that know of no timer.
     pub(super) untold: bool,
     pub(super) lanes: Lanes,
-    /// When it is worth looking for what has expired of all these.
+    /// When it is worth looking for what has expired of all these: when the first does, and not too soon after
+    /// the last look.
     pub(super) expiry: Option<Timestamp>,
+    pub(super) look_from: Option<Timestamp>,
     /// The last that was told of a failure: the next may be the same.
     pub(super) story: Option<Arc<Story>>,
     pub(super) members: Vec<Member>,

@@ -1,12 +1,14 @@
 //! What has expired leaves the log wherever it stands: it fills no backlog, and keeps no publisher out.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::{LogState, Reader};
 use crate::Timestamp;
 use crate::memory::entry::{Segment, is_expired};
 use crate::memory::run::{MAX_SEGMENT, Run};
+use crate::memory::topics::TopicState;
 
 /// Entries set aside for what is left of a run, so that few runs hold what is left of many.
 const REST: usize = 64;
@@ -34,12 +36,12 @@ impl LogState {
     /// Takes out what has expired by `now`, and counts it for every reader before which it stood. False
     /// if there was nothing, or if the last look was too recent for its cost.
     pub(in crate::memory) fn expire(&mut self, now: Timestamp) -> bool {
-        if self.expiry.is_none_or(|look| look > now) {
+        if self.next_expiry().is_none_or(|look| look > now) {
             return false;
         }
         let mut removed = Removed::default();
         let runs = std::mem::take(&mut self.runs);
-        let cost = Duration::from_millis((runs.len() / RUNS_A_MILLI) as u64);
+        let cost = Duration::from_millis(((runs.len() + self.readers.len()) / RUNS_A_MILLI) as u64);
         for mut run in runs {
             if run.expiry().is_none_or(|expiry| expiry > now) {
                 run.base -= removed.0.len() as u64;
@@ -48,15 +50,25 @@ impl LogState {
                 keep_rest(&run, now, &mut self.runs, &mut removed);
             }
         }
-        let first = self.runs.iter().filter_map(Run::expiry).min();
-        self.expiry = first.map(|first| first.max(now.after(cost)));
+        self.expiry = self.runs.iter().filter_map(Run::expiry).min();
+        self.look_from = Some(now.after(cost));
+        if removed.0.is_empty() {
+            return false;
+        }
         self.renumber(&removed);
-        !removed.0.is_empty()
+        // Any reader may have room now, not only the one that was found at its bound.
+        self.resumed.extend(self.stalled.drain(..).map(|(_, topic)| topic));
+        true
     }
 
     /// When [`expire`](Self::expire) is worth calling again.
     pub(in crate::memory) fn next_expiry(&self) -> Option<Timestamp> {
-        self.expiry
+        self.expiry.max(self.look_from.filter(|_| self.expiry.is_some()))
+    }
+
+    /// Topics that may go on since something expired: to be resumed once no lock is held.
+    pub(in crate::memory) fn take_resumed(&mut self) -> Vec<Arc<TopicState>> {
+        std::mem::take(&mut self.resumed)
     }
 
     /// How many entries expired before a reader came to them.
