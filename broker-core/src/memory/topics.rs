@@ -17,7 +17,7 @@ use super::Shared;
 use super::dedup::Window;
 use super::entry::Entry;
 use super::entry::Place;
-use super::group::Group;
+use super::group::{Group, Roused};
 use super::history::History;
 use super::log::{Log, LogState, Room, Wake};
 use super::run::MAX_SEGMENT;
@@ -69,7 +69,7 @@ struct Waiting {
 #[derive(Default)]
 struct After {
     wake: Wake,
-    resume: Vec<Arc<TopicState>>,
+    roused: Roused,
     /// Whether a full group is to tell each settlement.
     insist: bool,
     /// The group for which a publish waits.
@@ -87,11 +87,12 @@ impl After {
             let now = shared.clock.tick();
             shared.all_topics().iter().for_each(|topic| topic.forget_keys(now));
         }
-        if self.wake.is_empty() && self.resume.is_empty() {
+        if self.wake.is_empty() && self.roused.topics.is_empty() && self.roused.members.is_empty() {
             return;
         }
         self.wake.into_iter().for_each(|group| group.notify());
-        self.resume.into_iter().for_each(|topic| drop(topic.resume(shared, false)));
+        self.roused.members.into_iter().for_each(Waker::wake);
+        self.roused.topics.into_iter().for_each(|topic| drop(topic.resume(shared, false)));
     }
 }
 
@@ -431,15 +432,15 @@ impl Inner {
             match self.append(topic, shared, message, &asked, after) {
                 Ok(appended) => break appended,
                 // A batch tells its acks when it is done; at the bound they are asked for.
-                Err(Full::Wait(group)) if !group.make_room(true, after.insist, &mut after.resume) => {
+                Err(Full::Wait(group)) if !group.make_room(true, after.insist, &mut after.roused) => {
                     after.full = Some(group);
                     return None;
                 }
                 Err(Full::Drop(group)) => {
-                    group.tell_all(&mut after.resume);
+                    group.tell_all(&mut after.roused);
                     asked.push(group);
                 }
-                Err(Full::Reject(group)) if !group.make_room(false, true, &mut after.resume) => {
+                Err(Full::Reject(group)) if !group.make_room(false, true, &mut after.roused) => {
                     return Some(Err(group.full()));
                 }
                 Err(_) => {}
@@ -488,7 +489,7 @@ impl Inner {
                 let mut log = log.lock();
                 // Whoever must wait now is overtaken by nobody.
                 log.set_direct(None);
-                check(&mut log, topic, size, asked, &mut after.resume)?;
+                check(&mut log, topic, size, asked, &mut after.roused)?;
                 log.set_direct(self.waiting.is_empty().then_some(self.version));
                 log.append(&topic.topic, message, size, &mut after.wake);
                 after.cooperate |= log.has_crowd();
@@ -500,7 +501,7 @@ impl Inner {
                 let mut logs: SmallVec<[MutexGuard<'_, LogState>; 4]> =
                     logs.into_iter().map(|log| log.lock()).collect();
                 for log in &mut logs {
-                    check(log, topic, size, asked, &mut after.resume)?;
+                    check(log, topic, size, asked, &mut after.roused)?;
                 }
                 let entry = message.take().map(|message| {
                     let place = retains.then(|| shared.place(&message));
@@ -521,10 +522,10 @@ fn check(
     topic: &Arc<TopicState>,
     size: u64,
     asked: &[Arc<Group>],
-    resume: &mut Vec<Arc<TopicState>>,
+    roused: &mut Roused,
 ) -> Result<(), Full> {
     let room = log.room(size, asked);
-    resume.append(&mut log.take_resumed());
+    roused.topics.append(&mut log.take_resumed());
     match room {
         Room::Free => Ok(()),
         Room::Full(group, Overflow::Reject) => Err(Full::Reject(group)),

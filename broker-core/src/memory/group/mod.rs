@@ -24,6 +24,7 @@ use crate::{Counts, DeadLetter, Error, Group as GroupId, GroupSettings, Timestam
 
 pub(super) use self::expiry::take_expired;
 pub(super) use self::members::Received;
+pub(super) use self::settlement::Roused;
 use self::state::{After, Change, State};
 
 pub(super) struct Group {

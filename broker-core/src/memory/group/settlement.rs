@@ -15,6 +15,13 @@ use crate::{DeadLetter, Deliveries, Failure, Message, Settle, Settlement, Timest
 use super::Group;
 use super::state::{After, Change, State};
 
+/// Who is to be told that a group has room or messages, once no lock is held.
+#[derive(Default)]
+pub(in crate::memory) struct Roused {
+    pub(in crate::memory) topics: Vec<Arc<TopicState>>,
+    pub(in crate::memory) members: SmallVec<[Waker; 2]>,
+}
+
 impl Group {
     /// Whether somebody waits for settlements.
     pub(in crate::memory) fn is_asked(&self) -> bool {
@@ -32,7 +39,7 @@ impl Group {
     /// Who is at work on a batch tells when it is done, or when it comes for the next: told one by
     /// one, each ack would wake a publisher for one message. Unless the publish `insists`; then, or
     /// if nobody is at work, each settlement tells from now on, if the publish will `wait`.
-    pub(in crate::memory) fn make_room(&self, wait: bool, insist: bool, resume: &mut Vec<Arc<TopicState>>) -> bool {
+    pub(in crate::memory) fn make_room(&self, wait: bool, insist: bool, roused: &mut Roused) -> bool {
         let mut state = self.state.lock();
         let at_work = !state.members.is_empty() && state.members.iter().all(|member| member.waker.is_none());
         if wait && !insist && at_work {
@@ -49,16 +56,17 @@ impl Group {
         if progress {
             state.wake_for_ready(&mut after);
         }
-        resume.append(&mut after.resume);
-        self.finish(state, after);
+        // The publish holds its topic: nobody is woken before it lets go of it.
+        roused.topics.append(&mut after.resume);
+        roused.members.append(&mut after.wakers);
         progress
     }
 
     /// A publish is about to have the group drop its oldest: looks for settlements that were not told. Where
     /// each tells there are none, so that a reader that stands still is looked through once.
-    pub(in crate::memory) fn tell_all(&self, resume: &mut Vec<Arc<TopicState>>) {
+    pub(in crate::memory) fn tell_all(&self, roused: &mut Roused) {
         if !self.is_asked() {
-            self.make_room(true, true, resume);
+            self.make_room(true, true, roused);
         }
     }
 
