@@ -115,6 +115,27 @@ fn what_waits_for_its_time_costs_little_beside_its_message() {
     }
 }
 
+/// A key that is remembered for deduplication costs what its documentation says.
+#[test]
+fn a_deduplication_key_costs_a_few_hundred_bytes() {
+    const COUNT: usize = 50_000;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let broker = Connectors::new().open("memory:").unwrap();
+    let topic = Topic::new("bench.keys").unwrap();
+    let remembered = allocation_counter::measure(|| {
+        runtime.block_on(async {
+            for number in 0..COUNT {
+                let message = Message::new("").with_dedup_key(format!("{number:036}")).unwrap();
+                broker.publish(&topic, message).await.unwrap();
+            }
+        });
+    });
+    let key = remembered.bytes_current as f64 / COUNT as f64;
+    println!("{key:.0} bytes a key of 36");
+    assert!(key > 36.0, "nothing was counted: another thread did the work");
+    assert!(key <= 300.0, "{key} bytes a key of 36");
+}
+
 /// Publishes so many messages that are to wait, after the first delivery if it is settled so, and looks
 /// for one that does not.
 async fn wait_in(

@@ -4,8 +4,8 @@
 //! the number of groups; each group reads with a cursor (`group`), hands out runs of entries
 //! (`batch`), and keeps beside the log only what was retried, delayed or ordered behind its key
 //! (`wheel`, `lanes`). What has expired is taken out of both where somebody asks for its room, or for
-//! numbers (`log::expiry`, `group::expiry`). A topic knows the logs it is appended to and the publishes that wait for
-//! room (`topics`).
+//! numbers (`log::expiry`, `group::expiry`). A topic knows the logs it is appended to and the
+//! publishes that wait for room (`topics`).
 //!
 //! Locks are taken in this order and no other: registry, topic, group, log.
 

@@ -26,8 +26,8 @@ pub struct MemoryOptions {
     /// What every topic retains for who comes later (default nothing).
     pub retention: Option<Retention>,
     /// How long a deduplication key is remembered (default 2 minutes). A topic remembers 100,000 keys at
-    /// most, and all topics together 1,000,000 (some 300 bytes each) and one a topic beyond: where more are published within this
-    /// time, the topic's oldest are forgotten early.
+    /// most, and all topics together 1,000,000 and one a topic beyond (a key of 36 bytes takes some 200):
+    /// where more are published within this time, the topic's oldest are forgotten early, uncounted.
     pub dedup_window: Duration,
     /// Dead letters a group keeps at most (default 10,000).
     pub max_dead_letters: usize,

@@ -15,8 +15,7 @@ use tokio::time::timeout;
 
 use super::Shared;
 use super::dedup::Window;
-use super::entry::Entry;
-use super::entry::Place;
+use super::entry::{Entry, Place};
 use super::group::{Group, Roused};
 use super::history::History;
 use super::log::{Log, LogState, Room, Wake};

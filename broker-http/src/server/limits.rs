@@ -69,7 +69,7 @@ pub struct Limits {
     pub leases: usize,
     /// Streams (server-sent events) at a time.
     pub streams: usize,
-    /// Bytes of answers kept for repeated idempotency keys, about 270 for one message's: each is kept
+    /// Bytes of answers kept for repeated idempotency keys, about 310 for one message's: each is kept
     /// for a day, or from 10 minutes on until a newer one needs its room. Where all are younger a new
     /// key is refused with 503.
     pub idempotency_bytes: usize,

@@ -23,6 +23,9 @@ impl Group {
     pub(super) fn expire_all(&self, state: &mut State, now: Timestamp, after: &mut After) {
         let mut change = Change::default();
         self.expire(state, now, &mut change);
+        if change.messages == 0 {
+            return;
+        }
         self.apply(change, after);
         state.wake_for_ready(after);
     }
