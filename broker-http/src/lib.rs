@@ -15,6 +15,15 @@ mod tls;
 mod traces;
 pub mod webhook;
 
+/// Ways to the decoders in here, and what must hold of what they decode: for `fuzz/`, which alone builds
+/// with `--cfg fuzzing`.
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    pub use crate::client::fuzzing::daemon_answer;
+    pub use crate::push::fuzzing::{consent_answer, push_answer};
+    pub use crate::server::fuzzing::{frame, pull, redrive, settlements, state};
+}
+
 pub use attributes::AttributeFilter;
 pub use push::PushTls;
 pub use server::{

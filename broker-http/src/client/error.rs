@@ -8,10 +8,10 @@ use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 
 /// A wait the daemon asks for is believed up to here.
-const MAX_RETRY_AFTER: Duration = Duration::from_secs(3600);
+pub(super) const MAX_RETRY_AFTER: Duration = Duration::from_secs(3600);
 
 /// Characters of a detail that are kept: it comes from outside.
-const MAX_DETAIL: usize = 1_000;
+pub(super) const MAX_DETAIL: usize = 1_000;
 
 /// Problem details (RFC 9457), as far as we read them.
 #[derive(Debug, Default, Deserialize)]

@@ -273,7 +273,7 @@ pub(super) async fn release_all(lane: &Lane, within: Duration) {
 }
 
 #[derive(Debug, Default, Serialize)]
-struct Body<'a> {
+pub(super) struct Body<'a> {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     ack: Vec<&'a str>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -312,7 +312,7 @@ struct Extend<'a> {
 }
 
 impl<'a> Body<'a> {
-    fn of(unsettled: &'a [Unsettled]) -> Self {
+    pub(super) fn of(unsettled: &'a [Unsettled]) -> Self {
         let mut body = Self::default();
         for Unsettled { lease, settlement, .. } in unsettled {
             match settlement {

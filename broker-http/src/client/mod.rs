@@ -19,6 +19,8 @@ mod pulling;
 mod shared;
 mod wire;
 
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
 #[cfg(test)]
 mod tests;
 

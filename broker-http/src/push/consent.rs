@@ -85,7 +85,7 @@ pub(crate) async fn ask(
 }
 
 /// What an answer consents to.
-fn read(headers: &HeaderMap, origin: &HeaderValue) -> Result<Option<f64>, String> {
+pub(super) fn read(headers: &HeaderMap, origin: &HeaderValue) -> Result<Option<f64>, String> {
     let allowed =
         headers.get(ALLOWED_ORIGIN).ok_or("its answer has no WebHook-Allowed-Origin")?.as_bytes().trim_ascii();
     if allowed != b"*" && !allowed.eq_ignore_ascii_case(origin.as_bytes()) {

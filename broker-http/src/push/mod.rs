@@ -31,6 +31,9 @@ mod trust;
 mod verdict;
 mod window;
 
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
+
 pub use attempts::Attempt;
 pub use client::{PushClient, Resolve};
 pub use guard::{Allowed, Guard};

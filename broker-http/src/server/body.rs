@@ -183,6 +183,15 @@ pub(crate) async fn json<T: serde::de::DeserializeOwned>(
     shared: &Shared,
 ) -> Answer<Option<T>> {
     let (bytes, _reservation) = collect(headers, body, shared.limits().json_body_bytes, shared).await?;
+    read_json(&bytes)
+}
+
+/// The JSON of a body; an empty one is `None`.
+///
+/// # Errors
+///
+/// 400 that says where it is not what was expected.
+pub(crate) fn read_json<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Answer<Option<T>> {
     if bytes.is_empty() {
         return Ok(None);
     }
@@ -190,7 +199,7 @@ pub(crate) async fn json<T: serde::de::DeserializeOwned>(
     if bytes.trim_ascii_start().first() == Some(&b'[') {
         return Err(Problem::invalid("the JSON: an object is expected"));
     }
-    let mut reader = serde_json::Deserializer::from_slice(&bytes);
+    let mut reader = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
         let path = error.path().to_string();
         let why = error.into_inner();

@@ -2,7 +2,7 @@
 
 // What a request meets first.
 mod access;
-mod body;
+pub(crate) mod body;
 mod inflate;
 mod limits;
 mod listen;
@@ -18,7 +18,7 @@ mod wire;
 // Publishing.
 mod idempotency;
 mod lines;
-mod publish;
+pub(crate) mod publish;
 mod publishers;
 
 // Subscribing.
@@ -26,7 +26,7 @@ mod asked;
 mod consent;
 mod groups;
 mod leases;
-mod pull;
+pub(crate) mod pull;
 mod registry;
 mod socket;
 mod state;
@@ -39,6 +39,9 @@ mod ops;
 
 mod options;
 mod routes;
+
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
 
 use std::collections::BTreeMap;
 use std::io;

@@ -330,7 +330,7 @@ pub(crate) fn write_problem(json: &mut Vec<u8>, problem: &Problem) {
 
 /// By hand, since this is on the way of every publish: a topic needs no escaping, and an id, which has
 /// no control characters, seldom.
-fn write_receipt(json: &mut Vec<u8>, topic: &Topic, receipt: &Receipt) {
+pub(crate) fn write_receipt(json: &mut Vec<u8>, topic: &Topic, receipt: &Receipt) {
     json.extend_from_slice(b"{\"id\":\"");
     let begin = json.len();
     // Writing to a vector cannot fail.

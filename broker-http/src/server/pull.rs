@@ -26,9 +26,9 @@ use super::{Shared, body};
 use crate::event::{Envelope, json};
 
 /// Deliveries a pull may ask for.
-const MAX_PULL: usize = 10_000;
+pub(crate) const MAX_PULL: usize = 10_000;
 const DEFAULT_PULL: usize = 100;
-const MAX_WAIT: Duration = Duration::from_secs(300);
+pub(crate) const MAX_WAIT: Duration = Duration::from_secs(300);
 pub(crate) const MAX_HOLD: Duration = Duration::from_secs(12 * 3600);
 
 /// Bytes of messages after which an answer is full, and deliveries taken between two looks at that.
@@ -115,15 +115,32 @@ impl Drop for Pulling<'_> {
     }
 }
 
+/// What a pull asks for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Wanted {
+    /// Deliveries at most.
+    pub(crate) max: usize,
+    /// How long to wait for the first of them.
+    pub(crate) wait: Duration,
+}
+
+impl Wanted {
+    /// Of the query parameters `max` and `wait`.
+    pub(crate) fn read(uri: &Uri) -> Answer<Self> {
+        let mut query = Query::of(uri);
+        let max = query.number("max", 1..=MAX_PULL)?.unwrap_or(DEFAULT_PULL);
+        let wait = query.duration("wait")?.unwrap_or_default();
+        query.finish()?;
+        if wait > MAX_WAIT {
+            return Err(Problem::invalid("query parameter wait: it is 5m at most"));
+        }
+        Ok(Self { max, wait })
+    }
+}
+
 /// `POST /subscriptions/{name}/pull?max=&wait=`
 pub(crate) async fn pull(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
-    let mut query = Query::of(&uri);
-    let max = query.number("max", 1..=MAX_PULL)?.unwrap_or(DEFAULT_PULL);
-    let wait = query.duration("wait")?.unwrap_or_default();
-    query.finish()?;
-    if wait > MAX_WAIT {
-        return Err(Problem::invalid("query parameter wait: it is 5m at most"));
-    }
+    let Wanted { max, wait } = Wanted::read(&uri)?;
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
     let pull = pulled(&subscribed)?;
     let _pulling = Pulling::begin(pull);
@@ -341,40 +358,55 @@ pub(crate) async fn settle(State(shared): State<Arc<Shared>>, uri: Uri, headers:
     Ok(json_response(StatusCode::OK, json.to_string().into_bytes()))
 }
 
-/// Settles; tells the leases that no longer held. What does not parse is found out before anything
-/// is settled.
-pub(crate) async fn settle_all(leases: &Leases, holder: &Arc<Holder>, settlements: Settlements) -> Answer<Vec<String>> {
-    let Settlements { ack, retry, reject, release, extend } = settlements;
-    let mut wanted = Vec::with_capacity(ack.len() + retry.len() + reject.len() + release.len());
-    wanted.extend(ack.into_iter().map(|lease| (lease, Settlement::Ack)));
-    wanted.extend(release.into_iter().map(|lease| (lease, Settlement::Release)));
-    for (index, Retry { lease, delay, reason, status }) in retry.into_iter().enumerate() {
-        let after = delay.map(|delay| duration(&format!("retry[{index}].delay"), &delay)).transpose()?;
-        wanted.push((lease, Settlement::Retry { after, failure: failure(reason, status) }));
-    }
-    for Reject { lease, reason, status } in reject {
-        let failure = failure(Some(reason.unwrap_or_else(|| "rejected".to_owned())), status);
-        wanted.push((lease, Settlement::Reject(failure.unwrap_or_else(|| Failure::new("rejected")))));
-    }
-    let mut extensions = Vec::with_capacity(extend.len());
-    for (index, Extend { lease, r#for }) in extend.into_iter().enumerate() {
-        let hold = duration(&format!("extend[{index}].for"), &r#for)?;
-        if hold.is_zero() {
-            return Err(Problem::invalid(format!("extend[{index}].for: it is longer than zero")));
-        }
-        extensions.push((lease, hold));
-    }
+/// What is to be done, checked.
+#[derive(Debug, Default)]
+pub(crate) struct Plan {
+    /// Leases that end, and how.
+    pub(crate) settle: Vec<(String, Settlement)>,
+    /// Leases that go on, and for how long from now.
+    pub(crate) extend: Vec<(String, Duration)>,
+}
 
+impl Settlements {
+    /// Checks all before anything is settled.
+    pub(crate) fn plan(self) -> Answer<Plan> {
+        let Self { ack, retry, reject, release, extend } = self;
+        let mut settle = Vec::with_capacity(ack.len() + retry.len() + reject.len() + release.len());
+        settle.extend(ack.into_iter().map(|lease| (lease, Settlement::Ack)));
+        settle.extend(release.into_iter().map(|lease| (lease, Settlement::Release)));
+        for (index, Retry { lease, delay, reason, status }) in retry.into_iter().enumerate() {
+            let after = delay.map(|delay| duration(&format!("retry[{index}].delay"), &delay)).transpose()?;
+            settle.push((lease, Settlement::Retry { after, failure: failure(reason, status) }));
+        }
+        for Reject { lease, reason, status } in reject {
+            let failure = failure(Some(reason.unwrap_or_else(|| "rejected".to_owned())), status);
+            settle.push((lease, Settlement::Reject(failure.unwrap_or_else(|| Failure::new("rejected")))));
+        }
+        let mut extensions = Vec::with_capacity(extend.len());
+        for (index, Extend { lease, r#for }) in extend.into_iter().enumerate() {
+            let hold = duration(&format!("extend[{index}].for"), &r#for)?;
+            if hold.is_zero() {
+                return Err(Problem::invalid(format!("extend[{index}].for: it is longer than zero")));
+            }
+            extensions.push((lease, hold));
+        }
+        Ok(Plan { settle, extend: extensions })
+    }
+}
+
+/// Settles; tells the leases that no longer held.
+pub(crate) async fn settle_all(leases: &Leases, holder: &Arc<Holder>, settlements: Settlements) -> Answer<Vec<String>> {
+    let Plan { settle, extend } = settlements.plan()?;
     let mut gone = Vec::new();
     // All begin before the first is awaited: an adapter settles many in one go.
-    let mut settling: Vec<(String, Settle)> = Vec::with_capacity(wanted.len());
-    for (lease, settlement) in wanted {
+    let mut settling: Vec<(String, Settle)> = Vec::with_capacity(settle.len());
+    for (lease, settlement) in settle {
         match lease.parse::<LeaseId>().ok().and_then(|id| leases.take(holder, id)) {
             Some(delivery) => settling.push((lease, delivery.settle(settlement))),
             None => gone.push(lease),
         }
     }
-    for (lease, hold) in extensions {
+    for (lease, hold) in extend {
         let held = lease.parse::<LeaseId>().is_ok_and(|id| leases.extend(holder, id, hold));
         if !held {
             gone.push(lease);

@@ -75,11 +75,32 @@ struct Lending {
     credit: usize,
 }
 
-/// A frame from the other side: credit, or settlements.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Credit {
-    credit: u32,
+/// What a frame from the other side says.
+#[derive(Debug)]
+pub(crate) enum Told {
+    /// So many deliveries more may be lent.
+    Credit(usize),
+    Settlements(Settlements),
+}
+
+impl Told {
+    pub(crate) fn read(frame: &[u8]) -> Answer<Self> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Credit {
+            credit: u32,
+        }
+        // An array would be taken for the fields in their order.
+        let object = frame.trim_ascii_start().first() == Some(&b'{');
+        if object && let Ok(Credit { credit }) = serde_json::from_slice(frame) {
+            return Ok(Self::Credit(credit as usize));
+        }
+        serde_json::from_slice(if object { frame } else { b"" }).map(Self::Settlements).map_err(|error| {
+            Problem::invalid(format!(
+                "a frame is {{\"credit\": n}} or what is settled, as in {{\"ack\": [\"lease\"]}}: {error}"
+            ))
+        })
+    }
 }
 
 impl Lending {
@@ -162,17 +183,15 @@ impl Lending {
 
     /// Takes a frame: adds its credit, settles what it settles.
     async fn asked(&mut self, socket: &mut WebSocket, frame: &[u8]) -> Option<()> {
-        // An array would be taken for the fields in their order.
-        let object = frame.trim_ascii_start().first() == Some(&b'{');
-        if object && let Ok(Credit { credit }) = serde_json::from_slice(frame) {
-            self.credit = self.credit.saturating_add(credit as usize);
-            return Some(());
-        }
-        let gone = match serde_json::from_slice::<Settlements>(if object { frame } else { b"" }) {
-            Ok(settlements) => pull::settle_all(&self.shared.leases, &self.holder, settlements).await,
-            Err(error) => Err(Problem::invalid(format!(
-                "a frame is {{\"credit\": n}} or what is settled, as in {{\"ack\": [\"lease\"]}}: {error}"
-            ))),
+        let gone = match Told::read(frame) {
+            Ok(Told::Credit(credit)) => {
+                self.credit = self.credit.saturating_add(credit);
+                return Some(());
+            }
+            Ok(Told::Settlements(settlements)) => {
+                pull::settle_all(&self.shared.leases, &self.holder, settlements).await
+            }
+            Err(problem) => Err(problem),
         };
         let answer = match gone {
             Ok(gone) if gone.is_empty() => return Some(()),

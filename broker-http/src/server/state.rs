@@ -140,15 +140,20 @@ fn read(path: &Path) -> Result<Vec<Kept>> {
         return Err(fails(&"it is no file of a server's subscriptions"));
     }
     let text = std::fs::read(path).map_err(|error| fails(&error))?;
-    let mut reader = serde_json::Deserializer::from_slice(&text);
+    parse(&text).map_err(|why| fails(&why))
+}
+
+/// The subscriptions of a file's text; what is wrong with it otherwise.
+pub(crate) fn parse(text: &[u8]) -> Result<Vec<Kept>, String> {
+    let mut reader = serde_json::Deserializer::from_slice(text);
     let saved: Saved = serde_path_to_error::deserialize(&mut reader)
-        .map_err(|error| fails(&format!("at {}: {}", error.path(), error.inner())))?;
-    reader.end().map_err(|error| fails(&error))?;
+        .map_err(|error| format!("at {}: {}", error.path(), error.inner()))?;
+    reader.end().map_err(|error| error.to_string())?;
     if saved.version != 1 {
-        return Err(fails(&format!("version {} is unknown, 1 is expected", saved.version)));
+        return Err(format!("version {} is unknown, 1 is expected", saved.version));
     }
     for kept in &saved.subscriptions {
-        kept.spec.check().map_err(|error| fails(&format!("subscription {}: {}", kept.name, error.message())))?;
+        kept.spec.check().map_err(|error| format!("subscription {}: {}", kept.name, error.message()))?;
     }
     Ok(saved.subscriptions)
 }

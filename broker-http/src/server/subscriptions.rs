@@ -234,30 +234,38 @@ pub(crate) async fn purge_backlog(State(shared): State<Arc<Shared>>, uri: Uri) -
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct Redrive {
+pub(crate) struct Redrive {
     max: Option<u64>,
     rate: Option<f64>,
+}
+
+impl Redrive {
+    /// How many dead letters at most, and how many a second if there is a bound.
+    pub(crate) fn bounds(self) -> Answer<(u64, Option<f64>)> {
+        if self.max == Some(0) {
+            return Err(Problem::invalid("max: it is 1 or more; leave it out for all"));
+        }
+        if self.rate.is_some_and(|rate| !rate.is_finite() || !(0.001..=1e6).contains(&rate)) {
+            return Err(Problem::invalid("rate: it is messages a second, from 0.001 to 1000000"));
+        }
+        Ok((self.max.unwrap_or(u64::MAX), self.rate))
+    }
 }
 
 /// `POST /subscriptions/{name}/redrive`
 pub(crate) async fn redrive(State(shared): State<Arc<Shared>>, uri: Uri, headers: HeaderMap, body: Body) -> Answer {
     no_query(&uri)?;
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
-    let Redrive { max, rate } = body::json(&headers, body, &shared).await?.unwrap_or_default();
-    if max == Some(0) {
-        return Err(Problem::invalid("max: it is 1 or more; leave it out for all"));
-    }
-    let max = max.unwrap_or(u64::MAX);
+    let (max, rate) = body::json::<Redrive>(&headers, body, &shared).await?.unwrap_or_default().bounds()?;
     let redriven = match rate {
         None => shared.broker.redrive(&subscribed.group, max).await?,
-        Some(rate) if rate.is_finite() && (0.001..=1e6).contains(&rate) => {
+        Some(rate) => {
             let status = shared.broker.status().await?;
             let kept = status.group(&subscribed.group).and_then(|group| group.dead_letters).unwrap_or(max);
             let count = kept.min(max);
             tokio::spawn(redrive_slowly(Arc::clone(&shared), subscribed, count, rate));
             count
         }
-        Some(_) => return Err(Problem::invalid("rate: it is messages a second, from 0.001 to 1000000")),
     };
     Ok(respond(StatusCode::ACCEPTED, &json!({ "redriven": redriven })))
 }
