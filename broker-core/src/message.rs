@@ -39,7 +39,15 @@ impl MessageId {
         Self::random_at(Timestamp::now())
     }
 
-    fn random_at(time: Timestamp) -> Self {
+    /// A UUIDv7 of this time, where it is known already: reading the clock costs more than the rest.
+    ///
+    /// ```
+    /// use broker_core::{MessageId, Timestamp};
+    ///
+    /// let id = MessageId::random_at(Timestamp::from_millis(0x0190_a5e0_7a3b));
+    /// assert!(id.to_string().starts_with("0190a5e0-7a3b-7"));
+    /// ```
+    pub fn random_at(time: Timestamp) -> Self {
         const VERSION: u64 = 7 << 12;
         const VARIANT: u64 = 0b10 << 62;
         let millis = u64::try_from(time.as_millis()).unwrap_or(0);
@@ -171,19 +179,6 @@ impl Message {
         Self { id, timestamp, key: None, payload, content_type: None, headers: Headers::new(), schedule: None }
     }
 
-    /// Changes the payload, if there is one: a tombstone stays what it is.
-    ///
-    /// ```
-    /// use broker_core::Message;
-    /// let message = Message::new("old").map_payload(|old| [&old[..], b" and new"].concat().into());
-    /// assert_eq!(message.payload().as_ref(), b"old and new");
-    /// ```
-    #[must_use]
-    pub fn map_payload(mut self, change: impl FnOnce(Bytes) -> Bytes) -> Self {
-        self.payload = self.payload.map(change);
-        self
-    }
-
     /// Gives it this id instead of the one it was made with.
     #[must_use]
     pub fn with_id(mut self, id: MessageId) -> Self {
@@ -301,6 +296,21 @@ impl Message {
     /// Its payload; that of a [tombstone](Message::tombstone) reads as empty.
     pub fn payload(&self) -> &Bytes {
         self.payload.as_ref().unwrap_or(&EMPTY)
+    }
+
+    /// Its payload, to change it before publishing; a tombstone has none.
+    ///
+    /// ```
+    /// use broker_core::Message;
+    ///
+    /// let mut message = Message::new("old");
+    /// if let Some(payload) = message.payload_mut() {
+    ///     *payload = [&payload[..], b" and new"].concat().into();
+    /// }
+    /// assert_eq!(message.payload().as_ref(), b"old and new");
+    /// ```
+    pub fn payload_mut(&mut self) -> Option<&mut Bytes> {
+        self.payload.as_mut()
     }
 
     /// Whether it has no payload at all.

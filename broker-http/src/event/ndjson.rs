@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use broker_core::{Error, HeaderName, Headers, Message, Result, Timestamp};
+use broker_core::{Error, HeaderName, Headers, Message, MessageId, Result, Timestamp};
 use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
@@ -34,12 +34,17 @@ use super::draft::{read_base64, read_due, read_expiry};
 /// # Ok::<(), broker_core::Error>(())
 /// ```
 pub fn decode(line: &[u8], options: &Options) -> Result<Message> {
+    decode_at(line, options, Timestamp::now())
+}
+
+/// The same for many lines that came at one time.
+pub(crate) fn decode_at(line: &[u8], options: &Options, now: Timestamp) -> Result<Message> {
     // An array would be taken for the fields in their order.
     if line.trim_ascii_start().first() == Some(&b'[') {
         return Err(Error::invalid("an object is expected, as in {\"payload\": 1}"));
     }
     let fields: Fields<'_> = serde_json::from_slice(line).map_err(|error| syntax(&error))?;
-    fields.decode(options)
+    fields.decode(options, now)
 }
 
 #[derive(Deserialize)]
@@ -67,7 +72,7 @@ struct Fields<'a> {
 }
 
 impl Fields<'_> {
-    fn decode(self, options: &Options) -> Result<Message> {
+    fn decode(self, options: &Options, now: Timestamp) -> Result<Message> {
         let mut content_type = self.content_type;
         let payload = match (self.payload, self.payload_base64) {
             (Some(json), None) => {
@@ -86,19 +91,18 @@ impl Fields<'_> {
                 headers.push(name.clone(), value.clone());
             }
         }
-        let mut message = Message::new(payload).with_headers(headers);
-        if let Some(id) = self.id {
-            message = message.with_id(named("id", id.parse())?);
-        }
+        let id = match self.id {
+            Some(id) => named("id", id.parse())?,
+            None => MessageId::random_at(now),
+        };
+        let mut message = Message::received(id, options.time.unwrap_or(now), Some(payload));
+        *message.headers_mut() = headers;
         let key = self.key.map(|key| Bytes::from(key.into_owned())).or_else(|| options.key.clone());
         if let Some(key) = key {
             message = message.with_key(key);
         }
         if let Some(content_type) = content_type {
             message = named("content_type", message.with_content_type(content_type))?;
-        }
-        if let Some(time) = options.time {
-            message = message.with_timestamp(time);
         }
         if let Some(time) = time("delay", self.delay, read_due, options.deliver_at)? {
             message = message.with_deliver_at(time);

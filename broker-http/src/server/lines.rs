@@ -1,7 +1,6 @@
 //! NDJSON with `Accept: application/x-ndjson`: one result a line as it is known, while the body is
 //! still being read, so that a file of any length takes constant memory.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 
 use axum::body::Body;
@@ -16,7 +15,7 @@ use super::inflate::{Encoding, Inflating};
 use super::memory::Reservation;
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
-use super::publish::{Outgoing, ends_stream, publish_all, write_problem, write_result};
+use super::publish::{Outgoing, RESULT_BYTES, ends_stream, publish_all, write_problem, write_result};
 use super::publishers::Published;
 use super::{Shared, body};
 use crate::event::{LINES_TYPE, Options};
@@ -81,10 +80,11 @@ pub(crate) async fn stream(
         body,
         reservation: shared.ledger.reserve(0)?,
         gzip: encoding.map(|_| Box::new(Inflating::new())),
-        buffer: BytesMut::new(),
-        pending: VecDeque::new(),
+        unread: Bytes::new(),
+        begun: BytesMut::new(),
         number: 0,
         skipping: false,
+        failed: None,
         ended: false,
     };
     let results = stream::unfold(lines, |mut lines| async move { Some((Ok::<_, Error>(lines.next().await?), lines)) });
@@ -104,48 +104,102 @@ struct Lines {
     reservation: Reservation,
     /// Where the body is compressed.
     gzip: Option<Box<Inflating>>,
-    /// What was read and is no whole line yet.
-    buffer: BytesMut,
-    /// Whole lines, or what is wrong in their place.
-    pending: VecDeque<Result<(u64, Bytes), Problem>>,
+    /// What has arrived and was not looked at yet.
+    unread: Bytes,
+    /// A line whose end has not arrived yet.
+    begun: BytesMut,
     /// Of the line that ended last; empty ones count.
     number: u64,
     /// Within a line that is too long.
     skipping: bool,
+    /// What ended the body early, to be told after the lines before it.
+    failed: Option<Problem>,
+    /// Nothing more arrives.
     ended: bool,
 }
 
 impl Lines {
     /// The next results, or `None` at the end.
     async fn next(&mut self) -> Option<Bytes> {
-        while self.pending.is_empty() {
-            if self.ended {
-                return None;
-            }
-            self.read().await;
-        }
-        let mut out = Vec::new();
-        let lines = self.pending.len().min(AT_ONCE);
         let published = Arc::clone(&self.published);
         let mut messages = Outgoing::to(&published);
-        let drained: Vec<_> = self.pending.drain(..lines).collect();
-        for line in drained {
-            match line {
-                Ok((number, line)) => messages.push_line(number, &line, &self.options),
-                Err(problem) => {
-                    // It stands alone or last: what came before is published first, in order.
-                    self.ended |=
-                        self.publish(std::mem::replace(&mut messages, Outgoing::to(&published)), &mut out).await;
-                    write_problem(&mut out, &problem);
-                    out.push(b'\n');
+        let mut out = Vec::new();
+        let max = self.shared.limits().message_body_bytes * 2;
+        loop {
+            match self.next_line(max) {
+                Some(Ok((number, line))) => messages.push_line(number, &line, &self.options),
+                Some(Err(problem)) => {
+                    // What came before it is published first, in order.
+                    let before = std::mem::replace(&mut messages, Outgoing::to(&published));
+                    if self.publish(before, &mut out).await {
+                        self.stop();
+                    } else {
+                        tell(&problem, &mut out);
+                    }
                 }
+                // What has arrived is answered before more is waited for.
+                None if messages.len() > 0 || !out.is_empty() => break,
+                None => match self.failed.take() {
+                    Some(problem) => tell(&problem, &mut out),
+                    None if self.ended => return None,
+                    None => self.read().await,
+                },
+            }
+            if messages.len() == AT_ONCE {
+                break;
             }
         }
         if self.publish(messages, &mut out).await {
-            self.pending.clear();
-            self.ended = true;
+            self.stop();
         }
         Some(out.into())
+    }
+
+    /// The next line that says something, of what has arrived, with its number; or that it is longer than `max`.
+    fn next_line(&mut self, max: usize) -> Option<Result<(u64, Bytes), Problem>> {
+        loop {
+            let Some(end) = memchr::memchr(b'\n', &self.unread) else {
+                let rest = std::mem::take(&mut self.unread);
+                if self.skipping {
+                    return None;
+                }
+                if self.begun.len() + rest.len() > max {
+                    self.begun = BytesMut::new();
+                    self.skipping = true;
+                    return Some(Err(too_long(self.number + 1, max)));
+                }
+                self.begun.extend_from_slice(&rest);
+                if !self.ended || self.begun.trim_ascii().is_empty() {
+                    return None;
+                }
+                // The last one needs no end of its own.
+                return Some(Ok((self.number + 1, self.begun.split().freeze())));
+            };
+            let mut line = self.unread.split_to(end);
+            self.unread.advance(1);
+            self.number += 1;
+            if std::mem::take(&mut self.skipping) {
+                continue;
+            }
+            if !self.begun.is_empty() {
+                self.begun.extend_from_slice(&line);
+                line = self.begun.split().freeze();
+            }
+            if line.len() > max {
+                return Some(Err(too_long(self.number, max)));
+            }
+            if !line.trim_ascii().is_empty() {
+                return Some(Ok((self.number, line)));
+            }
+        }
+    }
+
+    /// No further line is published.
+    fn stop(&mut self) {
+        self.ended = true;
+        self.unread.clear();
+        self.begun.clear();
+        self.failed = None;
     }
 
     /// Publishes lines and appends their results; true if no further one could be published.
@@ -156,10 +210,7 @@ impl Lines {
         }
         let (shared, published) = (&*self.shared, &*self.published);
         if let Err(problem) = published.check_room() {
-            for _ in 0..count {
-                write_problem(out, &problem);
-                out.push(b'\n');
-            }
+            (0..count).for_each(|_| tell(&problem, out));
             return false;
         }
         let results = match publish_all(shared, &self.options, self.caller.as_ref(), &self.parent, messages).await {
@@ -167,6 +218,7 @@ impl Lines {
             Err(error) => vec![Err(error); count],
         };
         let mut ends = false;
+        out.reserve(results.len() * (RESULT_BYTES + published.topic().as_str().len()));
         for result in results {
             ends |= result.as_ref().is_err_and(ends_stream);
             write_result(out, published.topic(), result);
@@ -180,7 +232,7 @@ impl Lines {
 
     async fn read(&mut self) {
         if let Some(piece) = self.gzip.as_mut().and_then(|gzip| gzip.next()) {
-            self.take(piece);
+            self.take(piece.map(Bytes::from));
             // Little can inflate to much: others run meanwhile.
             return tokio::task::yield_now().await;
         }
@@ -202,62 +254,33 @@ impl Lines {
             },
             Ok(None) => {
                 if let Some(rest) = self.gzip.as_mut().map(|gzip| gzip.finish()) {
-                    self.take(rest);
+                    self.take(rest.map(Bytes::from));
                 }
-                if std::mem::replace(&mut self.ended, true) {
-                    return;
-                }
-                let last = self.buffer.split().freeze();
-                if !self.skipping && !last.trim_ascii().is_empty() {
-                    self.pending.push_back(Ok((self.number + 1, last)));
-                }
+                self.ended = true;
             }
-            Err(problem) => self.take(Err::<Bytes, _>(problem)),
+            Err(problem) => self.take(Err(problem)),
         }
     }
 
     /// Takes what came of the body, or ends with what is wrong with it.
-    fn take(&mut self, data: Answer<impl AsRef<[u8]>>) {
+    fn take(&mut self, data: Answer<Bytes>) {
         let taken = data.and_then(|data| {
             // Of a line and what came with it; given back with the stream.
-            self.reservation.reach((self.buffer.len() + data.as_ref().len()) as u64)?;
-            self.split(data.as_ref());
+            self.reservation.reach((self.begun.len() + data.len()) as u64)?;
+            self.unread = data;
             Ok(())
         });
         if let Err(problem) = taken {
-            self.ended = true;
-            self.pending.push_back(Err(problem));
+            // Of the line that it broke off nothing is known.
+            self.stop();
+            self.failed = Some(problem);
         }
     }
+}
 
-    fn split(&mut self, data: &[u8]) {
-        let max = self.shared.limits().message_body_bytes * 2;
-        let mut rest = data;
-        while let Some(end) = memchr::memchr(b'\n', rest) {
-            let (head, tail) = rest.split_at(end);
-            rest = tail.get(1..).unwrap_or_default();
-            self.number += 1;
-            if std::mem::take(&mut self.skipping) {
-                continue;
-            }
-            self.buffer.extend_from_slice(head);
-            let line = self.buffer.split().freeze();
-            if line.len() > max {
-                self.pending.push_back(Err(too_long(self.number, max)));
-            } else if !line.trim_ascii().is_empty() {
-                self.pending.push_back(Ok((self.number, line)));
-            }
-        }
-        if self.skipping {
-            return;
-        }
-        self.buffer.extend_from_slice(rest);
-        if self.buffer.len() > max {
-            self.buffer.advance(self.buffer.len());
-            self.skipping = true;
-            self.pending.push_back(Err(too_long(self.number + 1, max)));
-        }
-    }
+fn tell(problem: &Problem, out: &mut Vec<u8>) {
+    write_problem(out, problem);
+    out.push(b'\n');
 }
 
 fn too_long(number: u64, max: usize) -> Problem {

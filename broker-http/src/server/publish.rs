@@ -8,7 +8,7 @@ use std::time::Instant;
 use axum::body::Body;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use broker_core::{Error, ErrorKind, Message, Receipt, Topic};
+use broker_core::{Error, ErrorKind, Message, Receipt, Timestamp, Topic};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, StatusCode, header};
 use serde::Serialize;
@@ -184,7 +184,8 @@ async fn one(shared: &Shared, published: &Published, options: &Options, decoded:
     let mut message = decoded.message;
     published.check(&published.bounds(), &message)?;
     let mut span = shared.traces.publish(published.topic(), &mut message);
-    let receipt = publisher.publish(published.charge(message)).await.inspect_err(|error| span.failed(error))?;
+    published.charge(&mut message);
+    let receipt = publisher.publish(message).await.inspect_err(|error| span.failed(error))?;
     published.published(1);
     shared.metrics.accepted(1);
     let mut json = Vec::with_capacity(128);
@@ -200,16 +201,28 @@ pub(crate) struct Outgoing<'a> {
     refused: Vec<(usize, Error)>,
     /// Those of the lines, where they are lines.
     numbers: Vec<u64>,
+    /// When they came.
+    now: Timestamp,
 }
 
 impl<'a> Outgoing<'a> {
     pub(crate) fn to(published: &'a Published) -> Self {
-        Self { published, bounds: published.bounds(), messages: Vec::new(), refused: Vec::new(), numbers: Vec::new() }
+        Self {
+            published,
+            bounds: published.bounds(),
+            messages: Vec::new(),
+            refused: Vec::new(),
+            numbers: Vec::new(),
+            now: Timestamp::now(),
+        }
     }
 
     fn push(&mut self, message: Result<Message, Error>) {
-        match message.and_then(|message| self.published.check(&self.bounds, &message).map(|()| message)) {
-            Ok(message) => self.messages.push(message),
+        match message {
+            Ok(message) => match self.published.check(&self.bounds, &message) {
+                Ok(()) => self.messages.push(message),
+                Err(error) => self.refused.push((self.len(), error)),
+            },
             Err(error) => self.refused.push((self.len(), error)),
         }
     }
@@ -217,7 +230,7 @@ impl<'a> Outgoing<'a> {
     /// Reads a line; what goes wrong with it is said of its number.
     pub(crate) fn push_line(&mut self, number: u64, line: &[u8], options: &Options) {
         self.numbers.push(number);
-        self.push(ndjson::decode(line, options));
+        self.push(ndjson::decode_at(line, options, self.now));
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -236,7 +249,7 @@ pub(crate) async fn publish_all(
     let Outgoing { published, mut messages, refused, numbers, .. } = outgoing;
     let publisher = published.publisher(&*shared.broker, options.require_route)?;
     let mut span = shared.traces.publish_many(published.topic(), parent, &mut messages);
-    let messages: Vec<_> = messages.into_iter().map(|message| published.charge(message)).collect();
+    published.charge_all(&mut messages);
     if let Some(caller) = caller {
         caller.overdraw(messages.len());
     }
@@ -314,6 +327,9 @@ impl Results {
         response
     }
 }
+
+/// What a result takes besides its topic, about.
+pub(crate) const RESULT_BYTES: usize = 80;
 
 /// Appends what became of one message of several.
 pub(crate) fn write_result(json: &mut Vec<u8>, topic: &Topic, result: Result<Receipt, Error>) {

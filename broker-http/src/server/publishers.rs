@@ -187,8 +187,13 @@ impl Published {
     }
 
     /// Charges a message to the topic, as it is kept: with the trace that it belongs to.
-    pub(crate) fn charge(&self, message: Message) -> Message {
-        self.account.charge(message)
+    pub(crate) fn charge(&self, message: &mut Message) {
+        self.account.charge(message);
+    }
+
+    /// The same for several.
+    pub(crate) fn charge_all(&self, messages: &mut [Message]) {
+        self.account.charge_all(messages);
     }
 
     pub(crate) fn topic(&self) -> &Topic {
