@@ -28,6 +28,10 @@ mod foreign;
 mod link;
 mod wire;
 
+/// Ways to the decoders in here: for `fuzz/`, which alone builds with `--cfg fuzzing`.
+#[cfg(fuzzing)]
+pub mod fuzzing;
+
 use std::sync::Arc;
 
 use broker_core::{Broker, BrokerUrl, Connector};

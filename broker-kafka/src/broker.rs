@@ -19,12 +19,13 @@ use crate::client::rest;
 use crate::consumer::Source;
 use crate::dead::Grave;
 use crate::delivery::Reader;
-use crate::group::{self, GroupClient, Stored};
+use crate::group::{self, GroupClient};
 use crate::member::Member;
 use crate::producer::{KafkaProducer, Publishing, RawProducer};
 use crate::progress::Progress;
 use crate::registry::{Entry, Registry};
 use crate::retry_topics::RetryTopics;
+use crate::stored::Stored;
 use crate::{KafkaConfig, Transaction, check_options};
 use crate::{poller, process};
 

@@ -17,11 +17,12 @@ use rustc_hash::FxHashMap;
 
 use crate::admin::{Admin, At, Partition, list};
 use crate::client::{self, Context, Role};
-use crate::config::Format;
-use crate::group::{GroupClient, Stored};
+use crate::group::GroupClient;
 use crate::producer::Publishing;
 use crate::progress::Progress;
-use crate::{error, record};
+use crate::record::{Copies, Format};
+use crate::stored::Stored;
+use crate::{error, wire};
 
 /// Where a group's dead letters are.
 pub(crate) struct Grave {
@@ -173,7 +174,7 @@ impl Grave {
 
     /// The dead letter that a record is, if it is one of the group's.
     fn letter(&self, record: &rdkafka::message::BorrowedMessage<'_>) -> Option<DeadLetter> {
-        let decoded = record::decode(record, Format::Native, &mut record::Copies::default());
+        let decoded = wire::decode(record, Format::Native, &mut Copies::default());
         let letter = DeadLetter::from_message(decoded.message).ok()?;
         (decoded.problem.is_none() && letter.group.as_ref() == Some(&self.group)).then_some(letter)
     }

@@ -1,90 +1,22 @@
-//! A group as the server keeps it: offsets, and in their metadata the group's settings.
-//!
-//! Kafka's groups have no settings. Ours are written as JSON into the metadata of every commit, beside
-//! the progress beyond the offset: `{"v":1,"start":"new","ordered":false,…,"progress":"…"}`. So they
-//! live and die with the group, and whoever joins can know them.
+//! A group as the server keeps it: offsets, and in their metadata what is [stored](crate::stored).
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use broker_core::{Error, Group, GroupOptions, GroupSettings, Result, RetryPolicy, StartAt, Topic};
+use broker_core::{Error, Group, GroupOptions, GroupSettings, Result, StartAt, Topic};
 use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::topic_partition_list::TopicPartitionListElem;
 use rdkafka::{Offset, TopicPartitionList};
-use serde::{Deserialize, Serialize};
 
 use crate::admin::{Admin, At, Partition, list};
 use crate::client::{self, Context, Role};
 use crate::error;
 use crate::progress::Progress;
-
-/// Bytes of metadata that Kafka keeps with an offset (`offset.metadata.max.bytes`).
-const MAX_METADATA_BYTES: usize = 4096;
-/// Bytes of them that settings may take; the rest is for progress.
-const MAX_SETTINGS_BYTES: usize = 1536;
-
-/// A group's settings as they are written.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Stored {
-    v: u32,
-    start: StartAt,
-    ordered: bool,
-    retry: RetryPolicy,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    dead_letter: Option<Topic>,
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    progress: String,
-}
-
-impl Stored {
-    pub(crate) fn new(settings: &GroupSettings) -> Self {
-        Self {
-            v: 1,
-            start: settings.start.clone(),
-            ordered: settings.ordered,
-            retry: settings.retry,
-            dead_letter: settings.dead_letter.clone(),
-            progress: String::new(),
-        }
-    }
-
-    fn settings(&self) -> Result<GroupSettings> {
-        let mut options =
-            GroupOptions::new().with_start(self.start.clone()).with_ordered(self.ordered).with_retry(self.retry);
-        options.dead_letter = self.dead_letter.clone();
-        options.resolve(None)
-    }
-
-    /// The metadata of a commit with this progress.
-    pub(crate) fn metadata(&self, progress: &Progress) -> Result<String> {
-        let stored = Self { progress: progress.encode(), ..self.clone() };
-        serde_json::to_string(&stored).map_err(|error| Error::codec("write a group's settings").with_source(error))
-    }
-
-    /// Bytes of encoded progress that fit beside the settings.
-    ///
-    /// # Errors
-    ///
-    /// If the settings are too long: too many start positions.
-    pub(crate) fn room(&self) -> Result<usize> {
-        let bare = self.metadata(&Progress::default())?.len();
-        if bare > MAX_SETTINGS_BYTES {
-            return Err(Error::invalid(format!(
-                "the group's settings take {bare} bytes, of at most {MAX_SETTINGS_BYTES}: name fewer start positions"
-            )));
-        }
-        // The member's name and quotes, one entry more than is counted, base64.
-        Ok((MAX_METADATA_BYTES - bare - 48) / 4 * 3)
-    }
-
-    fn read(text: &str) -> Option<Self> {
-        serde_json::from_str(text).ok().filter(|stored: &Self| stored.v == 1)
-    }
-}
+use crate::stored::Stored;
 
 /// What a group had committed in one partition.
 pub(crate) struct Committed {
@@ -107,9 +39,8 @@ pub(crate) fn read(list: &TopicPartitionList) -> Result<Vec<Committed>> {
         let stored = Stored::read(&metadata(&element));
         let progress = match element.offset() {
             Offset::Offset(offset) => {
-                let text = stored.as_ref().map_or("", |stored| stored.progress.as_str());
-                // Unreadable progress costs repeats, no messages.
-                Some(Progress::decode(offset, text).unwrap_or(Progress { watermark: offset, ..Progress::default() }))
+                let bare = || Progress { watermark: offset, ..Progress::default() };
+                Some(stored.as_ref().map_or_else(bare, |stored| stored.progress(offset)))
             }
             _ => None,
         };
@@ -276,30 +207,5 @@ pub(crate) fn start_offsets(admin: &Admin, partitions: &[Partition], start: &Sta
             Ok(offsets)
         }
         _ => Err(Error::unsupported(format!("start {start}: Kafka has new, earliest, a time and positions"))),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn settings_and_progress_fit_into_metadata_and_come_back() {
-        let settings = GroupOptions::new().with_ordered(true).resolve(Some(&"billing".parse().unwrap())).unwrap();
-        let stored = Stored::new(&settings);
-        assert!(stored.room().unwrap() > 2_000, "{}", stored.room().unwrap());
-        let mut progress = Progress { watermark: 7, ..Progress::default() };
-        progress.push_done(9..12);
-        let read = Stored::read(&stored.metadata(&progress).unwrap()).unwrap();
-        assert_eq!(read.settings().unwrap(), settings);
-        assert_eq!(Progress::decode(7, &read.progress), Some(progress));
-        assert!(Stored::read("somebody else's").is_none() && Stored::read(r#"{"v":2}"#).is_none());
-    }
-
-    #[test]
-    fn too_many_positions_are_refused() {
-        let positions = (0..1_000).map(|partition| (partition, 1_000_000)).collect();
-        let settings = GroupOptions::new().with_start(StartAt::Position(positions)).resolve(None).unwrap();
-        assert_eq!(Stored::new(&settings).room().unwrap_err().kind(), broker_core::ErrorKind::Invalid);
     }
 }

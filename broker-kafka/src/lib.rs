@@ -18,6 +18,7 @@ mod dead;
 mod group;
 mod record;
 mod retry_topics;
+mod wire;
 
 // Publishing.
 mod process;
@@ -29,6 +30,7 @@ mod transaction;
 mod lot;
 mod progress;
 mod state;
+mod stored;
 mod tracker;
 
 mod batch;
@@ -39,10 +41,11 @@ mod poller;
 
 pub use broker::{KafkaBroker, connector};
 pub use capabilities::capabilities;
-pub use config::{Compression, Credentials, Format, KafkaConfig, Sasl, Security};
+pub use config::{Compression, Credentials, KafkaConfig, Sasl, Security};
 pub use error::error_kind;
 pub use pattern::topic_pattern;
 pub use producer::{Callbacks, RawProducer};
+pub use record::Format;
 pub use refusal::{check_collision, check_message, check_options};
 pub use transaction::Transaction;
 

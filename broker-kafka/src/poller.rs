@@ -23,17 +23,17 @@ use rustc_hash::FxHashMap;
 
 use crate::admin::{Admin, Partition, list};
 use crate::batch::{BATCH, Batches};
-use crate::config::Format;
 use crate::consumer::{Client, Source, assign, make, unassign};
-use crate::group::{self, Stored};
+use crate::group;
 use crate::lot::Lot;
 use crate::member::{Arrival, Member};
 use crate::producer::Publishing;
 use crate::progress::Progress;
-use crate::record::{Copies, Travel};
+use crate::record::{Copies, Format, Travel};
 use crate::retry_topics::RetryTopics;
 use crate::state::{Place, Transfer, TransferKind};
-use crate::{error, record, topic_pattern};
+use crate::stored::Stored;
+use crate::{error, topic_pattern, wire};
 
 /// How long the thread waits at most where it has nothing to do: everything else rouses it.
 const IDLE: Duration = Duration::from_millis(200);
@@ -538,7 +538,7 @@ fn named(list: &TopicPartitionList) -> Vec<Partition> {
 }
 
 fn arrival(record: &impl RdMessage, format: Format, copies: &mut Copies) -> Arrival {
-    Arrival { offset: record.offset(), decoded: record::decode(record, format, copies) }
+    Arrival { offset: record.offset(), decoded: wire::decode(record, format, copies) }
 }
 
 /// Rouses the polling thread when a message has arrived where it was sent.

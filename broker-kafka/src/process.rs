@@ -11,10 +11,11 @@ use broker_core::{Error, Receipt, Result};
 use rdkafka::consumer::Consumer as _;
 
 use crate::delivery::Batch;
-use crate::group::{self, Stored};
+use crate::group;
 use crate::member::Member;
 use crate::producer::Publishing;
 use crate::state::{Item, Place};
+use crate::stored::Stored;
 use crate::transaction::Offsets;
 use crate::{Transaction, check_message};
 

@@ -16,7 +16,7 @@ use parking_lot::{Mutex, RwLock};
 use rdkafka::client::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::message::{DeliveryResult, Message as _};
+use rdkafka::message::{DeliveryResult, Message as _, OwnedHeaders};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer as _, ProducerContext, PurgeConfig};
 use rustc_hash::FxHashMap;
 
@@ -25,6 +25,7 @@ use crate::client::{self, Health, Role, millis, rest};
 use crate::record::Travel;
 use crate::tickets::Tickets;
 use crate::transaction::{self, Outgoing, Transactions};
+use crate::wire::Written;
 use crate::{KafkaConfig, check_message, error, record};
 
 /// The raw client of librdkafka that publishes.
@@ -247,12 +248,12 @@ impl Publishing {
         travel: Option<&Travel>,
         ticket: usize,
     ) -> std::result::Result<(), Refused> {
-        let encoded = record::encode(topic, message, travel, self.config.format).map_err(Refused::Failed)?;
+        let encoded = record::encode::<Written>(topic, message, travel, self.config.format).map_err(Refused::Failed)?;
         let mut record = BaseRecord::<[u8], [u8], usize>::with_opaque_to(topic.as_str(), ticket);
         record.payload = encoded.payload.as_deref();
         record.key = encoded.key;
         record.timestamp = encoded.timestamp;
-        record.headers = encoded.headers;
+        record.headers = encoded.headers.map(OwnedHeaders::from);
         match client.send(record) {
             Ok(()) => Ok(()),
             Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), _)) => Err(Refused::Full),

@@ -106,7 +106,8 @@ impl Progress {
     }
 
     /// Reads what [`encode`](Self::encode) wrote; `None` for anything else. It comes from a server
-    /// that others write to, so that nothing is taken for granted.
+    /// that others write to, so that nothing is taken for granted: there is an offset after each it speaks of,
+    /// no range is empty, and nobody counts further than we do.
     pub(crate) fn decode(watermark: i64, text: &str) -> Option<Self> {
         let mut progress = Self { watermark, ..Self::default() };
         if text.is_empty() {
@@ -118,13 +119,14 @@ impl Progress {
         let mut at = watermark;
         for _ in 0..ranges {
             let start = at.checked_add_unsigned(take(&mut bytes)?)?;
-            at = start.checked_add_unsigned(take(&mut bytes)?)?;
+            at = start.checked_add_unsigned(take(&mut bytes)?).filter(|end| *end > start)?;
             progress.push_done(start..at);
         }
         let mut at = watermark;
         while !bytes.is_empty() {
-            at = at.checked_add_unsigned(take(&mut bytes)?)?;
-            progress.attempts.push_back((at, u32::try_from(take(&mut bytes)?).ok()?));
+            at = at.checked_add_unsigned(take(&mut bytes)?).filter(|at| *at < i64::MAX)?;
+            let failed = u32::try_from(take(&mut bytes)?).ok().filter(|failed| *failed <= MAX_ATTEMPTS)?;
+            progress.attempts.push_back((at, failed));
         }
         Some(progress)
     }
@@ -180,7 +182,20 @@ mod tests {
 
         #[test]
         fn what_others_wrote_is_no_danger(watermark in any::<i64>(), text in ".{0,40}") {
-            let _ = Progress::decode(watermark, &text);
+            let _ = Progress::decode(watermark, &text).map(|progress| progress.end());
         }
+    }
+
+    #[test]
+    fn what_we_never_write_is_not_read() {
+        let text = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
+        // No ranges, one attempt: of the last offset there is.
+        assert!(Progress::decode(i64::MAX - 2, &text(&[0, 1, 1])).is_some_and(|last| last.end() == i64::MAX));
+        assert_eq!(Progress::decode(i64::MAX - 1, &text(&[0, 1, 1])), None);
+        // One that failed more often than anybody counts.
+        assert!(Progress::decode(7, &text(&[0, 1, 0xff, 0x7f])).is_some());
+        assert_eq!(Progress::decode(7, &text(&[0, 1, 0x80, 0x80, 1])), None);
+        // A range of nothing.
+        assert_eq!(Progress::decode(7, &text(&[1, 1, 0])), None);
     }
 }

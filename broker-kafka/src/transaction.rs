@@ -16,7 +16,7 @@ use rdkafka::client::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::consumer::ConsumerGroupMetadata;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::message::{DeliveryResult, Message as _};
+use rdkafka::message::{DeliveryResult, Message as _, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProducer};
 use rustc_hash::FxHashSet;
 use tokio::sync::oneshot;
@@ -24,6 +24,7 @@ use tokio::sync::oneshot;
 use crate::admin::Admin;
 use crate::client::{self, Health, Role, millis, rest};
 use crate::tickets::Tickets;
+use crate::wire::Written;
 use crate::{KafkaConfig, error, record};
 
 /// What is to happen wholly or not at all: messages published, deliveries acked. For
@@ -286,12 +287,12 @@ impl Worker {
                 self.outcomes.lock().set(ticket, Err(error.clone()));
                 error
             };
-            let encoded = record::encode(topic, message, None, self.config.format).map_err(failed)?;
+            let encoded = record::encode::<Written>(topic, message, None, self.config.format).map_err(failed)?;
             let mut record = BaseRecord::<[u8], [u8], usize>::with_opaque_to(topic.as_str(), ticket);
             record.payload = encoded.payload.as_deref();
             record.key = encoded.key;
             record.timestamp = encoded.timestamp;
-            record.headers = encoded.headers;
+            record.headers = encoded.headers.map(OwnedHeaders::from);
             loop {
                 match client.send(record) {
                     Ok(()) => break,

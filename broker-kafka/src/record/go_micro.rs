@@ -31,7 +31,7 @@ struct Envelope<'a> {
 ///
 /// [`Unsupported`](broker_core::ErrorKind::Unsupported) for what the format has no place for: a key, a
 /// tombstone, an expiry, a header that repeats or is no text.
-pub(super) fn encode(message: &Message) -> Result<Encoded<'static>> {
+pub(super) fn encode<H>(message: &Message) -> Result<Encoded<'static, H>> {
     let refuse = |what: String| {
         let why = format!("message {}: it has {what}, which Go Micro's format has no place for", message.id());
         Err(Error::unsupported(why))
@@ -137,10 +137,10 @@ mod tests {
 
     #[test]
     fn what_was_recorded_is_written() {
-        let encoded = encode(&message()).unwrap();
+        let encoded = encode::<()>(&message()).unwrap();
         assert_eq!(encoded.payload.unwrap().as_ref(), RECORDED.as_bytes());
         assert!(encoded.key.is_none() && encoded.headers.is_none());
-        let html = encode(&Message::new("").with_header("x", "<&>").unwrap()).unwrap();
+        let html = encode::<()>(&Message::new("").with_header("x", "<&>").unwrap()).unwrap();
         assert_eq!(html.payload.unwrap().as_ref(), br#"{"Header":{"x":"\u003c\u0026\u003e"},"Body":""}"#);
     }
 
@@ -173,7 +173,7 @@ mod tests {
         let binary = message().with_header("x", vec![0xff]).unwrap();
         let typed = message().with_header("Content-Type", "x").unwrap();
         for refused in [message().with_key("k"), Message::tombstone(), twice, binary, typed] {
-            let Err(error) = encode(&refused) else { panic!("{refused:?} was taken") };
+            let Err(error) = encode::<()>(&refused) else { panic!("{refused:?} was taken") };
             assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
         }
     }

@@ -11,19 +11,16 @@
 
 mod copies;
 mod event;
+mod format;
 mod go_micro;
 mod native;
 
 use std::borrow::Cow;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use broker_core::{Message, MessageId, Result, Timestamp, Topic};
-use rdkafka::message::{Header, Headers as _, Message as RdMessage, OwnedHeaders};
-use smallvec::SmallVec;
-
-use crate::config::Format;
 
 pub(crate) use copies::Copies;
+pub use format::Format;
 
 /// What a message takes along besides itself.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -48,10 +45,10 @@ pub(crate) struct Retried {
 }
 
 /// A record to send.
-pub(crate) struct Encoded<'a> {
+pub(crate) struct Encoded<'a, H> {
     pub(crate) key: Option<&'a [u8]>,
     pub(crate) payload: Option<Cow<'a, [u8]>>,
-    pub(crate) headers: Option<OwnedHeaders>,
+    pub(crate) headers: Option<H>,
     pub(crate) timestamp: Option<i64>,
 }
 
@@ -60,12 +57,12 @@ pub(crate) struct Encoded<'a> {
 /// # Errors
 ///
 /// [`Unsupported`](broker_core::ErrorKind::Unsupported) for what the format cannot say.
-pub(crate) fn encode<'a>(
+pub(crate) fn encode<'a, H: Writer>(
     topic: &Topic,
     message: &'a Message,
     travel: Option<&Travel>,
     format: Format,
-) -> Result<Encoded<'a>> {
+) -> Result<Encoded<'a, H>> {
     let headers = match (format, travel) {
         (Format::GoMicro, None) => return go_micro::encode(message),
         (Format::CloudEvents, None) => event::headers(topic, message),
@@ -96,43 +93,17 @@ pub(crate) struct Decoded {
     pub(crate) travel: Option<Box<Travel>>,
 }
 
-/// Reads a record.
-pub(crate) fn decode(record: &impl RdMessage, format: Format, copies: &mut Copies) -> Decoded {
-    let bare = |id| {
-        let payload = record.payload().map(|payload| copies.copy(payload));
-        let message =
-            Message::received(id, Timestamp::from_millis(record.timestamp().to_millis().unwrap_or(0)), payload);
-        match record.key() {
-            Some(key) => message.with_key(copies.copy(key)),
-            None => message,
-        }
-    };
-    let mut headers: SmallVec<[Field<'_>; 6]> = SmallVec::new();
-    // rdkafka panics at a name that is not UTF-8; there is no other way to read one.
-    let read = catch_unwind(AssertUnwindSafe(|| {
-        for header in record.headers().into_iter().flat_map(|headers| headers.iter()) {
-            headers.push((header.key, header.value.unwrap_or_default()));
-        }
-    }));
-    let place = || place(record.topic(), record.partition(), record.offset());
-    let mut decoded = from_headers(bare, &headers, format, place);
-    if read.is_err() && decoded.problem.is_none() {
-        decoded.problem = Some("the name of a header is not UTF-8; it and those after it are left out".into());
-    }
-    decoded
-}
-
 /// The id of a record that has none: where it lies.
-fn place(topic: &str, partition: i32, offset: i64) -> Option<MessageId> {
+pub(crate) fn place(topic: &str, partition: i32, offset: i64) -> Option<MessageId> {
     let full = format!("{topic}-{partition}-{offset}");
     if full.len() <= 255 { full.parse().ok() } else { format!("{partition}-{offset}").parse().ok() }
 }
 
 /// A header as it was read.
-type Field<'a> = (&'a str, &'a [u8]);
+pub(crate) type Field<'a> = (&'a str, &'a [u8]);
 
 /// `bare` makes the message but for what its headers say; it is made once, and again where they cannot be read.
-fn from_headers(
+pub(crate) fn from_headers(
     mut bare: impl FnMut(MessageId) -> Message,
     headers: &[Field<'_>],
     format: Format,
@@ -164,21 +135,11 @@ fn from_headers(
     }
 }
 
-/// Headers under construction; always there between two calls, and taken out without making others.
-struct Writer(Option<OwnedHeaders>);
+/// Headers that are written, in the order they are put.
+pub(crate) trait Writer {
+    fn with_capacity(capacity: usize) -> Self;
 
-impl Writer {
-    fn with_capacity(capacity: usize) -> Self {
-        Self(Some(OwnedHeaders::new_with_capacity(capacity)))
-    }
-
-    fn put(&mut self, name: &str, value: &[u8]) {
-        self.0 = self.0.take().map(|headers| headers.insert(Header { key: name, value: Some(value) }));
-    }
-
-    fn finish(self) -> OwnedHeaders {
-        self.0.unwrap_or_default()
-    }
+    fn put(&mut self, name: &str, value: &[u8]);
 
     /// The text of `value`, which has 255 bytes at most, without an allocation.
     fn put_text(&mut self, name: &str, value: impl std::fmt::Display) {
@@ -189,5 +150,17 @@ impl Writer {
         let left = rest.len();
         let written = buffer.len() - left;
         self.put(name, buffer.get(..written).unwrap_or_default());
+    }
+}
+
+/// Headers to look at.
+#[cfg(test)]
+impl Writer for Vec<(String, Vec<u8>)> {
+    fn with_capacity(capacity: usize) -> Self {
+        Self::with_capacity(capacity)
+    }
+
+    fn put(&mut self, name: &str, value: &[u8]) {
+        self.push((name.to_owned(), value.to_owned()));
     }
 }

@@ -7,7 +7,6 @@
 
 use broker_core::{Error, Headers, Message, MessageId, Result, Timestamp, Topic};
 use bytes::Bytes;
-use rdkafka::message::OwnedHeaders;
 
 use super::{Field, Retried, Travel, Writer, event, field_timestamp};
 
@@ -27,8 +26,8 @@ const RETRY_FIRST: &str = "broker-retry-first";
 const RAW_HEADER: &str = "broker-raw-header";
 
 /// The headers that `message` has on the wire.
-pub(super) fn headers(message: &Message, travel: Option<&Travel>) -> OwnedHeaders {
-    let mut out = Writer::with_capacity(message.headers().len() + 3);
+pub(super) fn headers<H: Writer>(message: &Message, travel: Option<&Travel>) -> H {
+    let mut out = H::with_capacity(message.headers().len() + 3);
     if let Some(content_type) = message.content_type() {
         out.put(CONTENT_TYPE, content_type.as_bytes());
     }
@@ -45,7 +44,7 @@ pub(super) fn headers(message: &Message, travel: Option<&Travel>) -> OwnedHeader
 }
 
 /// What every format of ours ends with: times, our id, and the user's headers.
-pub(super) fn finish(mut out: Writer, message: &Message) -> OwnedHeaders {
+pub(super) fn finish<H: Writer>(mut out: H, message: &Message) -> H {
     if let Some(time) = message.expires_at() {
         out.put_text(EXPIRES_AT, time.as_millis());
     }
@@ -56,7 +55,7 @@ pub(super) fn finish(mut out: Writer, message: &Message) -> OwnedHeaders {
     for (name, value) in message.headers().iter() {
         out.put(name.as_str(), value);
     }
-    out.finish()
+    out
 }
 
 /// Where our headers end, of a record that we wrote.
@@ -173,17 +172,14 @@ pub(super) fn raw(headers: &[Field<'_>]) -> Headers {
 
 #[cfg(test)]
 mod tests {
-    use rdkafka::message::Headers as _;
-
-    use super::super::{Decoded, from_headers};
+    use super::super::{Decoded, Format, from_headers};
     use super::*;
-    use crate::config::Format;
 
     fn round_trip(message: &Message, travel: Option<&Travel>, format: Format) -> Decoded {
         let topic = Topic::new("orders").unwrap();
         let wire = super::super::encode(&topic, message, travel, format).unwrap();
-        let headers = wire.headers.unwrap();
-        let fields: Vec<_> = headers.iter().map(|header| (header.key, header.value.unwrap_or_default())).collect();
+        let headers: Vec<(String, Vec<u8>)> = wire.headers.unwrap();
+        let fields: Vec<_> = headers.iter().map(|(name, value)| (name.as_str(), value.as_slice())).collect();
         let bare = |id| {
             let payload = wire.payload.as_ref().map(|payload| Bytes::copy_from_slice(payload));
             let message = Message::received(id, Timestamp::from_millis(wire.timestamp.unwrap_or(0)), payload);
