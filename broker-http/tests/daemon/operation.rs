@@ -316,6 +316,25 @@ async fn sighup_takes_up_limits_endpoints_and_origins_and_names_what_takes_a_res
     assert!(said.contains("; broker, dev, log_format, state, otlp changed, which takes a restart"), "{said}");
 }
 
+/// Whoever said `insecure` at the start may take the identities away, and is told what that means.
+#[tokio::test]
+async fn a_reload_that_leaves_nobody_to_ask_says_insecure() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("broker.toml");
+    let config = write(&path, &format!("insecure = true\n{}", operator()));
+    let mut daemon = Daemon::start(&["--listen", "0.0.0.0:0", "--config", &config]).await;
+    assert_eq!(daemon.send("POST /topics/a", "x").await.0, 401);
+    write(&path, "insecure = true");
+    daemon.signal("-HUP");
+    let said = daemon.says("reloaded").await;
+    assert!(said.contains("INSECURE: nobody is asked who they are any more"), "{said}");
+    assert_eq!(daemon.send("POST /topics/a", "x").await.0, 202);
+    // Said once: the next reload takes nobody away.
+    daemon.signal("-HUP");
+    let said = daemon.says("reloaded").await;
+    assert!(!said.contains("INSECURE"), "{said}");
+}
+
 #[tokio::test]
 async fn what_takes_a_restart_opens_no_listener() {
     let folder = tempfile::tempdir().unwrap();

@@ -71,7 +71,8 @@ async fn a_head_drop_by_drop_is_no_way_around_it() {
     let ended = soon(async {
         tokio::select! { end = read.read_to_end(&mut answer) => end.map(drop), end = dripping => end }
     });
-    let _ = ended.await;
+    let served = async { assert_eq!(running.get("/healthz").await.status, 200) };
+    let _ = tokio::join!(ended, served);
     refused_at_last(&running, "head_timeout", 1).await;
 }
 
@@ -120,6 +121,7 @@ async fn oversize_is_told_413_414_431() {
     soon(stream.read_to_end(&mut answer)).await.unwrap();
     assert!(answer.starts_with(b"HTTP/1.1 400"));
     refused_at_last(&running, "malformed", 1).await;
+    assert_eq!(running.post("/topics/a", "x").await.status, 202);
 }
 
 #[tokio::test]
@@ -143,6 +145,9 @@ async fn too_many_of_anything_is_told_and_counted() {
     stream.write_all(b"GET /topics/a/stream HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
     crate::support::read_until(&mut stream, ": connected").await;
     running.get("/topics/a/stream").await.is_problem(429, "streams");
+    // Who has a place goes on: the stream that stands gets what is published to the topic that is in use.
+    assert_eq!(running.post("/topics/a", "still").await.status, 202);
+    crate::support::read_until(&mut stream, "still").await;
     for reason in ["subscriptions", "topics", "streams", "leases"] {
         assert_eq!(refused(&running, reason).await, 1, "{reason}");
     }
