@@ -17,10 +17,12 @@ use broker_amqp::lapin::options::{
 use broker_amqp::lapin::types::{AMQPValue, FieldTable};
 use broker_amqp::lapin::{Channel, ExchangeKind};
 use broker_core::{
-    Broker, BrokerExt, ErrorKind, Group, GroupOptions, Message, PublisherOptions, Subscribe, Subscription, Topic,
+    Broker, BrokerExt, ErrorKind, Group, GroupOptions, Message, PublisherOptions, Subscribe, Subscription, Timestamp,
+    Topic,
 };
 use broker_tests::{Fault, Proxy};
 use parking_lot::Mutex;
+use tokio::time::timeout;
 
 /// A name nobody else uses.
 fn unique(name: &str) -> String {
@@ -368,6 +370,34 @@ async fn a_blocked_publisher_can_be_cut_and_closed() {
     assert!(waiting, "what is cut while blocked is sent again when the server takes it");
     within("the publish", held).await.unwrap().unwrap();
     assert!(broker.delete_group(&group).await.unwrap());
+    broker.close(PATIENCE).await;
+}
+
+/// A delay queue is declared when the first message needs it, which a server that blocks publishers does not
+/// answer: the message fails at its publish timeout, and so does one behind it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blocked_delayed_publish_fails_in_time() {
+    let _turn = TURN.lock().await;
+    // No answer is waited for so long as this test waits.
+    let broker = amqp_server::open_as_it_is(&format!("{}?connect_timeout=120s&publish_timeout=1s", server())).unwrap();
+    let topic = topic("delayed-blocked");
+    broker.publish(&topic, Message::new("before")).await.unwrap();
+    if !fault("block").await {
+        return;
+    }
+    // The server blocks a connection when it publishes.
+    let first = timeout(PATIENCE, broker.publish(&topic, Message::new("first"))).await;
+    let hour = Timestamp::now().after(Duration::from_secs(3600));
+    let delayed = tokio::spawn(broker.publish(&topic, Message::new("delayed").with_deliver_at(hour)));
+    let behind = tokio::spawn(broker.publish(&topic, Message::new("behind")));
+    let (delayed, behind) = (timeout(PATIENCE, delayed).await, timeout(PATIENCE, behind).await);
+    fault("unblock").await;
+    let (delayed, behind) = (delayed.map(Result::unwrap), behind.map(Result::unwrap));
+    for (name, outcome) in [("first", first), ("delayed", delayed), ("behind", behind)] {
+        let error = outcome.unwrap_or_else(|_| panic!("{name} does not end")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{name}: {error}");
+        assert!(error.message().contains("blocks"), "{name}: {error}");
+    }
     broker.close(PATIENCE).await;
 }
 

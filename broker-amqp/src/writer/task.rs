@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::future::{pending, poll_fn};
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -13,7 +14,7 @@ use futures_util::FutureExt;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::ShortString;
 use lapin::{Channel, Confirmation};
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 
 use super::flight::Flight;
 use super::{DEFAULT_FRAME_MAX, Entry, Envelope, Route, Writer};
@@ -59,7 +60,8 @@ impl Task {
         let mut wait = Wait::new(self.writer.options.max_reconnect_wait);
         loop {
             let live = self.connected().await;
-            let opened = timeout(self.writer.options.connect_timeout, self.open(&live)).await;
+            let writer = Arc::clone(&self.writer);
+            let opened = self.expiring(timeout(writer.options.connect_timeout, open(&writer, &live))).await;
             let error = match opened {
                 Ok(Ok(channel)) => {
                     wait.reset();
@@ -84,11 +86,7 @@ impl Task {
                 }
             };
             tracing::debug!(%error, unconfirmed = self.unsent.len(), "the publishing channel is lost; it is opened again");
-            let again = Instant::now() + wait.next();
-            while Instant::now() < again {
-                self.expire();
-                sleep_until(self.next_deadline().unwrap_or(again).min(again)).await;
-            }
+            self.expiring(sleep(wait.next())).await;
         }
     }
 
@@ -167,14 +165,19 @@ impl Task {
         }
     }
 
-    async fn open(&mut self, live: &Live) -> Result<Channel> {
-        let options = &self.writer.options;
-        let channel = live.connection.create_channel().await.map_err(from_lapin)?;
-        channel.confirm_select(ConfirmSelectOptions::default()).await.map_err(from_lapin)?;
-        topology::declare_exchange(&channel, options).await?;
-        let frame_max = live.connection.configuration().frame_max() as usize;
-        self.writer.frame_max.store(if frame_max == 0 { DEFAULT_FRAME_MAX } else { frame_max }, Ordering::Relaxed);
-        Ok(channel)
+    /// Does `work`, whose answer may take longer than publishes wait (the server stalls, or blocks us): they end
+    /// at their deadlines all the same.
+    async fn expiring<T>(&mut self, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
+        loop {
+            self.expire();
+            // Others may come meanwhile.
+            let soon = Instant::now() + TICK_MAX;
+            tokio::select! {
+                done = &mut work => return done,
+                () = sleep_until(self.next_deadline().unwrap_or(soon).min(soon)) => {}
+            }
+        }
     }
 
     /// Sends and confirms until the channel is lost; tells why.
@@ -233,21 +236,23 @@ impl Task {
                 }
             };
             if let Some(rung) = outgoing.rung.filter(|rung| !rungs.contains(rung)) {
-                let declaring = topology::declare_rung(&live.connection, rung, &self.writer.options);
-                let declared = timeout(self.writer.options.connect_timeout, declaring).await;
-                match declared.unwrap_or_else(|_| Err(Error::timeout("RabbitMQ did not declare a delay queue in time")))
-                {
-                    Ok(()) => drop(rungs.insert(rung)),
-                    Err(error) if is_final(&error) => {
-                        self.writer.finish(&entry, Err(error));
-                        continue;
+                // Where its deadline is seen, too; it is prepared again.
+                let ticket = entry.ticket;
+                self.unsent.push_front(entry);
+                let writer = Arc::clone(&self.writer);
+                let declaring = topology::declare_rung(&live.connection, rung, &writer.options);
+                match self.expiring(timeout(writer.options.connect_timeout, declaring)).await {
+                    Ok(Ok(())) => drop(rungs.insert(rung)),
+                    Ok(Err(error)) if is_final(&error) => {
+                        if let Some(entry) = self.unsent.pop_front_if(|first| first.ticket == ticket) {
+                            self.writer.finish(&entry, Err(error));
+                        }
                     }
-                    Err(error) => {
-                        // Those before it are in `sent`: all are sent again.
-                        self.unsent.push_front(entry);
-                        return Err(error);
-                    }
+                    // Those before it are in `sent`: all are sent again.
+                    Ok(Err(error)) => return Err(error),
+                    Err(_) => return Err(Error::timeout("RabbitMQ did not declare a delay queue in time")),
                 }
+                continue;
             }
             bytes += entry.bytes();
             self.sent.insert(outgoing.number, entry);
@@ -367,6 +372,17 @@ impl Task {
         };
         self.writer.finish(entry, result);
     }
+}
+
+/// A channel with confirms, and the exchange.
+async fn open(writer: &Writer, live: &Live) -> Result<Channel> {
+    let options = &writer.options;
+    let channel = live.connection.create_channel().await.map_err(from_lapin)?;
+    channel.confirm_select(ConfirmSelectOptions::default()).await.map_err(from_lapin)?;
+    topology::declare_exchange(&channel, options).await?;
+    let frame_max = live.connection.configuration().frame_max() as usize;
+    writer.frame_max.store(if frame_max == 0 { DEFAULT_FRAME_MAX } else { frame_max }, Ordering::Relaxed);
+    Ok(channel)
 }
 
 /// What the server said when it closed the channel over a message, as the message's error.
