@@ -8,9 +8,7 @@ use http::{HeaderMap, StatusCode, header};
 use broker_core::ErrorKind;
 
 use super::problem::{Answer, Problem};
-
-/// The largest zstd window we hold for a sender: what RFC 9659 allows on the web.
-const ZSTD_WINDOW_BYTES: u64 = 8 << 20;
+use super::zstd::Unpacking;
 
 /// Bytes of a compressed body beyond which inflating it would hold up other requests.
 const INLINE_BYTES: usize = 16 << 10;
@@ -52,113 +50,92 @@ pub(crate) async fn inflate(encoding: Encoding, body: Bytes, limit: usize) -> An
 }
 
 fn inflate_now(encoding: Encoding, body: &[u8], limit: usize) -> Answer<Bytes> {
-    let broken = |error: &dyn std::fmt::Display| {
-        let name = if encoding == Encoding::Gzip { "gzip" } else { "zstd" };
-        Problem::invalid(format!("the body is no valid {name}: {error}"))
-    };
     let mut inflated = Vec::with_capacity(body.len().saturating_mul(3).min(limit));
-    // One byte more than is allowed tells that there is more.
-    let most = limit as u64 + 1;
-    let read = match encoding {
-        Encoding::Gzip => flate2::read::MultiGzDecoder::new(body).take(most).read_to_end(&mut inflated),
-        Encoding::Zstd => {
-            let mut rest = body;
-            let mut read = Ok(0);
-            while !rest.is_empty() && read.is_ok() && inflated.len() <= limit {
-                if let Some(after) = after_skippable(rest) {
-                    rest = after;
-                    continue;
-                }
-                if zstd_window(rest).is_some_and(|window| window > ZSTD_WINDOW_BYTES) {
-                    return Err(Problem::invalid(
-                        "the body is zstd with a window of more than 8 MiB; compress it with less",
-                    ));
-                }
-                let left = most - inflated.len() as u64;
-                let decoder = ruzstd::decoding::StreamingDecoder::new(&mut rest).map_err(|error| broken(&error))?;
-                read = decoder.take(left).read_to_end(&mut inflated);
-            }
-            read
+    match encoding {
+        Encoding::Gzip => {
+            // One byte more than is allowed tells that there is more.
+            let most = limit as u64 + 1;
+            flate2::read::MultiGzDecoder::new(body).take(most).read_to_end(&mut inflated).map_err(no_gzip)?;
         }
-    };
-    read.map_err(|error| broken(&error))?;
+        Encoding::Zstd => {
+            let mut unpacking = Unpacking::new();
+            unpacking.feed(body);
+            while inflated.len() <= limit
+                && let Some(piece) = unpacking.next()
+            {
+                inflated.extend_from_slice(&piece?);
+            }
+            if inflated.len() <= limit {
+                unpacking.finish()?;
+            }
+        }
+    }
     if inflated.len() > limit { Err(too_large(limit)) } else { Ok(inflated.into()) }
 }
 
-/// What follows a frame of zstd that says nothing (RFC 8878, section 3.1.2).
-fn after_skippable(frame: &[u8]) -> Option<&[u8]> {
-    let (magic, rest) = frame.split_first_chunk()?;
-    if u32::from_le_bytes(*magic) & !0xf != 0x184d_2a50 {
-        return None;
-    }
-    let (size, rest) = rest.split_first_chunk()?;
-    rest.get(usize::try_from(u32::from_le_bytes(*size)).ok()?..)
-}
-
-/// A body of gzip, inflated piece by piece: what is flushed comes out at once, and no piece is large.
-pub(crate) struct Inflating {
-    decoder: flate2::write::MultiGzDecoder<Vec<u8>>,
-    packed: Bytes,
+/// A body inflated piece by piece: no piece is large, and of gzip what is flushed comes out at once.
+pub(crate) enum Inflating {
+    Gzip { decoder: Box<flate2::write::MultiGzDecoder<Vec<u8>>>, packed: Bytes },
+    Zstd(Box<Unpacking>),
 }
 
 /// Compressed bytes inflated in one go: at most a mebibyte comes of them.
 const PIECE_BYTES: usize = 1 << 10;
 
 impl Inflating {
-    pub(crate) fn new() -> Self {
-        Self { decoder: flate2::write::MultiGzDecoder::new(Vec::new()), packed: Bytes::new() }
+    pub(crate) fn new(encoding: Encoding) -> Self {
+        match encoding {
+            Encoding::Gzip => {
+                Self::Gzip { decoder: Box::new(flate2::write::MultiGzDecoder::new(Vec::new())), packed: Bytes::new() }
+            }
+            Encoding::Zstd => Self::Zstd(Box::new(Unpacking::new())),
+        }
     }
 
     /// Takes what has arrived; everything before has been inflated.
-    pub(crate) fn feed(&mut self, packed: Bytes) {
-        self.packed = packed;
+    pub(crate) fn feed(&mut self, arrived: Bytes) {
+        match self {
+            Self::Gzip { packed, .. } => *packed = arrived,
+            Self::Zstd(unpacking) => unpacking.feed(&arrived),
+        }
+    }
+
+    /// Bytes it holds of what has arrived, about.
+    pub(crate) fn held(&self) -> u64 {
+        match self {
+            Self::Gzip { packed, .. } => packed.len() as u64,
+            Self::Zstd(unpacking) => unpacking.held(),
+        }
     }
 
     /// The next piece, or `None` if more must arrive first.
-    pub(crate) fn next(&mut self) -> Option<Answer<Vec<u8>>> {
-        if self.packed.is_empty() {
-            return None;
+    pub(crate) fn next(&mut self) -> Option<Answer<Bytes>> {
+        match self {
+            Self::Gzip { packed, .. } if packed.is_empty() => None,
+            Self::Gzip { decoder, packed } => {
+                let piece = packed.split_to(packed.len().min(PIECE_BYTES));
+                let inflated = decoder.write_all(&piece).and_then(|()| decoder.flush());
+                Some(inflated.map(|()| std::mem::take(decoder.get_mut()).into()).map_err(no_gzip))
+            }
+            Self::Zstd(unpacking) => unpacking.next(),
         }
-        let piece = self.packed.split_to(self.packed.len().min(PIECE_BYTES));
-        let inflated = self.decoder.write_all(&piece).and_then(|()| self.decoder.flush());
-        Some(self.give(inflated))
     }
 
     /// Nothing more arrives: what is left.
-    pub(crate) fn finish(&mut self) -> Answer<Vec<u8>> {
-        let finished = self.decoder.try_finish();
-        self.give(finished)
-    }
-
-    fn give(&mut self, inflated: std::io::Result<()>) -> Answer<Vec<u8>> {
-        match inflated {
-            Ok(()) => Ok(std::mem::take(self.decoder.get_mut())),
-            Err(error) => Err(Problem::invalid(format!("the body is no valid gzip: {error}"))),
+    pub(crate) fn finish(&mut self) -> Answer<Bytes> {
+        match self {
+            Self::Gzip { decoder, .. } => {
+                decoder.try_finish().map_err(no_gzip)?;
+                Ok(std::mem::take(decoder.get_mut()).into())
+            }
+            Self::Zstd(unpacking) => unpacking.finish().map(|()| Bytes::new()),
         }
     }
 }
 
-/// The window a zstd frame asks for (RFC 8878, section 3.1.1.1.2): the decoder holds so much back,
-/// whatever the limit. A frame without one is a single segment, as large as its content.
-fn zstd_window(frame: &[u8]) -> Option<u64> {
-    let [_, _, _, _, descriptor, rest @ ..] = frame else { return None };
-    let single_segment = descriptor & 0b0010_0000 != 0;
-    if !single_segment {
-        let window = rest.first()?;
-        let base = 1_u64 << (10 + (window >> 3));
-        return Some(base + base / 8 * u64::from(window & 7));
-    }
-    let dictionary = match descriptor & 0b11 {
-        3 => 4,
-        bytes => usize::from(bytes),
-    };
-    let size = rest.get(dictionary..)?;
-    match descriptor >> 6 {
-        0 => size.first().map(|byte| u64::from(*byte)),
-        1 => size.first_chunk().map(|bytes| u64::from(u16::from_le_bytes(*bytes)) + 256),
-        2 => size.first_chunk().map(|bytes| u64::from(u32::from_le_bytes(*bytes))),
-        _ => size.first_chunk().map(|bytes| u64::from_le_bytes(*bytes)),
-    }
+#[expect(clippy::needless_pass_by_value, reason = "it is what map_err gives")]
+fn no_gzip(error: std::io::Error) -> Problem {
+    Problem::invalid(format!("the body is no valid gzip: {error}"))
 }
 
 fn too_large(limit: usize) -> Problem {

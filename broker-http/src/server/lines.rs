@@ -61,8 +61,6 @@ pub(crate) async fn stream(
     };
     let problem = if has_key {
         Some(Problem::invalid("idempotency-key: the answer to a stream of lines is not kept; give each line a dedup"))
-    } else if encoding == Some(Encoding::Zstd) {
-        Some(Problem::invalid("content-encoding: a stream of lines is compressed by gzip, or sent as it is"))
     } else {
         options.check_many().err().map(Problem::from)
     };
@@ -79,7 +77,7 @@ pub(crate) async fn stream(
         parent: shared.traces.parent(headers),
         body,
         reservation: shared.ledger.reserve(0)?,
-        gzip: encoding.map(|_| Box::new(Inflating::new())),
+        inflating: encoding.map(Inflating::new),
         unread: Bytes::new(),
         begun: BytesMut::new(),
         number: 0,
@@ -103,7 +101,7 @@ struct Lines {
     body: Body,
     reservation: Reservation,
     /// Where the body is compressed.
-    gzip: Option<Box<Inflating>>,
+    inflating: Option<Inflating>,
     /// What has arrived and was not looked at yet.
     unread: Bytes,
     /// A line whose end has not arrived yet.
@@ -231,10 +229,16 @@ impl Lines {
     }
 
     async fn read(&mut self) {
-        if let Some(piece) = self.gzip.as_mut().and_then(|gzip| gzip.next()) {
-            self.take(piece.map(Bytes::from));
-            // Little can inflate to much: others run meanwhile.
-            return tokio::task::yield_now().await;
+        if let Some(inflating) = &mut self.inflating {
+            if let Some(piece) = inflating.next() {
+                self.take(piece);
+                // Little can inflate to much: others run meanwhile.
+                return tokio::task::yield_now().await;
+            }
+            // What a window holds back counts before anything comes of it.
+            if let Err(problem) = self.hold(0) {
+                return self.fail(problem);
+            }
         }
         let mut deadline = body::Deadline::after(self.shared.limits().body_timeout);
         let data = tokio::select! {
@@ -248,13 +252,13 @@ impl Lines {
             data = body::next_data(&mut self.body, &mut deadline) => data,
         };
         match data {
-            Ok(Some(data)) => match &mut self.gzip {
-                Some(gzip) => gzip.feed(data),
+            Ok(Some(data)) => match &mut self.inflating {
+                Some(inflating) => inflating.feed(data),
                 None => self.take(Ok(data)),
             },
             Ok(None) => {
-                if let Some(rest) = self.gzip.as_mut().map(|gzip| gzip.finish()) {
-                    self.take(rest.map(Bytes::from));
+                if let Some(rest) = self.inflating.as_mut().map(|inflating| inflating.finish()) {
+                    self.take(rest);
                 }
                 self.ended = true;
             }
@@ -265,16 +269,26 @@ impl Lines {
     /// Takes what came of the body, or ends with what is wrong with it.
     fn take(&mut self, data: Answer<Bytes>) {
         let taken = data.and_then(|data| {
-            // Of a line and what came with it; given back with the stream.
-            self.reservation.reach((self.begun.len() + data.len()) as u64)?;
+            self.hold(data.len())?;
             self.unread = data;
             Ok(())
         });
         if let Err(problem) = taken {
-            // Of the line that it broke off nothing is known.
-            self.stop();
-            self.failed = Some(problem);
+            self.fail(problem);
         }
+    }
+
+    /// Room for what is held: a line, `more` that came with it, and what is not inflated yet. It is given back with
+    /// the stream.
+    fn hold(&mut self, more: usize) -> Answer<()> {
+        let packed = self.inflating.as_ref().map_or(0, |inflating| inflating.held());
+        self.reservation.reach((self.begun.len() + more) as u64 + packed)
+    }
+
+    /// Nothing more is read; of the line that it breaks off nothing is known.
+    fn fail(&mut self, problem: Problem) {
+        self.stop();
+        self.failed = Some(problem);
     }
 }
 

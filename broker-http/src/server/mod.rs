@@ -14,6 +14,7 @@ mod query;
 mod tls;
 mod topics;
 mod wire;
+mod zstd;
 
 // Publishing.
 mod idempotency;

@@ -229,6 +229,34 @@ async fn a_compressed_stream_of_lines_is_answered_as_it_is_flushed() {
     }
 }
 
+#[tokio::test]
+async fn a_stream_of_lines_may_be_zstd() {
+    let running = Running::start().await;
+    let headers =
+        [("content-type", "application/x-ndjson"), ("accept", "application/x-ndjson"), ("content-encoding", "zstd")];
+    let body: String = (0..20_000).map(|id| format!("{{\"payload\":{{\"number\":{id}}},\"id\":\"{id}\"}}\n")).collect();
+    let whole = ruzstd::encoding::compress_to_vec(body.as_bytes(), ruzstd::encoding::CompressionLevel::Fastest);
+    let answer = running.send("POST /topics/a", &headers, whole.clone()).await.text();
+    let ids: Vec<String> = answer
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap()["id"].as_str().unwrap().into())
+        .collect();
+    assert!(ids.len() == 20_000 && ids.iter().enumerate().all(|(number, id)| *id == number.to_string()));
+
+    // What breaks off or goes on as something else is told at the end; what came before is published.
+    for bad in [whole[..whole.len() - 1].to_vec(), [&whole[..], b"garbage"].concat()] {
+        let answer = running.send("POST /topics/a", &headers, bad).await.text();
+        assert!(answer.lines().last().unwrap().contains("zstd"), "{:?}", answer.lines().last());
+    }
+    // A window of 8 MiB is not held where there is no memory for it.
+    let mut limits = broker_http::Limits::default();
+    (limits.memory_bytes, limits.topic_memory_bytes) = (4 << 20, 4 << 20);
+    let small = Running::with(broker_http::ServerOptions::new().with_limits(limits)).await;
+    let greedy = [0x28, 0xb5, 0x2f, 0xfd, 0, 13 << 3].to_vec();
+    let answer = small.send("POST /topics/a", &headers, greedy).await.text();
+    assert!(answer.contains("\"status\":503"), "{answer}");
+}
+
 /// What is wrong with each line of a body, in both forms.
 async fn errors_of_lines(running: &Running, query: &str, body: &str) -> [Vec<String>; 2] {
     let request = format!("POST /topics/a{query}");
