@@ -7,7 +7,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use broker_core::{Error, Result, Topic};
 use bytes::Bytes;
-use serde::de::{Deserializer, MapAccess, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -216,14 +216,62 @@ pub fn decode(json: &[u8], options: &Options, on: Option<&Topic>) -> Result<Deco
 ///
 /// [`Codec`](broker_core::ErrorKind::Codec) for what is no JSON array of objects.
 pub fn decode_batch(json: &[u8], options: &Options, on: Option<&Topic>) -> Result<Vec<Result<Decoded>>> {
+    decode_batch_of(json, options, on, usize::MAX).map(Option::unwrap_or_default)
+}
+
+/// The same, or `None` if there are more than `max` events: each takes some hundred bytes beside the two that it may
+/// be written in.
+pub(crate) fn decode_batch_of(
+    json: &[u8],
+    options: &Options,
+    on: Option<&Topic>,
+    max: usize,
+) -> Result<Option<Vec<Result<Decoded>>>> {
     options.check_many()?;
-    let events: Vec<Event<'_>> = serde_json::from_slice(json)
+    let mut reader = serde_json::Deserializer::from_slice(json);
+    let events = AtMost(max)
+        .deserialize(&mut reader)
+        .and_then(|events| reader.end().map(|()| events))
         .map_err(|error| Error::codec(format!("the batch is not a JSON array of events: {error}")))?;
-    Ok(events
+    let Some(events) = events else { return Ok(None) };
+    let decoded = events
         .into_iter()
         .enumerate()
         .map(|(index, event)| event.decode(options, on).map_err(|error| error.context(format!("event {index}"))))
-        .collect())
+        .collect();
+    Ok(Some(decoded))
+}
+
+/// An array of so many events at most; of a longer one none is kept.
+struct AtMost(usize);
+
+impl<'de> DeserializeSeed<'de> for AtMost {
+    type Value = Option<Vec<Event<'de>>>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+}
+
+impl<'de> Visitor<'de> for AtMost {
+    type Value = Option<Vec<Event<'de>>>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an array of events")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut array: A) -> Result<Self::Value, A::Error> {
+        let mut events = Vec::new();
+        while let Some(event) = array.next_element()? {
+            if events.len() == self.0 {
+                drop(events);
+                while array.next_element::<IgnoredAny>()?.is_some() {}
+                return Ok(None);
+            }
+            events.push(event);
+        }
+        Ok(Some(events))
+    }
 }
 
 /// The members of an event, in order, their values not yet read.

@@ -170,6 +170,15 @@ fn a_batch_fails_event_by_event() {
 }
 
 #[test]
+fn of_a_batch_that_is_too_long_nothing_is_kept() {
+    let of = |json: &[u8], max| json::decode_batch_of(json, &Options::default(), None, max);
+    assert_eq!(of(b"[{},{},{}]", 3).unwrap().unwrap().len(), 3);
+    assert!(of(b"[{},{},{},{}]", 3).unwrap().is_none());
+    // It is read to its end, so that what is no JSON is said to be none.
+    assert!(of(b"[{},{},{},{}", 3).is_err());
+}
+
+#[test]
 fn json_that_is_no_event_is_refused_by_name() {
     let many: String = (0..200).map(|n| format!(r#""x{n}":"","#)).collect();
     for (members, named) in [

@@ -80,6 +80,7 @@ pub(crate) async fn exchange(engine: &Engine, line: &mut Line, encode: impl Fn()
     }
     let (time, began) = (Timestamp::now(), Instant::now());
     let attempt = async {
+        let mut free = true;
         loop {
             let open = match connection {
                 Some(open) => open,
@@ -91,8 +92,15 @@ pub(crate) async fn exchange(engine: &Engine, line: &mut Line, encode: impl Fn()
             match open.exchange(encode(), &engine.route).await {
                 Ok(answer) => return Outcome::Answer(answer),
                 Err(Broken::Failed(reason)) => return Outcome::Failed(reason),
-                // Free, and only once: the next connection is a new one.
-                Err(Broken::Stale) => permit = connection.take().and_then(Connection::into_permit),
+                // Free, and only once: an endpoint that refuses whatever it is sent would be asked without end.
+                Err(Broken::Stale) if free => {
+                    free = false;
+                    permit = connection.take().and_then(Connection::into_permit);
+                }
+                Err(Broken::Stale) => {
+                    engine.route.forget();
+                    return Outcome::Failed("the endpoint refused the request twice without an answer".to_owned());
+                }
             }
         }
     };

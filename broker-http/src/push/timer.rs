@@ -4,6 +4,7 @@ use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::time::Duration;
 
+use tokio::task::unconstrained;
 use tokio::time::{Instant, Sleep, sleep};
 
 /// A deadline per request, and nearly no work for one that is kept: the timer underneath is left
@@ -27,7 +28,9 @@ impl Timer {
             if let std::task::Poll::Ready(output) = future.as_mut().poll(cx) {
                 return std::task::Poll::Ready(Some(output));
             }
-            while sleep.as_mut().poll(cx).is_ready() {
+            // The future may have spent the task's budget, as it does where an endpoint never stops talking, and
+            // would then find the timer pending each time.
+            while pin!(unconstrained(sleep.as_mut())).poll(cx).is_ready() {
                 if sleep.deadline() >= deadline {
                     return std::task::Poll::Ready(None);
                 }
@@ -43,6 +46,17 @@ impl Timer {
 mod tests {
     use super::*;
     use std::future::pending;
+
+    #[tokio::test]
+    async fn fires_though_the_future_has_always_more_to_do() {
+        let mut timer = Timer::new();
+        let busy = async {
+            loop {
+                tokio::task::consume_budget().await;
+            }
+        };
+        assert_eq!(timer.until(Instant::now() + Duration::from_millis(20), busy).await, None::<()>);
+    }
 
     #[tokio::test(start_paused = true)]
     async fn fires_at_each_deadline_and_never_before() {

@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout_at};
 use super::Shared;
 use super::inflate::{Encoding, inflate};
 use super::limits::Limits;
-use super::memory::Reservation;
+use super::memory::{Ledger, Reservation};
 use super::problem::{Answer, Problem};
 
 /// Bytes up to which a body is copied out of the connection's read buffer, so that a small message
@@ -35,6 +35,25 @@ pub(crate) async fn collect(
     limit: usize,
     shared: &Shared,
 ) -> Answer<(Bytes, Reservation)> {
+    collect_on(headers, body, limit, shared, Ledger::reserve).await
+}
+
+/// Reads a request's JSON; it is taken at the bound of memory too, since it may be what makes room.
+///
+/// # Errors
+///
+/// As of [`collect`], but 503.
+pub(crate) async fn collect_json(headers: &HeaderMap, body: Body, shared: &Shared) -> Answer<(Bytes, Reservation)> {
+    collect_on(headers, body, shared.limits().json_body_bytes, shared, Ledger::grant).await
+}
+
+async fn collect_on(
+    headers: &HeaderMap,
+    body: Body,
+    limit: usize,
+    shared: &Shared,
+    reserve: fn(&Ledger, u64) -> Answer<Reservation>,
+) -> Answer<(Bytes, Reservation)> {
     let limits = shared.limits();
     let encoding = match Encoding::of(headers) {
         Ok(encoding) => encoding,
@@ -44,7 +63,7 @@ pub(crate) async fn collect(
         let problem = too_large(limit, body.size_hint().lower());
         return Err(refuse(headers, body, &limits, problem).await);
     }
-    let mut reservation = match shared.ledger.reserve(body.size_hint().lower()) {
+    let mut reservation = match reserve(&shared.ledger, body.size_hint().lower()) {
         Ok(reservation) => reservation,
         Err(problem) => return Err(refuse(headers, body, &limits, problem).await),
     };
@@ -182,7 +201,7 @@ pub(crate) async fn json<T: serde::de::DeserializeOwned>(
     body: Body,
     shared: &Shared,
 ) -> Answer<Option<T>> {
-    let (bytes, _reservation) = collect(headers, body, shared.limits().json_body_bytes, shared).await?;
+    let (bytes, _reservation) = collect_json(headers, body, shared).await?;
     read_json(&bytes)
 }
 

@@ -19,6 +19,14 @@ use super::problem::{Answer, Problem};
 /// What a message takes besides its bytes, about: its fields, its place in a log, its charge.
 pub(crate) const OVERHEAD: u64 = 256;
 
+/// What a header takes besides its bytes, about: an empty one is two handles on shared bytes.
+const HEADER_OVERHEAD: u64 = 96;
+
+/// What a message is charged: bytes that it takes, about.
+pub(crate) fn cost(message: &Message) -> u64 {
+    message.size() as u64 + OVERHEAD + message.headers().len() as u64 * HEADER_OVERHEAD
+}
+
 /// How long a refused publisher is told to wait.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -109,7 +117,14 @@ impl Ledger {
     ///
     /// 503 if there is none.
     pub(crate) fn reserve(&self, bytes: u64) -> Answer<Reservation> {
-        let mut reservation = Reservation { books: self.clone(), bytes: 0 };
+        let mut reservation = Reservation { books: self.clone(), bytes: 0, bounded: true };
+        reservation.grow(bytes).map(|()| reservation)
+    }
+
+    /// Room for what makes room, or mends what keeps it taken: settlements, subscriptions, redrives. They are small,
+    /// and count, and are never refused.
+    pub(crate) fn grant(&self, bytes: u64) -> Answer<Reservation> {
+        let mut reservation = Reservation { books: self.clone(), bytes: 0, bounded: false };
         reservation.grow(bytes).map(|()| reservation)
     }
 }
@@ -119,13 +134,15 @@ impl Ledger {
 pub(crate) struct Reservation {
     books: Ledger,
     bytes: u64,
+    /// Whether it is refused at the bound.
+    bounded: bool,
 }
 
 impl Reservation {
     /// Room for more.
     pub(crate) fn grow(&mut self, bytes: u64) -> Answer<()> {
         let (books, max) = (&self.books.0, self.books.max());
-        if books.held.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) > max {
+        if books.held.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) > max && self.bounded {
             books.held.fetch_sub(bytes, Ordering::Relaxed);
             let detail =
                 format!("the messages held here are at their bound of {max} bytes; try again once some are taken out");
@@ -187,10 +204,10 @@ impl Account {
 
 /// Makes a message give back what it costs, and tells how much that is.
 fn charge<A: Pays>(message: &mut Message, account: &Arc<A>) -> u64 {
-    let size = message.size();
+    let cost = cost(message);
     // Two small allocations, the part's and this. As one they would be too large for the bins that glibc's
     // allocator frees into from another thread without a lock: it was measured to take a fifth longer.
-    let charged = |part| Bytes::from_owner(Charged { part, account: Arc::clone(account), size });
+    let charged = |part| Bytes::from_owner(Charged { part, account: Arc::clone(account), cost });
     if let Some(payload) = message.payload_mut() {
         *payload = charged(std::mem::take(payload));
     } else if let Some(key) = message.key().cloned() {
@@ -208,7 +225,7 @@ fn charge<A: Pays>(message: &mut Message, account: &Arc<A>) -> u64 {
             return 0;
         }
     }
-    size as u64 + OVERHEAD
+    cost
 }
 
 /// Several messages charged at once. They share this and not the account, whose count of references all
@@ -237,7 +254,7 @@ struct Charged<A: Pays> {
     part: Bytes,
     account: Arc<A>,
     /// Of the whole message.
-    size: usize,
+    cost: u64,
 }
 
 impl<A: Pays> AsRef<[u8]> for Charged<A> {
@@ -248,9 +265,9 @@ impl<A: Pays> AsRef<[u8]> for Charged<A> {
 
 impl<A: Pays> Drop for Charged<A> {
     fn drop(&mut self) {
-        let (account, bytes) = (self.account.account(), self.size as u64 + OVERHEAD);
-        account.held.fetch_sub(bytes, Ordering::Relaxed);
-        account.books.0.held.fetch_sub(bytes, Ordering::Relaxed);
+        let account = self.account.account();
+        account.held.fetch_sub(self.cost, Ordering::Relaxed);
+        account.books.0.held.fetch_sub(self.cost, Ordering::Relaxed);
     }
 }
 
@@ -290,7 +307,8 @@ mod tests {
             let mut charged = message.clone();
             account.charge(&mut charged);
             assert_eq!(charged, message, "the message is what it was");
-            let bytes = message.size() as u64 + OVERHEAD;
+            let bytes = cost(&message);
+            assert!(bytes >= message.size() as u64 + OVERHEAD + message.headers().len() as u64 * 64);
             assert_eq!((account.held(), ledger.held()), (bytes, bytes));
             let copy = charged.clone();
             drop(charged);

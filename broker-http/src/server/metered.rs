@@ -23,7 +23,7 @@ use broker_core::{
 };
 use parking_lot::Mutex;
 
-use super::memory::{Ledger, OVERHEAD};
+use super::memory::{Ledger, OVERHEAD, cost};
 
 /// A broker whose deliveries are charged.
 pub(crate) struct Metered {
@@ -175,7 +175,7 @@ struct InHand {
 
 impl InHand {
     fn new(delivery: Delivery, meter: &Arc<Meter>) -> Self {
-        let bytes = delivery.message().size() as u64 + OVERHEAD;
+        let bytes = cost(delivery.message());
         meter.ledger.deliver(bytes);
         meter.held.fetch_add(1, Ordering::AcqRel);
         Self {

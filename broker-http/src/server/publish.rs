@@ -123,8 +123,10 @@ async fn publish_body(
             one(shared, published, options, decoded).await
         }
         Format::Batch => {
-            let decoded = json::decode_batch(&body, options, Some(topic))?;
-            check_count(shared, decoded.len())?;
+            let max = shared.limits().batch_messages;
+            let Some(decoded) = json::decode_batch_of(&body, options, Some(topic), max)? else {
+                return Err(too_many_messages(max));
+            };
             let mut outgoing = Outgoing::to(published);
             decoded.into_iter().for_each(|decoded| outgoing.push(decoded.map(|decoded| decoded.message)));
             let mut answer = Results::new(outgoing.len());
@@ -138,12 +140,13 @@ async fn publish_body(
 
 fn check_count(shared: &Shared, count: usize) -> Answer<()> {
     let max = shared.limits().batch_messages;
-    if count <= max {
-        return Ok(());
-    }
-    Err(Problem::too_large(format!(
+    if count <= max { Ok(()) } else { Err(too_many_messages(max)) }
+}
+
+fn too_many_messages(max: usize) -> Problem {
+    Problem::too_large(format!(
         "a batch whose results are collected has at most {max} messages; stream more as application/x-ndjson with the header accept: application/x-ndjson"
-    )))
+    ))
 }
 
 /// Publishes a message a line, and answers for all of them together.

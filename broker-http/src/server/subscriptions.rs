@@ -49,7 +49,7 @@ pub(crate) async fn put(
 ) -> Answer {
     no_query(&uri)?;
     let name = GroupName::new(&*name_in_path(&uri)?)?;
-    let (json, reservation) = body::collect(&headers, body, shared.limits().json_body_bytes, &shared).await?;
+    let (json, reservation) = body::collect_json(&headers, body, &shared).await?;
     let spec = SubscriptionSpec::from_json(&json)?;
     if let Some(Extension(caller)) = caller {
         caller.check(Action::Subscribe, &spec.filter)?;

@@ -57,3 +57,32 @@ async fn an_endpoint_that_speaks_only_http_1_is_a_failure_that_says_why() {
     let reason = rig.dead(1).await.remove(0).failure.reason().to_owned();
     assert!(!reason.is_empty(), "{reason}");
 }
+
+#[tokio::test]
+async fn an_endpoint_that_refuses_every_stream_is_asked_twice_an_attempt_and_not_without_end() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/hook", listener.local_addr().unwrap());
+    let requests = Arc::new(AtomicUsize::new(0));
+    tokio::spawn({
+        let requests = Arc::clone(&requests);
+        async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let requests = Arc::clone(&requests);
+                tokio::spawn(async move {
+                    let mut connection = h2::server::handshake(stream).await.unwrap();
+                    while let Some(Ok((_request, mut respond))) = connection.accept().await {
+                        requests.fetch_add(1, Ordering::Relaxed);
+                        respond.send_reset(h2::Reason::REFUSED_STREAM);
+                    }
+                });
+            }
+        }
+    });
+    let fields = r#""http2":true,"timeout":"2s","retry":{"max_attempts":3,"initial":"1ms","max":"2ms"}"#;
+    let rig = Rig::new(&url, fields).await;
+    rig.publish_text("42").await;
+    let reason = rig.dead(1).await.remove(0).failure.reason().to_owned();
+    assert!(reason.starts_with("max_attempts (3)"), "{reason}");
+    assert!(requests.load(Ordering::Relaxed) <= 6, "{requests:?} requests in 3 attempts");
+}

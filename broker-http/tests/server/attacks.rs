@@ -6,6 +6,7 @@ use std::time::Duration;
 use broker_http::{Limits, ServerOptions};
 use bytes::Bytes;
 use http::Request;
+use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 
@@ -220,6 +221,25 @@ async fn a_refused_body_is_not_read_beyond_its_bound() {
     assert!(cut, "{sent} bytes were read of what was refused");
     assert_eq!(running.get("/healthz").await.status, 200);
     refused_at_last(&running, "too_large", 1).await;
+}
+
+#[tokio::test]
+async fn at_the_bound_of_memory_one_may_settle_and_mend() {
+    let running = limited(|limits| (limits.memory_bytes, limits.topic_memory_bytes) = (100_000, 100_000)).await;
+    running.put("q", r#"{"filter":"a","max_in_flight":1000}"#).await;
+    // One batch, taken while there is room, goes far beyond it.
+    let lines: String = (0..500).map(|number| format!("{{\"payload\":{number}}}\n")).collect();
+    let reply = running.send("POST /topics/a", &[("content-type", "application/x-ndjson")], lines).await;
+    assert_eq!(reply.status, 202);
+    running.post("/topics/a", "x").await.is_problem(429, "topic a");
+    // Who would make room has its say, and who mends a subscription.
+    assert_eq!(running.put("r", r#"{"filter":"b"}"#).await.status, 201);
+    for _ in 0..5 {
+        let leases: Vec<_> = running.pull("q", "max=100").await.into_iter().map(|lease| lease.lease).collect();
+        assert_eq!(leases.len(), 100);
+        assert!(running.settle("q", json!({ "ack": leases })).await.is_empty());
+    }
+    assert_eq!(running.post("/topics/a", "x").await.status, 202);
 }
 
 #[tokio::test]
