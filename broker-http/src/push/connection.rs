@@ -23,7 +23,7 @@ use super::target::Target;
 use super::verdict::Answer;
 
 /// Bytes of an answer's body that are read.
-const MAX_ANSWER_BYTES: usize = 64 << 10;
+pub(crate) const ANSWER_BYTES: usize = 64 << 10;
 /// Bytes of an answer's head that are read.
 const MAX_HEAD_BYTES: usize = 64 << 10;
 
@@ -35,6 +35,8 @@ pub(crate) struct Content {
     pub(crate) method: Method,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Bytes,
+    /// Bytes of the answer's body that are read.
+    pub(crate) answer_bytes: usize,
 }
 
 /// The way to one endpoint: how to open connections, and the one that all share where it speaks
@@ -215,7 +217,7 @@ impl Own {
         let Self { send, driver, open, .. } = self;
         let answer = async move {
             send.ready().await?;
-            read(send.send_request(request).await?).await
+            read(send.send_request(request).await?, content.answer_bytes).await
         };
         let mut answer = pin!(answer);
         let result = poll_fn(|cx| {
@@ -254,7 +256,7 @@ impl Own {
 impl Shared {
     async fn exchange(&mut self, content: Content, target: &Target) -> Result<Answer, Broken> {
         let used = std::mem::replace(&mut self.used, true);
-        let Content { method, headers, body } = content;
+        let Content { method, headers, body, answer_bytes } = content;
         let request = request(method, target.absolute.clone(), Version::HTTP_2, headers, body);
         let broken = |error: hyper::Error, heard: bool| {
             if used && !heard && !refused_by_peer(&error) {
@@ -264,7 +266,7 @@ impl Shared {
             }
         };
         let response = self.send.send_request(request).await.map_err(|error| broken(error, false))?;
-        read(response).await.map(|(answer, _)| answer).map_err(|error| broken(error, true))
+        read(response, answer_bytes).await.map(|(answer, _)| answer).map_err(|error| broken(error, true))
     }
 }
 
@@ -277,14 +279,14 @@ fn request(method: Method, uri: http::Uri, version: Version, headers: HeaderMap,
     request
 }
 
-/// The answer, and whether all of it was read.
-async fn read(response: Response<Incoming>) -> hyper::Result<(Answer, bool)> {
+/// The answer, its body up to so many bytes, and whether all of it was read.
+async fn read(response: Response<Incoming>, most: usize) -> hyper::Result<(Answer, bool)> {
     let (head, mut body) = response.into_parts();
     let mut answer = Answer { status: head.status.as_u16(), headers: head.headers, body: Vec::new() };
     while !body.is_end_stream() {
         let Some(frame) = body.frame().await else { break };
         let Ok(data) = frame?.into_data() else { continue };
-        let room = MAX_ANSWER_BYTES - answer.body.len();
+        let room = most - answer.body.len();
         answer.body.extend(data.iter().take(room));
         if data.len() > room {
             return Ok((answer, false));

@@ -7,7 +7,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use sha2::{Digest as _, Sha256};
 
-use super::connection::Content;
+use super::connection::{ANSWER_BYTES, Content};
 use super::sign::{Signer, seconds};
 use crate::event::{self, BATCH_TYPE, EVENT_TYPE, Envelope, binary, json};
 use crate::{Mode, SubscriptionSpec};
@@ -20,6 +20,9 @@ const BROKER_TEST: HeaderName = HeaderName::from_static("broker-test");
 
 /// Headers that most messages have at most: room made at once costs less than growing.
 const HEADERS: usize = 20;
+
+/// Bytes that an answer to a batch may have for each of its messages: its id, escaped, and its status.
+const STATUS_BYTES: usize = 512;
 
 /// Makes the requests of one subscription.
 #[derive(Debug)]
@@ -56,7 +59,7 @@ impl Encoder {
     pub(crate) fn bare(&self, method: Method) -> Content {
         let mut headers = self.base.clone();
         headers.remove(CONTENT_TYPE);
-        Content { method, headers, body: Bytes::new() }
+        Content { method, headers, body: Bytes::new(), answer_bytes: ANSWER_BYTES }
     }
 
     /// The request for these messages: one, unless the mode is batch.
@@ -91,7 +94,8 @@ impl Encoder {
     }
 
     fn batch<'a>(&self, mut headers: HeaderMap, envelopes: impl ExactSizeIterator<Item = Envelope<'a>>) -> Content {
-        let mut body = Vec::with_capacity(512 * envelopes.len());
+        let items = envelopes.len();
+        let mut body = Vec::with_capacity(512 * items);
         let mut ids = self.signer.as_ref().map(|_| Sha256::new());
         body.push(b'[');
         for (index, envelope) in envelopes.enumerate() {
@@ -111,12 +115,13 @@ impl Encoder {
             let id = ids.finalize().iter().take(16).fold("batch_".to_owned(), |id, byte| format!("{id}{byte:02x}"));
             sign(signer, &id, &body, &mut headers);
         }
-        post(headers, body)
+        // What is cut off an answer would be taken for messages that it leaves out.
+        Content { answer_bytes: ANSWER_BYTES + items * STATUS_BYTES, ..post(headers, body) }
     }
 }
 
 fn post(headers: HeaderMap, body: impl Into<Bytes>) -> Content {
-    Content { method: Method::POST, headers, body: body.into() }
+    Content { method: Method::POST, headers, body: body.into(), answer_bytes: ANSWER_BYTES }
 }
 
 fn sign(signer: &Signer, id: &str, body: &[u8], headers: &mut HeaderMap) {

@@ -200,7 +200,7 @@ fn begin(
 /// What the answer to a batch says of its messages one by one.
 fn judge_items(engine: &Engine, parcel: &Parcel, outcome: &Outcome, verdict: &Verdict) -> Option<Vec<Item>> {
     let Outcome::Answer(answer) = outcome else { return None };
-    if engine.spec.mode != Mode::Batch || answer.status != 200 || verdict.decision != Decision::Ack {
+    if engine.spec.mode != Mode::Batch || verdict.decision != Decision::Ack {
         return None;
     }
     let ids = parcel.deliveries.iter().map(|delivery| delivery.message().id().to_string().into());

@@ -204,7 +204,7 @@ pub(crate) struct Item {
     pub(crate) reason: &'static str,
 }
 
-/// What an answer of 200 says of each message of a batch, in the order of `ids`:
+/// What an answer of success says of each message of a batch, in the order of `ids`:
 /// `{"statuses": [{"id": "…", "status": "SUCCESS|RETRY|DROP"}]}`. `None` if it says nothing of
 /// them, so that the verdict for the whole holds.
 ///

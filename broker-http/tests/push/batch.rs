@@ -90,6 +90,33 @@ async fn items_are_judged_one_by_one() {
 }
 
 #[tokio::test]
+async fn the_answer_to_a_large_batch_is_read_to_its_end() {
+    let mut endpoint = Endpoint::new(|request| {
+        let statuses: Vec<_> =
+            ids(&request.body).iter().map(|id| serde_json::json!({ "id": id, "status": "SUCCESS" })).collect();
+        answer(serde_json::json!({ "statuses": statuses }).to_string())
+    })
+    .await;
+    let rig = Rig::new(&endpoint.url(), r#""mode":"batch","batch":{"max":5000},"retry":{"max_attempts":1}"#).await;
+    rig.push.pause();
+    rig.publish(numbered(5_000)).await;
+    rig.push.resume();
+    rig.drained().await;
+    assert!(rig.broker.dead_letters(&rig.group, 10).await.unwrap().is_empty());
+    assert_eq!(endpoint.so_far().iter().map(|request| ids(&request.body).len()).sum::<usize>(), 5_000);
+}
+
+#[tokio::test]
+async fn items_are_judged_whatever_answer_of_success_says_them() {
+    let body = r#"{"statuses":[{"id":"m0","status":"SUCCESS"},{"id":"m1","status":"DROP"}]}"#;
+    let endpoint = Endpoint::always(Reaction::Answer(207, "content-type: application/json\r\n", body.into())).await;
+    let rig = Rig::new(&endpoint.url(), r#""mode":"batch","retry":{"max_attempts":1}"#).await;
+    rig.publish(numbered(2)).await;
+    assert_eq!(rig.dead(1).await.remove(0).message.id().to_string(), "m1");
+    rig.drained().await;
+}
+
+#[tokio::test]
 async fn a_batch_fails_as_a_whole() {
     let mut endpoint = Endpoint::script([status(500), answer(r#"{"status":"RETRY"}"#), status(200)]).await;
     let rig = Rig::new(&endpoint.url(), &format!(r#"{QUICK},"mode":"batch""#)).await;

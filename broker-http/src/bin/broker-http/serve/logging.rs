@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 
+use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
@@ -18,12 +19,19 @@ pub(super) fn check(levels: &str) -> Result<(), String> {
 }
 
 fn filter(levels: &str) -> Result<EnvFilter, String> {
+    const USAGE: &str = "it is a level (error, warn, info, debug, trace, off), or MODULE=LEVEL, with commas between";
+    // A word alone would be taken for a module, and the log of all others would be off.
+    let mistyped = levels
+        .split(',')
+        .map(str::trim)
+        .find(|word| !word.is_empty() && !word.contains(['=', '[']) && word.parse::<LevelFilter>().is_err());
+    if let Some(word) = mistyped {
+        return Err(format!("log {levels:?}: {word:?} is no level; {USAGE}"));
+    }
     // What RabbitMQ's client calls an error is often an answer that our adapter asked for: a queue
     // that is not there yet. What matters of it, the adapter says.
     let quiet = if levels.contains("lapin") { "" } else { ",lapin=off" };
-    EnvFilter::builder()
-        .parse(format!("{levels}{quiet}"))
-        .map_err(|error| format!("log {levels:?}: {error}; it is a level, or MODULE=LEVEL, with commas between"))
+    EnvFilter::builder().parse(format!("{levels}{quiet}")).map_err(|error| format!("log {levels:?}: {error}; {USAGE}"))
 }
 
 impl Logging {
@@ -55,5 +63,8 @@ mod tests {
         check("warn,broker_http::push=debug").unwrap();
         let error = check("broker_http=loud").unwrap_err();
         assert!(error.contains("loud"), "{error}");
+        for bad in ["wran", "warn,broker_http:debug", "info,broker_http"] {
+            assert!(check(bad).unwrap_err().contains("is no level"), "{bad}");
+        }
     }
 }
