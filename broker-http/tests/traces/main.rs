@@ -149,7 +149,8 @@ async fn what_a_trace_adds_to_a_message_is_accounted_one_by_one_and_many_at_once
     ];
     let traced = held(&daemon(&collector, &[], &[]).await, &requests).await;
     let plain = held(&Daemon::start_with(&[], &[]).await, &requests).await;
-    let header = "traceparent".len() as u64 + format!("00-{TRACE}-{PUBLISHER}-01").len() as u64;
+    // Its bytes, and what every header takes besides.
+    let header = 96 + "traceparent".len() as u64 + format!("00-{TRACE}-{PUBLISHER}-01").len() as u64;
     let added: Vec<_> = traced.iter().zip(&plain).map(|(traced, plain)| traced - plain).collect();
     assert_eq!(added, [header, 100 * header], "{traced:?} {plain:?}");
 }
