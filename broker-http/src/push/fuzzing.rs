@@ -28,8 +28,11 @@ pub fn push_answer(status: u16, headers: &HeaderMap, body: &[u8]) {
             assert!(status != 200 || asked == Some("RETRY"));
             assert!(*floor <= Some(MAX_RETRY_AFTER));
             let seconds = headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok());
-            if let Some(seconds) = seconds.and_then(|text| text.parse::<u32>().ok()).map(u64::from) {
-                assert_eq!(*floor, Some(Duration::from_secs(seconds).min(MAX_RETRY_AFTER)));
+            // Digits alone (RFC 9110, section 10.2.3): the parser of numbers takes `+60` too, and a sign makes it neither
+            // seconds nor a date.
+            if let Some(seconds) = seconds.and_then(|text| text.parse::<u32>().ok().map(|number| (text, number))) {
+                let wait = Duration::from_secs(seconds.1.into()).min(MAX_RETRY_AFTER);
+                assert_eq!(*floor, (!seconds.0.starts_with('+')).then_some(wait));
             }
         }
         Decision::Reject => assert!(if status == 200 { asked == Some("DROP") } else { (400..500).contains(&status) }),
