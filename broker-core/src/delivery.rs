@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::error::one_line;
 use crate::{Message, Operation, Settle, Topic};
 
 /// Why a delivery failed: kept with the message, and written to its dead letter.
@@ -21,19 +22,16 @@ pub struct Failure {
     status: Option<Arc<str>>,
 }
 
-/// Bytes of a reason or status that are kept; it may come from outside.
-const MAX_REASON_BYTES: usize = 1024;
-
 impl Failure {
     /// A failure for this reason; cut at 1 KiB, control characters become spaces.
     pub fn new(reason: impl AsRef<str>) -> Self {
-        Self { reason: tidy(reason.as_ref()), status: None }
+        Self { reason: one_line(reason.as_ref().into()).into(), status: None }
     }
 
     /// Adds a status: what an endpoint answered, or a code of the application's.
     #[must_use]
     pub fn with_status(mut self, status: impl AsRef<str>) -> Self {
-        self.status = Some(tidy(status.as_ref()));
+        self.status = Some(one_line(status.as_ref().into()).into());
         self
     }
 
@@ -46,17 +44,6 @@ impl Failure {
     pub fn status(&self) -> Option<&str> {
         self.status.as_deref()
     }
-}
-
-fn tidy(text: &str) -> Arc<str> {
-    let mut kept = String::with_capacity(text.len().min(MAX_REASON_BYTES));
-    for letter in text.chars() {
-        if kept.len() + letter.len_utf8() > MAX_REASON_BYTES {
-            break;
-        }
-        kept.push(if letter.is_control() { ' ' } else { letter });
-    }
-    kept.into()
 }
 
 /// What becomes of a delivery.
@@ -357,11 +344,12 @@ impl Settle {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::MAX_LINE;
 
     #[test]
     fn a_reason_from_outside_is_bounded_and_one_line() {
         let failure = Failure::new(format!("a\r\nb{}", "ä".repeat(2_000)));
-        assert!(failure.reason().len() <= MAX_REASON_BYTES);
+        assert!(failure.reason().len() <= MAX_LINE);
         assert!(failure.reason().starts_with("a  b"));
     }
 }

@@ -1,5 +1,6 @@
 //! The one error type of the contract.
 
+use std::borrow::Cow;
 use std::error::Error as StdError;
 use std::fmt;
 use std::sync::Arc;
@@ -120,10 +121,19 @@ macro_rules! constructors {
 
 impl Error {
     /// An error of `kind`; `message` is lower case, without a full stop, and says what to do next.
+    ///
+    /// A message may quote what came from outside, so it is kept to one line of at most 1,024 bytes: control
+    /// characters become spaces, the rest is cut.
+    ///
+    /// ```
+    /// use broker_core::{Error, ErrorKind};
+    /// let name = "x\nlevel=info";
+    /// assert_eq!(Error::new(ErrorKind::Invalid, format!("attribute {name}")).message(), "attribute x level=info");
+    /// ```
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self(Arc::new(Inner {
             kind,
-            message: message.into(),
+            message: one_line(Cow::Owned(message.into())),
             retryable: matches!(kind, ErrorKind::Timeout | ErrorKind::Unavailable),
             retry_after: None,
             source: None,
@@ -187,7 +197,7 @@ impl Error {
     /// Puts `context` before the message: `"publish to orders.created: …"`.
     #[must_use]
     pub fn context(self, context: impl fmt::Display) -> Self {
-        self.alter(|inner| inner.message = format!("{context}: {}", inner.message))
+        self.alter(|inner| inner.message = one_line(format!("{context}: {}", inner.message).into()))
     }
 
     fn alter(mut self, change: impl FnOnce(&mut Inner)) -> Self {
@@ -216,6 +226,24 @@ impl Error {
     }
 }
 
+/// Most bytes of a text about an error: it may hold what came from outside.
+pub(crate) const MAX_LINE: usize = 1_024;
+
+/// `text` as one line that a log or a header can hold: at most 1,024 bytes, control characters made spaces.
+pub(crate) fn one_line(text: Cow<'_, str>) -> String {
+    if text.len() <= MAX_LINE && !text.contains(char::is_control) {
+        return text.into_owned();
+    }
+    let mut line = String::with_capacity(text.len().min(MAX_LINE));
+    for letter in text.chars() {
+        if line.len() + letter.len_utf8() > MAX_LINE {
+            break;
+        }
+        line.push(if letter.is_control() { ' ' } else { letter });
+    }
+    line
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.0.kind, self.0.message)
@@ -236,5 +264,19 @@ impl fmt::Debug for Error {
 impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         self.0.source.as_deref().map(|source| source as _)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_message_quotes_is_bounded_and_one_line() {
+        let foreign = format!("a\r\nb\u{85}{}", "ä".repeat(2_000));
+        for error in [Error::invalid(foreign.clone()), Error::invalid("x").context(foreign)] {
+            assert!(error.message().starts_with("a  b ä"), "{error}");
+            assert!(error.message().len() <= MAX_LINE, "{}", error.message().len());
+        }
     }
 }

@@ -10,9 +10,6 @@ use serde::Deserialize;
 /// A wait the daemon asks for is believed up to here.
 pub(super) const MAX_RETRY_AFTER: Duration = Duration::from_secs(3600);
 
-/// Characters of a detail that are kept: it comes from outside.
-pub(super) const MAX_DETAIL: usize = 1_000;
-
 /// Problem details (RFC 9457), as far as we read them.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
@@ -39,8 +36,6 @@ impl Problem {
         // The daemon is closing; we are not.
         let kind = if kind == ErrorKind::Closed { ErrorKind::Unavailable } else { kind };
         let text = self.detail.or(self.title).unwrap_or_else(|| format!("the daemon answered {status}"));
-        let text: String =
-            text.chars().take(MAX_DETAIL).map(|letter| if letter.is_control() { ' ' } else { letter }).collect();
         let error = Error::new(kind, text);
         match retry_after {
             Some(after) if error.is_retryable() => error.with_retry_after(after.min(MAX_RETRY_AFTER)),
@@ -145,6 +140,6 @@ mod tests {
     fn words_from_outside_are_bounded_and_one_line() {
         let body = format!(r#"{{"detail":"a\r\nb{}"}}"#, "x".repeat(5_000));
         let error = error(400, None, &body);
-        assert!(error.message().starts_with("a  b") && error.message().len() <= 1_000);
+        assert!(error.message().starts_with("a  b") && error.message().len() <= 1_024);
     }
 }

@@ -9,7 +9,7 @@ use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 
 use super::able::{MAX_IN_FLIGHT, Ready};
-use super::error::{MAX_DETAIL, MAX_RETRY_AFTER, refused};
+use super::error::{MAX_RETRY_AFTER, refused};
 use super::keeping::Body;
 use super::lane::Unsettled;
 use super::wire::{Accepted, Dead, Letter, Outcome, Page, Pulled, Purged, Redriven, Results, Settled, View, read};
@@ -57,8 +57,7 @@ fn expected<'a, T: Deserialize<'a> + Debug>(body: &'a [u8]) -> Option<T> {
 fn error(error: Error) {
     assert_ne!(error.kind(), ErrorKind::Closed, "it is the daemon that is closing");
     assert!(error.retry_after() <= Some(MAX_RETRY_AFTER));
-    let letters = error.message().chars().count();
-    assert!(letters <= MAX_DETAIL && !error.message().contains(char::is_control), "{error:?}");
+    assert!(error.message().len() <= 1_024 && !error.message().contains(char::is_control), "{error:?}");
     let problem = Problem::from(error.clone());
     let json = serde_json::to_vec(&problem).expect("numbers and text");
     let again = refused(problem.status(), &HeaderMap::new(), &json);
