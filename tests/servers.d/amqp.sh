@@ -116,7 +116,7 @@ _amqp_certificates() (
 
 _amqp_launch() {
     if ! _amqp_pid >/dev/null; then
-        # A session of its own, and nothing of the caller's open: nobody waits for it by accident.
+        # A session of its own, and no output of the caller's: nobody waits for it by accident.
         _amqp_env setsid --fork /usr/lib/rabbitmq/bin/rabbitmq-server </dev/null >"$AMQP_DIR/log/output" 2>&1
     fi
     if ! _amqp_await 90 _amqp_answers; then
@@ -127,13 +127,13 @@ _amqp_launch() {
     _amqp_ctl await_startup --timeout 90
 }
 
-# Runs a command in the node's environment.
+# Runs a command in the node's environment; it may leave epmd running.
 _amqp_env() {
     (
         # shellcheck source=/dev/null
         . "$AMQP_DIR/ports"
         # shellcheck disable=SC2154
-        exec env \
+        alone env \
             HOME="$AMQP_DIR" \
             ERL_CRASH_DUMP="$AMQP_DIR/log/erl_crash.dump" \
             RABBITMQ_NODENAME="suite-$port@localhost" \

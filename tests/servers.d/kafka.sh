@@ -1,9 +1,6 @@
-#!/usr/bin/env bash
-# Apache Kafka for the tests: one KRaft node of our own on free ports, from Maven Central's jars.
-#
-#   kafka.sh up             start it (or use KAFKA_URL, or the one that runs) and print KAFKA_URL=…
-#   kafka.sh down           stop it and remove what it kept
-#   kafka.sh stop|start [URL]   stop it, start it again on the same ports with what it kept
+# shellcheck shell=bash
+# Apache Kafka for the tests: one KRaft node of our own on free ports, from Maven Central's jars. Sourced by
+# tests/servers.
 #
 # Needs a JDK 17 or newer and Maven, once. The jars are kept in ~/.cache/broker-tests; everything else is
 # in .servers/kafka of this repository. Sourced by tests/servers, which calls kafka_up and so on.
@@ -169,7 +166,7 @@ _kafka_fetch() {
 
 _kafka_launch() {
     # Apart from our terminal and pipes, so that it outlives this script and holds nobody's output open.
-    setsid java -Xmx512m -XX:+UseSerialGC -Dlog4j2.configurationFile="$KAFKA_HOME_DIR/log4j2.properties" \
+    alone setsid java -Xmx512m -XX:+UseSerialGC -Dlog4j2.configurationFile="$KAFKA_HOME_DIR/log4j2.properties" \
         -cp "$KAFKA_CACHE/libs/*" kafka.Kafka "$KAFKA_HOME_DIR/server.properties" \
         >>"$KAFKA_HOME_DIR/server.log" 2>&1 </dev/null &
     echo $! >"$KAFKA_HOME_DIR/pid"
@@ -211,10 +208,3 @@ held = [socket.socket() for _ in range(int(sys.argv[1]))]
 for one in held: one.bind(("127.0.0.1", 0))
 print(*(one.getsockname()[1] for one in held))' "$1"
 }
-
-if [ "${BASH_SOURCE[0]}" = "$0" ]; then
-    case "${1:-}" in
-    up | down | stop | start) "kafka_$1" ;;
-    *) sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
-    esac
-fi
