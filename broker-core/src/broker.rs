@@ -107,7 +107,8 @@ pub trait Broker: Any + fmt::Debug + Send + Sync {
     /// [`NotFound`](crate::ErrorKind::NotFound).
     fn purge_group(&self, group: &Group) -> BoxFuture<'_, Result<u64>>;
 
-    /// The dead letters kept for a group, the oldest first, `max` at most.
+    /// The dead letters kept for a group, the oldest first, `max` at most; fewer, but one, where they are large and
+    /// come from elsewhere.
     ///
     /// # Errors
     ///

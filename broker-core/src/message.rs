@@ -124,8 +124,8 @@ pub struct Message {
     id: MessageId,
     timestamp: Timestamp,
     key: Option<Bytes>,
-    /// `None` is a tombstone.
-    payload: Option<Bytes>,
+    /// Of a tombstone empty.
+    payload: Bytes,
     content_type: Option<Arc<str>>,
     headers: Headers,
     /// What few messages have, apart, so that the others stay small.
@@ -137,9 +137,14 @@ struct Schedule {
     deliver_at: Option<Timestamp>,
     expires_at: Option<Timestamp>,
     dedup: Option<Arc<str>>,
+    tombstone: bool,
 }
 
-static EMPTY: Bytes = Bytes::new();
+/// What a message takes besides its bytes, about: its fields and its place in a log.
+const OVERHEAD: usize = 256;
+
+/// What a header takes besides its bytes, about: an empty one is two handles on shared bytes.
+const HEADER_OVERHEAD: usize = 96;
 
 impl Message {
     /// A message with this payload, a new id and the present as its timestamp.
@@ -176,7 +181,9 @@ impl Message {
     /// # Ok::<(), broker_core::Error>(())
     /// ```
     pub fn received(id: MessageId, timestamp: Timestamp, payload: Option<Bytes>) -> Self {
-        Self { id, timestamp, key: None, payload, content_type: None, headers: Headers::new(), schedule: None }
+        let schedule = payload.is_none().then(|| Box::new(Schedule { tombstone: true, ..Schedule::default() }));
+        let payload = payload.unwrap_or_default();
+        Self { id, timestamp, key: None, payload, content_type: None, headers: Headers::new(), schedule }
     }
 
     /// Gives it this id instead of the one it was made with.
@@ -295,27 +302,26 @@ impl Message {
 
     /// Its payload; that of a [tombstone](Message::tombstone) reads as empty.
     pub fn payload(&self) -> &Bytes {
-        self.payload.as_ref().unwrap_or(&EMPTY)
+        &self.payload
     }
 
-    /// Its payload, to change it before publishing; a tombstone has none.
+    /// Its payload, to change it before publishing. That of a tombstone is to stay empty.
     ///
     /// ```
     /// use broker_core::Message;
     ///
     /// let mut message = Message::new("old");
-    /// if let Some(payload) = message.payload_mut() {
-    ///     *payload = [&payload[..], b" and new"].concat().into();
-    /// }
+    /// let payload = message.payload_mut();
+    /// *payload = [&payload[..], b" and new"].concat().into();
     /// assert_eq!(message.payload().as_ref(), b"old and new");
     /// ```
-    pub fn payload_mut(&mut self) -> Option<&mut Bytes> {
-        self.payload.as_mut()
+    pub fn payload_mut(&mut self) -> &mut Bytes {
+        &mut self.payload
     }
 
     /// Whether it has no payload at all.
     pub fn is_tombstone(&self) -> bool {
-        self.payload.is_none()
+        self.schedule.as_ref().is_some_and(|schedule| schedule.tombstone)
     }
 
     /// What the payload is, if the publisher said so.
@@ -358,17 +364,30 @@ impl Message {
     pub fn size(&self) -> usize {
         self.payload().len() + self.key.as_ref().map_or(0, Bytes::len) + self.headers.size()
     }
+
+    /// Bytes that it takes in memory while it waits, about: its [`size`](Self::size), 256 for itself and 96 for each
+    /// header. For bounds that keep a process within its memory.
+    ///
+    /// ```
+    /// use broker_core::Message;
+    /// assert_eq!(Message::new("1234").with_header("n", "v")?.memory_size(), 4 + 256 + 2 + 96);
+    /// # Ok::<(), broker_core::Error>(())
+    /// ```
+    pub fn memory_size(&self) -> usize {
+        self.size() + OVERHEAD + self.headers.len() * HEADER_OVERHEAD
+    }
 }
 
 impl fmt::Debug for Message {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut out = f.debug_struct("Message");
         out.field("id", &self.id).field("timestamp", &self.timestamp).field("key", &self.key);
-        match &self.payload {
-            // A payload may be a megabyte, and may be a secret.
-            Some(payload) => out.field("payload", &format_args!("{} bytes", payload.len())),
-            None => out.field("payload", &format_args!("tombstone")),
-        };
+        if self.is_tombstone() {
+            out.field("payload", &format_args!("tombstone"));
+        } else {
+            // It may be a megabyte, and may be a secret.
+            out.field("payload", &format_args!("{} bytes", self.payload.len()));
+        }
         out.field("content_type", &self.content_type).field("headers", &self.headers);
         if let Some(schedule) = &self.schedule {
             out.field("deliver_at", &schedule.deliver_at)

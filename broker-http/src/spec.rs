@@ -273,7 +273,7 @@ pub enum Mode {
     Raw,
 }
 
-/// How many messages one request has in batch mode.
+/// How many messages one request has in batch mode: up to 8 MiB of them, or one that is larger.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Batch {

@@ -30,12 +30,11 @@ use crate::Timestamp;
 pub struct Retention {
     /// Messages a topic retains at most.
     pub max_messages: usize,
-    /// Bytes of messages a topic retains at most.
+    /// Bytes that what a topic retains takes at most, as of [`Message::memory_size`](crate::Message::memory_size).
     pub max_bytes: u64,
     /// How long a message is retained at most.
     pub max_age: Duration,
-    /// Bytes of messages that all topics together retain at most; at it a topic retains nothing new
-    /// until others let go of theirs.
+    /// The same of all topics together; at it a topic retains nothing new until others let go of theirs.
     pub max_total_bytes: u64,
 }
 
@@ -45,14 +44,14 @@ impl Retention {
         Self { max_messages, max_bytes: 16 << 20, max_age: Duration::MAX, max_total_bytes: u64::MAX }
     }
 
-    /// Sets how many bytes a topic retains at most.
+    /// Sets how many bytes what a topic retains takes at most.
     #[must_use]
     pub fn with_max_bytes(mut self, max_bytes: u64) -> Self {
         self.max_bytes = max_bytes;
         self
     }
 
-    /// Sets how many bytes all topics together retain at most.
+    /// Sets how many bytes what all topics together retain takes at most.
     #[must_use]
     pub fn with_max_total_bytes(mut self, max_total_bytes: u64) -> Self {
         self.max_total_bytes = max_total_bytes;
@@ -97,8 +96,8 @@ impl History {
     /// Adds a message at its place; `tick` is the present, at or after that of a message not delayed.
     pub(super) fn push(&mut self, entry: Arc<Entry>, retention: &Retention, tick: u64) {
         let now = Timestamp::now();
-        self.bytes += entry.size();
-        self.total.fetch_add(entry.size(), Ordering::Relaxed);
+        self.bytes += taken(&entry);
+        self.total.fetch_add(taken(&entry), Ordering::Relaxed);
         self.max_age = retention.max_age;
         match (entry.place(), entry.message.deliver_at()) {
             (Some(place), Some(due)) if place.tick > tick => {
@@ -119,8 +118,8 @@ impl History {
             match self.entries.pop_front().or_else(|| self.pending.pop_first().map(|(_, pending)| pending)) {
                 Some((_, oldest)) => {
                     self.dropped = self.dropped.max(oldest.place());
-                    self.bytes -= oldest.size();
-                    self.total.fetch_sub(oldest.size(), Ordering::Relaxed);
+                    self.bytes -= taken(&oldest);
+                    self.total.fetch_sub(taken(&oldest), Ordering::Relaxed);
                 }
                 None => return,
             }
@@ -163,34 +162,43 @@ impl History {
     }
 }
 
+/// Bytes that a retained message takes.
+fn taken(entry: &Entry) -> u64 {
+    entry.message.memory_size() as u64
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::Message;
 
     fn entry(bytes: usize) -> Arc<Entry> {
-        Entry::new("a".parse().unwrap(), Message::new(vec![0; bytes]))
+        let overhead = Message::new("").memory_size();
+        Entry::new("a".parse().unwrap(), Message::new(vec![0; bytes - overhead]))
     }
 
     #[test]
     fn all_topics_together_never_retain_more_than_their_bound() {
         let total = Arc::new(AtomicU64::new(0));
-        let retention = Retention::messages(100).with_max_total_bytes(100);
+        let retention = Retention::messages(100).with_max_total_bytes(1_000);
         let (mut one, mut two) = (History::new(&total), History::new(&total));
         for _ in 0..5 {
-            one.push(entry(30), &retention, 0);
-            assert!(total.load(Ordering::Relaxed) <= 100);
+            one.push(entry(300), &retention, 0);
+            assert!(total.load(Ordering::Relaxed) <= 1_000);
         }
         assert_eq!(one.entries.len(), 3);
-        // Another topic gets what is left, and its newest rather than its oldest.
-        two.push(entry(10), &retention, 0);
-        two.push(entry(5), &retention, 0);
-        assert_eq!((two.entries.len(), total.load(Ordering::Relaxed)), (1, 95));
-        two.push(entry(50), &retention, 0);
-        assert_eq!((two.entries.len(), total.load(Ordering::Relaxed)), (0, 90));
         drop(one);
-        two.push(entry(50), &retention, 0);
-        assert_eq!(total.load(Ordering::Relaxed), 50);
+        // Another topic gets what is left, and its newest rather than its oldest.
+        let mut one = History::new(&total);
+        one.push(entry(400), &retention, 0);
+        two.push(entry(350), &retention, 0);
+        two.push(entry(300), &retention, 0);
+        assert_eq!((two.entries.len(), total.load(Ordering::Relaxed)), (1, 700));
+        two.push(entry(650), &retention, 0);
+        assert_eq!((two.entries.len(), total.load(Ordering::Relaxed)), (0, 400));
+        drop(one);
+        two.push(entry(650), &retention, 0);
+        assert_eq!(total.load(Ordering::Relaxed), 650);
         drop(two);
         assert_eq!(total.load(Ordering::Relaxed), 0);
     }

@@ -23,6 +23,9 @@ use crate::{Mode, SubscriptionSpec};
 /// Deliveries taken from the broker in one go.
 const MAX_TAKEN: usize = 256;
 
+/// Bytes of messages in a parcel at most, unless it is one message.
+const PARCEL_BYTES: usize = 8 << 20;
+
 /// The state of one push.
 #[derive(Debug)]
 pub(crate) struct Core {
@@ -204,15 +207,29 @@ impl Core {
     }
 
     fn parcel(&mut self, size: usize, probe: bool) -> Parcel {
-        let count = size.min(self.held.len());
+        let count = self.fitting(size);
         let deliveries: SmallVec<_> = self.held.drain(..count).collect();
-        self.gathering_since = None;
+        // What did not fit has waited long enough.
+        if count == size || self.held.is_empty() {
+            self.gathering_since = None;
+        }
         self.in_flight += 1;
         self.messages_in_flight += deliveries.len() as u64;
         if probe {
             self.breaker.probe();
         }
         Parcel { deliveries, ticket: self.window.sent(self.in_flight), probe }
+    }
+
+    /// Messages of a parcel of so many at most: what they take, the body and the requests in flight with it, is
+    /// bounded in bytes too.
+    fn fitting(&self, size: usize) -> usize {
+        let mut bytes = 0;
+        let fits = |delivery: &&Delivery| {
+            bytes += delivery.message().size();
+            bytes <= PARCEL_BYTES
+        };
+        self.held.iter().take(size).take_while(fits).count().max(1).min(self.held.len())
     }
 
     fn parcel_size(&self) -> usize {

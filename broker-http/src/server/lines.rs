@@ -120,7 +120,7 @@ impl Lines {
     /// The next results, or `None` at the end.
     async fn next(&mut self) -> Option<Bytes> {
         let published = Arc::clone(&self.published);
-        let mut messages = Outgoing::to(&published);
+        let mut messages = Outgoing::to(&published, self.reservation.bytes());
         let mut out = Vec::new();
         let max = self.shared.limits().message_body_bytes * 2;
         loop {
@@ -128,7 +128,7 @@ impl Lines {
                 Some(Ok((number, line))) => messages.push_line(number, &line, &self.options),
                 Some(Err(problem)) => {
                     // What came before it is published first, in order.
-                    let before = std::mem::replace(&mut messages, Outgoing::to(&published));
+                    let before = std::mem::replace(&mut messages, Outgoing::to(&published, self.reservation.bytes()));
                     if self.publish(before, &mut out).await {
                         self.stop();
                     } else {

@@ -23,7 +23,10 @@ use broker_core::{
 };
 use parking_lot::Mutex;
 
-use super::memory::{Ledger, OVERHEAD, cost};
+use super::memory::{Ledger, cost};
+
+/// What [`cost`] adds to the bytes of a message without headers.
+const OVERHEAD: u64 = 256;
 
 /// A broker whose deliveries are charged.
 pub(crate) struct Metered {

@@ -42,12 +42,18 @@ pub(crate) async fn publish(State(shared): State<Arc<Shared>>, request: Request<
         caller.tell(response.headers_mut());
     }
     shared.metrics.published(response.status(), begun.elapsed());
-    if let Some(Refusal::Memory | Refusal::TopicMemory) = response.extensions().get()
-        && shared.ledger.want_look()
-    {
-        tokio::spawn(async move { shared.broker.status().await });
+    if let Some(Refusal::Memory | Refusal::TopicMemory) = response.extensions().get() {
+        look_for_expired(&shared);
     }
     response
+}
+
+/// A publisher found no room: a broker in this process lets go of what has expired when it is asked for its numbers.
+fn look_for_expired(shared: &Shared) {
+    if shared.ledger.want_look() {
+        let broker = Arc::clone(&shared.broker);
+        tokio::spawn(async move { broker.status().await });
+    }
 }
 
 /// What the head of the request says.
@@ -76,65 +82,64 @@ fn prepare(shared: &Shared, parts: &http::request::Parts) -> Answer<Prepared> {
 async fn answer(shared: &Arc<Shared>, prepared: Prepared, parts: &http::request::Parts, body: Body) -> Answer {
     let headers = &parts.headers;
     let limits = shared.limits();
-    let Prepared { published, options, format, key, caller } = prepared;
-    if format == Format::Lines && lines::wants_stream(headers) {
+    if prepared.format == Format::Lines && lines::wants_stream(headers) {
+        let Prepared { published, options, key, caller, .. } = prepared;
         return lines::stream(shared, published, options, caller, headers, body, key.is_some()).await;
     }
-    let limit = match format {
+    let limit = match prepared.format {
         Format::Batch | Format::Lines => limits.batch_body_bytes,
         // Base64 and JSON take more than what they carry.
         Format::Structured => limits.message_body_bytes * 2,
         Format::Single => limits.message_body_bytes,
     };
     let (body, reservation) = body::collect(headers, body, limit, shared).await?;
-    let caller = caller.as_ref();
-    let Some(key) = key else { return publish_body(shared, &published, &options, caller, format, headers, body).await };
+    let mut prepared = prepared;
+    let Some(key) = prepared.key.take() else {
+        return publish_body(shared, &prepared, headers, body, reservation.bytes()).await;
+    };
     let fingerprint = Fingerprint::of(parts.uri.query(), headers, &body);
     match shared.idempotency.begin(key, fingerprint)? {
         Slot::Answered(response) => Ok(response),
         // In a task of its own: a sender that goes away and comes back finds the answer.
         Slot::Ours(running) => {
-            let (shared, headers, caller) = (Arc::clone(shared), headers.clone(), caller.cloned());
+            let (shared, headers) = (Arc::clone(shared), headers.clone());
             let run = async move {
-                let _reservation = reservation;
-                let caller = caller.as_ref();
-                running.finish(publish_body(&shared, &published, &options, caller, format, &headers, body).await).await
+                let covered = reservation.bytes();
+                let answer = publish_body(&shared, &prepared, &headers, body, covered).await;
+                drop(reservation);
+                running.finish(answer).await
             };
             tokio::spawn(run).await.unwrap_or_else(|_| Err(Problem::draining()))
         }
     }
 }
 
-async fn publish_body(
-    shared: &Shared,
-    published: &Published,
-    options: &Options,
-    caller: Option<&Caller>,
-    format: Format,
-    headers: &HeaderMap,
-    body: Bytes,
-) -> Answer {
-    let topic = published.topic();
-    match format {
-        Format::Single => one(shared, published, options, binary::decode(headers, options, body, Some(topic))?).await,
+/// Publishes what a body says; `covered` bytes are counted for it.
+async fn publish_body(shared: &Shared, prepared: &Prepared, headers: &HeaderMap, body: Bytes, covered: u64) -> Answer {
+    let Prepared { published, options, caller, .. } = prepared;
+    let (topic, caller) = (published.topic(), caller.as_ref());
+    match prepared.format {
+        Format::Single => {
+            one(shared, published, options, binary::decode(headers, options, body, Some(topic))?, covered).await
+        }
         Format::Structured => {
             let mut decoded = json::decode(&body, options, Some(topic))?;
             binary::take_trace_context(headers, &mut decoded.message)?;
-            one(shared, published, options, decoded).await
+            one(shared, published, options, decoded, covered).await
         }
         Format::Batch => {
             let max = shared.limits().batch_messages;
             let Some(decoded) = json::decode_batch_of(&body, options, Some(topic), max)? else {
                 return Err(too_many_messages(max));
             };
-            let mut outgoing = Outgoing::to(published);
+            let mut outgoing = Outgoing::to(published, covered);
             decoded.into_iter().for_each(|decoded| outgoing.push(decoded.map(|decoded| decoded.message)));
             let mut answer = Results::new(outgoing.len());
             let parent = shared.traces.parent(headers);
             answer.extend(topic, publish_all(shared, options, caller, &parent, outgoing).await?);
             Ok(answer.finish())
         }
-        Format::Lines => collected(shared, published, options, caller, &shared.traces.parent(headers), &body).await,
+        Format::Lines => collected(shared, prepared, &shared.traces.parent(headers), &body, covered).await,
     }
 }
 
@@ -150,14 +155,8 @@ fn too_many_messages(max: usize) -> Problem {
 }
 
 /// Publishes a message a line, and answers for all of them together.
-async fn collected(
-    shared: &Shared,
-    published: &Published,
-    options: &Options,
-    caller: Option<&Caller>,
-    parent: &Parent,
-    body: &[u8],
-) -> Answer {
+async fn collected(shared: &Shared, prepared: &Prepared, parent: &Parent, body: &[u8], covered: u64) -> Answer {
+    let Prepared { published, options, caller, .. } = prepared;
     options.check_many()?;
     let count = lines::of(body).count();
     if count == 0 {
@@ -168,11 +167,11 @@ async fn collected(
     let mut lines = lines::of(body).peekable();
     while lines.peek().is_some() {
         // A few at a time stay in the processor's cache, and their readers need not wait for all.
-        let mut outgoing = Outgoing::to(published);
+        let mut outgoing = Outgoing::to(published, covered);
         let some = lines.by_ref().take(lines::AT_ONCE);
         some.for_each(|(number, line)| outgoing.push_line(number, line, options));
         let count = outgoing.len();
-        let results = match publish_all(shared, options, caller, parent, outgoing).await {
+        let results = match publish_all(shared, options, caller.as_ref(), parent, outgoing).await {
             Err(error) if answer.is_empty() => return Err(error.into()),
             Err(error) => vec![Err(error); count],
             Ok(results) => results,
@@ -182,12 +181,12 @@ async fn collected(
     Ok(answer.finish())
 }
 
-async fn one(shared: &Shared, published: &Published, options: &Options, decoded: Decoded) -> Answer {
+async fn one(shared: &Shared, published: &Published, options: &Options, decoded: Decoded, covered: u64) -> Answer {
     let publisher = published.publisher(&*shared.broker, options.require_route)?;
     let mut message = decoded.message;
     published.check(&published.bounds(), &message)?;
     let mut span = shared.traces.publish(published.topic(), &mut message);
-    published.charge(&mut message);
+    published.charge(&mut message, covered)?;
     let receipt = publisher.publish(message).await.inspect_err(|error| span.failed(error))?;
     published.published(1);
     shared.metrics.accepted(1);
@@ -206,10 +205,12 @@ pub(crate) struct Outgoing<'a> {
     numbers: Vec<u64>,
     /// When they came.
     now: Timestamp,
+    /// Bytes that are counted for them already.
+    covered: u64,
 }
 
 impl<'a> Outgoing<'a> {
-    pub(crate) fn to(published: &'a Published) -> Self {
+    pub(crate) fn to(published: &'a Published, covered: u64) -> Self {
         Self {
             published,
             bounds: published.bounds(),
@@ -217,6 +218,7 @@ impl<'a> Outgoing<'a> {
             refused: Vec::new(),
             numbers: Vec::new(),
             now: Timestamp::now(),
+            covered,
         }
     }
 
@@ -249,18 +251,25 @@ pub(crate) async fn publish_all(
     parent: &Parent,
     outgoing: Outgoing<'_>,
 ) -> Result<Vec<Result<Receipt, Error>>, Error> {
-    let Outgoing { published, mut messages, refused, numbers, .. } = outgoing;
+    let Outgoing { published, mut messages, refused, numbers, covered, .. } = outgoing;
     let publisher = published.publisher(&*shared.broker, options.require_route)?;
     let mut span = shared.traces.publish_many(published.topic(), parent, &mut messages);
-    published.charge_all(&mut messages);
     if let Some(caller) = caller {
-        caller.overdraw(messages.len());
+        // What is refused was work too.
+        caller.overdraw(messages.len() + refused.len());
     }
+    let count = messages.len();
+    let full = published.charge_all(&mut messages, covered).err();
     let mut results = if messages.is_empty() {
         Vec::new()
     } else {
         publisher.publish_batch(messages).await.inspect_err(|error| span.failed(error))?
     };
+    if let Some(full) = full {
+        shared.metrics.refused(full.refusal());
+        look_for_expired(shared);
+        results.resize(count, Err(full.error(published.topic())));
+    }
     let accepted = results.iter().filter(|result| result.is_ok()).count() as u64;
     if let Some(Err(error)) = results.iter().find(|result| result.is_err()) {
         span.failed(error);
@@ -378,8 +387,8 @@ pub(crate) fn write_receipt(json: &mut Vec<u8>, topic: &Topic, receipt: &Receipt
     json.push(b'}');
 }
 
-pub(crate) fn json_response(status: StatusCode, json: Vec<u8>) -> Response {
-    let mut response = Response::new(Body::from(json));
+pub(crate) fn json_response(status: StatusCode, json: impl Into<Body>) -> Response {
+    let mut response = Response::new(json.into());
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response

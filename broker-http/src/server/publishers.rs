@@ -8,7 +8,7 @@ use broker_core::{Broker, Message, Publisher, PublisherOptions, Result, Timestam
 use parking_lot::{Mutex, RwLock};
 use rustc_hash::FxHashMap;
 
-use super::memory::{Account, Ledger};
+use super::memory::{Account, Full, Ledger};
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::topics::{Bounds, Topics};
@@ -170,10 +170,9 @@ impl Published {
         Ok(self.routed.get_or_init(|| routed))
     }
 
-    /// Refuses publishers where the topic, or all of them together, hold too much.
+    /// Refuses publishers where the topic, or all of them together, are at their bound.
     pub(crate) fn check_room(&self) -> Answer<()> {
-        let own = self.bounds().memory;
-        self.account.check(self.topic().as_str(), own)
+        self.account.check(self.bounds().memory).map_err(|full| full.problem(self.topic()))
     }
 
     /// The bounds the topic has of its own.
@@ -186,14 +185,19 @@ impl Published {
         bounds.check(self.topic(), message.size())
     }
 
-    /// Charges a message to the topic, as it is kept: with the trace that it belongs to.
-    pub(crate) fn charge(&self, message: &mut Message) {
-        self.account.charge(message);
+    /// Charges a message to the topic, as it is kept: with the trace that it belongs to. The body that it came in is
+    /// counted already, as `covered`.
+    ///
+    /// # Errors
+    ///
+    /// 429 or 503, where there is no room for it.
+    pub(crate) fn charge(&self, message: &mut Message, covered: u64) -> Answer<()> {
+        self.account.charge(message, self.bounds().memory, covered).map_err(|full| full.problem(self.topic()))
     }
 
-    /// The same for several.
-    pub(crate) fn charge_all(&self, messages: &mut [Message]) {
-        self.account.charge_all(messages);
+    /// The same for several, of which those stay for which there is room, the first ones.
+    pub(crate) fn charge_all(&self, messages: &mut Vec<Message>, covered: u64) -> std::result::Result<(), Full> {
+        self.account.charge_all(messages, self.bounds().memory, covered)
     }
 
     pub(crate) fn topic(&self) -> &Topic {

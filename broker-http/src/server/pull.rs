@@ -32,7 +32,7 @@ pub(crate) const MAX_WAIT: Duration = Duration::from_secs(300);
 pub(crate) const MAX_HOLD: Duration = Duration::from_secs(12 * 3600);
 
 /// Bytes of messages after which an answer is full, and deliveries taken between two looks at that.
-const FULL_BYTES: usize = 8 << 20;
+pub(crate) const FULL_BYTES: usize = 8 << 20;
 const AT_ONCE: usize = 32;
 
 /// How long a pull that does not wait stands behind another that is just taking deliveries.
@@ -185,7 +185,7 @@ pub(crate) async fn pull(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer 
         let lost = gap.lost().map_or_else(|| "null".to_owned(), |lost| lost.to_string());
         out.extend_from_slice(format!(r#","lost":{lost}}}"#).as_bytes());
     }
-    Ok(json_response(StatusCode::OK, out))
+    Ok(json_response(StatusCode::OK, shared.ledger.answer(out)))
 }
 
 /// What is lent, in JSON.

@@ -17,7 +17,7 @@ use super::asked::Pending;
 use super::consent::Consent;
 use super::problem::{Answer, Problem};
 use super::publish::json_response;
-use super::pull::Pull;
+use super::pull::{FULL_BYTES, Pull};
 use super::query::{Query, name_in_path, no_query};
 use super::registry::{Put, Subscribed};
 use super::{Shared, body};
@@ -190,7 +190,12 @@ pub(crate) async fn dead(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer 
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
     let letters = shared.broker.dead_letters(&subscribed.group, max).await?;
     let mut out = br#"{"dead":["#.to_vec();
+    let mut more = false;
     for (index, letter) in letters.iter().enumerate() {
+        if out.len() >= FULL_BYTES {
+            more = true;
+            break;
+        }
         out.extend_from_slice(if index > 0 { br#",{"event":"# } else { br#"{"event":"# });
         let envelope = Envelope {
             topic: &letter.topic,
@@ -212,8 +217,12 @@ pub(crate) async fn dead(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer 
         out.push(b',');
         out.extend_from_slice(story.to_string().as_bytes().get(1..).unwrap_or_default());
     }
-    out.extend_from_slice(b"]}");
-    Ok(json_response(StatusCode::OK, out))
+    out.push(b']');
+    if more {
+        out.extend_from_slice(br#","more":true"#);
+    }
+    out.push(b'}');
+    Ok(json_response(StatusCode::OK, shared.ledger.answer(out)))
 }
 
 /// `DELETE /subscriptions/{name}/dead`

@@ -225,18 +225,28 @@ async fn a_refused_body_is_not_read_beyond_its_bound() {
 
 #[tokio::test]
 async fn at_the_bound_of_memory_one_may_settle_and_mend() {
-    let running = limited(|limits| (limits.memory_bytes, limits.topic_memory_bytes) = (100_000, 100_000)).await;
+    let running = limited(|limits| (limits.memory_bytes, limits.topic_memory_bytes) = (200_000, 100_000)).await;
     running.put("q", r#"{"filter":"a","max_in_flight":1000}"#).await;
-    // One batch, taken while there is room, goes far beyond it.
+    // Of a batch that comes while there is room the first ones are taken, as far as it goes.
     let lines: String = (0..500).map(|number| format!("{{\"payload\":{number}}}\n")).collect();
     let reply = running.send("POST /topics/a", &[("content-type", "application/x-ndjson")], lines).await;
-    assert_eq!(reply.status, 202);
-    running.post("/topics/a", "x").await.is_problem(429, "topic a");
+    assert_eq!(reply.status, 207);
+    let results = reply.json()["results"].as_array().unwrap().clone();
+    let taken = results.iter().take_while(|result| result["error"].is_null()).count();
+    assert!(results.len() == 500 && (300..400).contains(&taken), "{taken}");
+    for result in &results[taken..] {
+        assert_eq!(result["error"]["status"], 503, "{result}");
+        assert!(result["error"]["detail"].as_str().unwrap().contains("bound of 100000 bytes"), "{result}");
+    }
+    assert_eq!(refused(&running, "topic_memory").await, 1, "the first part had room");
+    running.post("/topics/a", "x".repeat(300).as_str()).await.is_problem(429, "topic a");
     // Who would make room has its say, and who mends a subscription.
     assert_eq!(running.put("r", r#"{"filter":"b"}"#).await.status, 201);
-    for _ in 0..5 {
+    let mut left = taken;
+    while left > 0 {
         let leases: Vec<_> = running.pull("q", "max=100").await.into_iter().map(|lease| lease.lease).collect();
-        assert_eq!(leases.len(), 100);
+        assert_eq!(leases.len(), left.min(100));
+        left -= leases.len();
         assert!(running.settle("q", json!({ "ack": leases })).await.is_empty());
     }
     assert_eq!(running.post("/topics/a", "x").await.status, 202);
@@ -306,6 +316,38 @@ async fn memory_is_bounded_and_consumers_keep_draining() {
     })
     .await;
     assert!(refused(&running, "topic_memory").await >= 2 && refused(&running, "memory").await >= 2);
+}
+
+/// All heads come in while there is room, and only then the bodies.
+#[tokio::test]
+async fn publishers_at_once_do_not_pass_the_bound_together() {
+    let running = limited(|limits| {
+        (limits.memory_bytes, limits.topic_memory_bytes) = (8 << 20, 400 << 10);
+    })
+    .await;
+    running.put("q", r#"{"filter":"a"}"#).await;
+    let body = "x".repeat(50 << 10);
+    let mut senders = Vec::new();
+    for _ in 0..40 {
+        let mut stream = running.connect().await;
+        let head = format!(
+            "POST /topics/a HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        stream.write_all(&body.as_bytes()[1..]).await.unwrap();
+        senders.push(stream);
+    }
+    let mut statuses = Vec::new();
+    for mut stream in senders {
+        stream.write_all(b"x").await.unwrap();
+        let mut answer = Vec::new();
+        soon(stream.read_to_end(&mut answer)).await.unwrap();
+        statuses.push(Reply::parse(&answer).status);
+    }
+    let taken = statuses.iter().filter(|status| **status == 202).count();
+    assert!((7..=8).contains(&taken), "{statuses:?}");
+    assert!(statuses.iter().all(|status| [202, 429].contains(status)), "{statuses:?}");
 }
 
 /// Nobody reads, and everything has expired: publishers are not refused for ever.

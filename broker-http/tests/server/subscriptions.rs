@@ -207,6 +207,25 @@ async fn dead_letters_are_listed_redriven_and_purged() {
 }
 
 #[tokio::test]
+async fn a_list_of_large_dead_letters_is_cut_and_says_so() {
+    let running = Running::start().await;
+    running.put("q", r#"{"filter":"a","retry":{"max_attempts":1}}"#).await;
+    for _ in 0..10 {
+        assert_eq!(running.post("/topics/a", &"x".repeat(1 << 20)).await.status, 202);
+    }
+    for lease in running.pull("q", "max=10&wait=5s").await {
+        running.settle("q", json!({"reject": [{"lease": lease.lease}]})).await;
+    }
+    for lease in running.pull("q", "max=10&wait=1s").await {
+        running.settle("q", json!({"reject": [{"lease": lease.lease}]})).await;
+    }
+    let few = running.get("/subscriptions/q/dead?max=2").await.json();
+    assert_eq!((few["dead"].as_array().unwrap().len(), &few["more"]), (2, &json!(null)));
+    let all = running.get("/subscriptions/q/dead").await.json();
+    assert_eq!((all["dead"].as_array().unwrap().len(), &all["more"]), (6, &json!(true)));
+}
+
+#[tokio::test]
 async fn the_backlog_is_purged() {
     let running = Running::start().await;
     running.put("q", r#"{"filter":"a"}"#).await;

@@ -220,6 +220,23 @@ fn a_batch_is_sent_full_or_in_time() {
 }
 
 #[test]
+fn a_batch_has_bounded_bytes() {
+    let now = Instant::now();
+    let (mut core, broker) = core(r#""mode":"batch","batch":{"max":10,"wait":"50ms"}"#, now);
+    let of = |megabytes: usize| Message::new(vec![0; megabytes << 20]);
+    broker.queue.lock().extend([3, 3, 3, 9, 1].map(of));
+    assert!(matches!(next(&mut core, now), Next::Wait(Some(_))));
+    let due = now + Duration::from_millis(50);
+    // What did not fit waits no longer, and what is larger than a batch goes alone.
+    let mut sent = Vec::new();
+    while let Next::Send(parcel) = next(&mut core, due) {
+        sent.push(parcel.deliveries.len());
+        come_back(&mut core, parcel, Health::Well, due);
+    }
+    assert_eq!(sent, [2, 1, 1, 1]);
+}
+
+#[test]
 fn a_rate_counts_messages_and_tells_when() {
     let now = Instant::now();
     let (mut core, broker) = core(r#""mode":"batch","batch":{"max":100,"wait":"0s"},"rate_limit":100"#, now);

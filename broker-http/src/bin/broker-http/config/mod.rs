@@ -54,10 +54,12 @@ pub(crate) struct Otlp {
     pub(crate) from_environment: bool,
 }
 
-/// The broker unless another is asked for: every topic retains enough for a reader of a stream that
-/// comes back (`Last-Event-ID`), for no longer than that takes, and all together no more than a quarter
-/// of what messages may hold: history must not keep publishers out.
-const MEMORY: &str = "memory:?retain=10000&retain_bytes=16777216&retain_age=10m&retain_total_bytes=268435456";
+/// What every topic retains unless the broker's URL says so itself: enough for a reader of a stream that comes back
+/// (`Last-Event-ID`), for no longer than that takes.
+const RETAINED: [(&str, &str); 2] = [("retain", "10000"), ("retain_age", "10m")];
+
+/// Bytes of it of a topic at most.
+const RETAINED_BYTES: u64 = 16 << 20;
 
 /// How long a shutdown may be told to wait.
 const MAX_DRAIN: Duration = Duration::from_secs(24 * 3600);
@@ -92,12 +94,14 @@ impl Config {
                 "allowed_origins {bad:?}: it is a scheme, a host and maybe a port, as in https://app.example.com"
             ));
         }
+        let limits = file.limits.apply()?;
         let config = Self {
             listen: args.listen.or(file.listen).unwrap_or_else(|| "127.0.0.1:2757".to_owned()),
-            broker: args
-                .broker
-                .or(file.broker)
-                .map_or_else(|| MEMORY.to_owned(), |url| if url == "memory:" { MEMORY.to_owned() } else { url }),
+            broker: retaining(
+                args.broker.or(file.broker).unwrap_or_else(|| "memory:".to_owned()),
+                &limits,
+                file.topics.iter().filter_map(|rule| rule.memory_bytes),
+            ),
             dev: args.dev || file.dev.unwrap_or(false),
             insecure: args.insecure || file.insecure.unwrap_or(false),
             drain,
@@ -120,7 +124,7 @@ impl Config {
             webhook_origin: args.webhook_origin.or(file.webhook_origin),
             webhook_callback: args.webhook_callback.or(file.webhook_callback),
             push: file.push,
-            limits: file.limits.apply()?,
+            limits,
         };
         listen::check(&config.listen, config.tls.is_some())?;
         Ok(config)
@@ -305,6 +309,27 @@ fn push_tls(files: &FilePush) -> Result<PushTls, String> {
     Ok(tls)
 }
 
+/// The broker's URL; if it is a broker in this process, with what its topics retain: a quarter of the bytes that
+/// messages may hold, over all and of each topic, so that history keeps no publisher out.
+fn retaining(url: String, limits: &Limits, topics: impl Iterator<Item = u64>) -> String {
+    if !url.starts_with("memory:") {
+        return url;
+    }
+    let said = url.split_once('?').map_or("", |(_, query)| query).to_owned();
+    let says = |name: &str| said.split('&').any(|pair| pair.split('=').next() == Some(name));
+    let of_topic = topics.fold(limits.topic_memory_bytes, u64::min) / 4;
+    let bounds = [
+        ("retain_bytes", of_topic.min(RETAINED_BYTES).to_string()),
+        ("retain_total_bytes", (limits.memory_bytes / 4).to_string()),
+    ];
+    let silent = !["retain", "retain_age", "retain_bytes", "retain_total_bytes"].into_iter().any(says);
+    let retained = RETAINED.into_iter().filter(|_| silent).map(|(name, value)| (name, value.to_owned()));
+    retained.chain(bounds).filter(|(name, _)| !says(name)).fold(url, |url, (name, value)| {
+        let separator = if url.contains('?') { '&' } else { '?' };
+        format!("{url}{separator}{name}={value}")
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use clap::Parser as _;
@@ -329,8 +354,48 @@ mod tests {
         let found = config("", &[]).unwrap();
         assert_eq!(
             (found.listen.as_str(), found.drain.as_secs(), found.broker.as_str()),
-            ("127.0.0.1:2757", 20, MEMORY)
+            (
+                "127.0.0.1:2757",
+                20,
+                "memory:?retain=10000&retain_age=10m&retain_bytes=16777216&retain_total_bytes=268435456"
+            )
         );
+    }
+
+    #[test]
+    fn history_takes_a_quarter_of_what_messages_may_hold() {
+        let broker = |text: &str| config(text, &[]).unwrap().broker;
+        for (text, expected) in [
+            ("broker = \"kafka://a:1\"", "kafka://a:1"),
+            (
+                "broker = \"memory:a\"",
+                "memory:a?retain=10000&retain_age=10m&retain_bytes=16777216&retain_total_bytes=268435456",
+            ),
+            (
+                "broker = \"memory:?dedup_window=1m\"",
+                "memory:?dedup_window=1m&retain=10000&retain_age=10m&retain_bytes=16777216&retain_total_bytes=268435456",
+            ),
+            ("broker = \"memory:?retain=5\"", "memory:?retain=5&retain_bytes=16777216&retain_total_bytes=268435456"),
+            (
+                "broker = \"memory:?retain=5&retain_bytes=6&retain_total_bytes=7\"",
+                "memory:?retain=5&retain_bytes=6&retain_total_bytes=7",
+            ),
+            (
+                "broker = \"memory:?retain_age=1s\"",
+                "memory:?retain_age=1s&retain_bytes=16777216&retain_total_bytes=268435456",
+            ),
+            ("broker = \"memory:?retain=0\"", "memory:?retain=0&retain_bytes=16777216&retain_total_bytes=268435456"),
+            (
+                "limits = {memory_bytes = 4000, topic_memory_bytes = 2000}",
+                "memory:?retain=10000&retain_age=10m&retain_bytes=500&retain_total_bytes=1000",
+            ),
+            (
+                "topics = [{filter = \"a\", memory_bytes = 400}]",
+                "memory:?retain=10000&retain_age=10m&retain_bytes=100&retain_total_bytes=268435456",
+            ),
+        ] {
+            assert_eq!(broker(text), expected, "{text}");
+        }
     }
 
     #[test]
