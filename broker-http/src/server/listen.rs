@@ -11,7 +11,6 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::State;
 use axum::response::IntoResponse;
-use axum::serve::Listener;
 use bytes::Bytes;
 use http::{Method, Request, Response, Version, header};
 use http_body::{Frame, SizeHint};
@@ -27,11 +26,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower_service::Service as _;
 
+use super::accept::{Accept, Accepted, Accepting};
 use super::access::{Peer, Presented};
 use super::limits::Limits;
 use super::metrics::Refusal;
 use super::tls::Tls;
-use super::wire::{Remote, Socket, Watched, Wire};
+use super::wire::{Socket, Watched, Wire};
 use super::{Shared, publish, routes};
 
 /// What is written to a connection over the limit, without reading from it: a sender that sees it
@@ -68,16 +68,21 @@ impl Connections {
     }
 
     /// Accepts until the server closes.
-    pub(crate) async fn accept<L>(&self, shared: &Arc<Shared>, mut listener: L, router: Router, tls: Option<Tls>)
-    where
-        L: Listener<Io: AsyncRead + AsyncWrite + Unpin + Send + 'static, Addr: Remote>,
-    {
+    pub(crate) async fn accept<L: Accept>(&self, shared: &Arc<Shared>, listener: L, router: Router, tls: Option<Tls>) {
+        let mut accepting = Accepting::new(listener);
         let mut limits = shared.limits.load_full();
         let mut builder = Arc::new(make_builder(&limits));
         loop {
-            let (stream, remote) = tokio::select! {
+            let accepted = tokio::select! {
                 () = self.closing.cancelled() => return,
-                accepted = listener.accept() => accepted,
+                accepted = accepting.next(&shared.metrics) => accepted,
+            };
+            let (stream, address) = match accepted {
+                Accepted::One(stream, address) => (stream, address),
+                Accepted::Beyond(stream) => {
+                    self.refuse(stream, tls.is_none());
+                    continue;
+                }
             };
             shared.metrics.connection();
             if !Arc::ptr_eq(&limits, &shared.limits()) {
@@ -95,7 +100,7 @@ impl Connections {
                         activity: Arc::default(),
                         closing: self.closing.clone(),
                         cut: self.cut.clone(),
-                        peer: Peer { address: remote.ip(), certificate: None },
+                        peer: Peer { address, certificate: None },
                         _place: place,
                     };
                     let stream = Socket::new(stream, Arc::clone(&connection.activity.wire));
@@ -106,14 +111,16 @@ impl Connections {
                 }
                 None => {
                     shared.metrics.connection_refused();
-                    // In a flood most are just closed; so are all whom a plain answer would only confuse.
-                    if tls.is_none()
-                        && let Ok(place) = Arc::clone(&self.refusing).try_acquire_owned()
-                    {
-                        self.tasks.spawn(refuse(stream, place));
-                    }
+                    self.refuse(stream, tls.is_none());
                 }
             }
+        }
+    }
+
+    /// In a flood most are just closed; so are all whom a plain answer would only confuse.
+    fn refuse<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(&self, stream: S, plain: bool) {
+        if plain && let Ok(place) = Arc::clone(&self.refusing).try_acquire_owned() {
+            self.tasks.spawn(refuse(stream, place));
         }
     }
 

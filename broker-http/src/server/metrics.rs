@@ -35,6 +35,7 @@ pub(crate) enum Refusal {
     Flood,
     Tls,
     Connections,
+    Descriptors,
     Streams,
     Subscriptions,
     Topics,
@@ -48,7 +49,7 @@ pub(crate) enum Refusal {
 }
 
 impl Refusal {
-    const ALL: [(Self, &'static str); 24] = [
+    const ALL: [(Self, &'static str); 25] = [
         (Self::Unauthenticated, "unauthenticated"),
         (Self::Forbidden, "forbidden"),
         (Self::Attempts, "attempts"),
@@ -63,6 +64,7 @@ impl Refusal {
         (Self::Flood, "flood"),
         (Self::Tls, "tls"),
         (Self::Connections, "connections"),
+        (Self::Descriptors, "descriptors"),
         (Self::Streams, "streams"),
         (Self::Subscriptions, "subscriptions"),
         (Self::Topics, "topics"),

@@ -1,6 +1,7 @@
 //! The server: the HTTP interface and the push engine over any broker.
 
 // What a request meets first.
+mod accept;
 mod access;
 pub(crate) mod body;
 mod inflate;
@@ -52,7 +53,6 @@ use std::time::Duration;
 
 use arc_swap::{ArcSwap, Guard};
 use axum::Router;
-use axum::serve::ListenerExt;
 use broker_core::{Broker, DrainReport, GroupName, Result};
 use http::StatusCode;
 use tokio::net::TcpListener;
@@ -282,8 +282,6 @@ impl Server {
     /// That the state file cannot be restored.
     pub async fn serve(&self, listener: TcpListener) -> io::Result<()> {
         self.restore().await.map_err(io::Error::other)?;
-        // An answer is small: waiting for more of it helps nobody.
-        let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
         self.shared.connections.accept(&self.shared, listener, self.router(), None).await;
         Ok(())
     }
@@ -296,7 +294,6 @@ impl Server {
     /// As [`serve`](Self::serve).
     pub async fn serve_tls(&self, listener: TcpListener, tls: Tls) -> io::Result<()> {
         self.restore().await.map_err(io::Error::other)?;
-        let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
         let watching = tls.watch();
         self.shared.connections.accept(&self.shared, listener, self.router(), Some(tls)).await;
         watching.abort();

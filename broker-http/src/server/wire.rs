@@ -2,7 +2,6 @@
 //! sender can be told 408 instead of being cut off; and whether the other side takes what is written.
 
 use std::io;
-use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
@@ -14,25 +13,6 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 pub(crate) const HEAD_TOO_SLOW: &[u8] = b"HTTP/1.1 408 Request Timeout\r\n\
     content-type: application/problem+json\r\nconnection: close\r\ncontent-length: 113\r\n\r\n\
     {\"title\":\"Request Timeout\",\"status\":408,\"detail\":\"the request's headers did not arrive in time\",\"kind\":\"timeout\"}";
-
-/// The address at the other end of a connection.
-pub(crate) trait Remote {
-    /// `None` on this machine's own sockets.
-    fn ip(&self) -> Option<IpAddr>;
-}
-
-impl Remote for std::net::SocketAddr {
-    fn ip(&self) -> Option<IpAddr> {
-        Some(std::net::SocketAddr::ip(self))
-    }
-}
-
-#[cfg(unix)]
-impl Remote for tokio::net::unix::SocketAddr {
-    fn ip(&self) -> Option<IpAddr> {
-        None
-    }
-}
 
 /// What the connection and whoever watches it have in common.
 #[derive(Debug, Default)]

@@ -1,6 +1,7 @@
 //! The real binary, from its first line to its exit status, with real sockets on both sides.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
+mod descriptors;
 mod lines;
 mod operation;
 mod overload;

@@ -47,7 +47,7 @@ macro_rules! limits {
 
 limits! {
     numbers {
-        connections: usize = "connections at a time; one more is answered 503, or with TLS cut",
+        connections: usize = "connections at a time, three quarters of the files that may be open at most; one more is answered 503, or with TLS cut",
         streams_per_connection: u32 = "requests at a time on one HTTP/2 connection",
         headers: usize = "headers of a request; more are answered 431",
         header_bytes: usize = "bytes of a request's line and headers; more are answered 431",

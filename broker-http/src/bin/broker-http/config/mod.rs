@@ -186,6 +186,13 @@ impl Config {
         self.check_endpoints(self.is_development(loopback))
     }
 
+    /// Promises no more connections than there can be; tells if that was so.
+    pub(crate) fn fit(&mut self, connections: usize) -> Option<String> {
+        let asked = self.limits.connections;
+        self.limits.connections = asked.min(connections);
+        (asked > connections).then(|| format!("limits.connections is {asked}, and {connections} are taken at a time"))
+    }
+
     fn guard(&self) -> Result<Guard, String> {
         self.allow.iter().try_fold(Guard::new(), |guard, allowed| Ok(guard.allowing(allowed.parse().map_err(said)?)))
     }

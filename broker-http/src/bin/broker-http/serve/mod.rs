@@ -1,5 +1,6 @@
 //! `broker-http serve`: the daemon.
 
+mod descriptors;
 mod listener;
 mod logging;
 mod notify;
@@ -152,8 +153,12 @@ pub(crate) fn check(args: Args) -> ExitCode {
 }
 
 async fn serve(args: Args) -> Result<ExitCode, String> {
-    let config = Config::merge(args.clone())?;
+    let mut config = Config::merge(args.clone())?;
     let logging = Logging::start(&config.log, config.log_format)?;
+    let descriptors = descriptors::raise();
+    if let Some(fewer) = fit(&mut config, descriptors) {
+        say!("broker-http: {fewer}");
+    }
     let mut signals = Signals::new().map_err(|error| format!("cannot listen for signals: {error}"))?;
     let tls = config.tls.clone().map(Tls::load).transpose().map_err(|error| error.message().to_owned())?;
     let access = config.access()?;
@@ -203,7 +208,7 @@ async fn serve(args: Args) -> Result<ExitCode, String> {
             }
         })
     };
-    let mut running = Running { args, config, server, tls, logging, loopback };
+    let mut running = Running { args, config, server, tls, logging, loopback, descriptors };
     let signal = loop {
         match signals.next().await {
             Told::End(signal) => break signal,
@@ -230,6 +235,15 @@ async fn serve(args: Args) -> Result<ExitCode, String> {
     Ok(if report.complete { ExitCode::SUCCESS } else { ExitCode::from(CUT) })
 }
 
+/// Promises no more connections than there are descriptors for; tells if that was so.
+fn fit(config: &mut Config, descriptors: Option<u64>) -> Option<String> {
+    let descriptors = descriptors?;
+    let fewer = config.fit(descriptors::connections(descriptors))?;
+    Some(format!(
+        "{fewer}: {descriptors} open files (ulimit -n, LimitNOFILE=) are for them, for pushes and for what it keeps"
+    ))
+}
+
 /// A daemon at work, and what can change about it.
 struct Running {
     args: Args,
@@ -239,6 +253,8 @@ struct Running {
     logging: Logging,
     /// Whether only this machine can reach the listener.
     loopback: bool,
+    /// How many files and connections it may have open.
+    descriptors: Option<u64>,
 }
 
 impl Running {
@@ -251,7 +267,8 @@ impl Running {
     }
 
     async fn try_reload(&mut self) -> Result<String, String> {
-        let config = Config::merge(self.args.clone())?;
+        let mut config = Config::merge(self.args.clone())?;
+        let fewer = fit(&mut config, self.descriptors);
         // What takes a restart is as it was.
         let development = self.config.dev || self.loopback && config.is_open();
         let before = self.config.is_development(self.loopback);
@@ -274,6 +291,9 @@ impl Running {
         let mut told = config.summary();
         if let Err(error) = self.server.set_subscriptions(&config.subscriptions).await {
             told.push_str(&format!("; {}", error.message()));
+        }
+        if let Some(fewer) = fewer {
+            told.push_str(&format!("; {fewer}"));
         }
         let fixed = self.config.fixed_differences(&config);
         if !fixed.is_empty() {
