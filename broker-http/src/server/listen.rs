@@ -294,8 +294,7 @@ impl Connection {
                     let life = activity.life();
                     if activity.active.load(Ordering::Acquire) > 0 || life != seen {
                         (seen, quiet) = (life, now);
-                    } else if now - quiet >= self.idle / 2 {
-                        // No headers came for at least half of the time.
+                    } else if now - quiet >= self.idle {
                         if closing {
                             return;
                         }
@@ -307,7 +306,9 @@ impl Connection {
                             serving.as_mut().graceful_shutdown();
                         }
                     }
-                    look.as_mut().reset(now + period);
+                    // Not later than the time is up where nothing has happened since the last look.
+                    let up = (quiet + self.idle).max(now + Duration::from_millis(1));
+                    look.as_mut().reset((now + period).min(up));
                 }
             }
         }
@@ -502,6 +503,7 @@ impl http_body::Body for Guarded {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Server, ServerOptions};
     use super::*;
 
     #[test]
@@ -512,5 +514,59 @@ mod tests {
             head.split("content-length: ").nth(1).unwrap().split("\r\n").next().unwrap().parse().unwrap();
         assert_eq!(length, body.len());
         assert_eq!(serde_json::from_str::<serde_json::Value>(body).unwrap()["status"], 503);
+    }
+
+    /// A connection of its own to a server whose `header_timeout` is ten seconds, without a socket: the time
+    /// can be the test's.
+    fn connect() -> tokio::io::DuplexStream {
+        let limits = Limits { header_timeout: Duration::from_secs(10), ..Limits::default() };
+        let options = ServerOptions::new().with_limits(limits.clone()).with_development(true);
+        let server = Server::new(Arc::new(broker_core::MemoryBroker::new()), options);
+        let connection = Connection {
+            builder: Arc::new(make_builder(&limits)),
+            shared: Arc::clone(&server.shared),
+            router: server.router(),
+            idle: limits.header_timeout,
+            patience: limits.body_timeout,
+            activity: Arc::default(),
+            closing: CancellationToken::new(),
+            cut: CancellationToken::new(),
+            peer: Peer { address: None, certificate: None },
+            _place: Place::take(&Arc::default(), 1).unwrap(),
+        };
+        let (ours, theirs) = tokio::io::duplex(64 << 10);
+        tokio::spawn(async move {
+            let _server = server;
+            connection.serve(theirs).await;
+        });
+        ours
+    }
+
+    /// Seconds until the other side ends, and what it says before.
+    async fn end(stream: &mut tokio::io::DuplexStream) -> (f64, String) {
+        let (begin, mut said) = (Instant::now(), String::new());
+        stream.read_to_string(&mut said).await.unwrap();
+        (begin.elapsed().as_secs_f64(), said)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn headers_have_the_whole_of_their_time() {
+        // A fresh connection, with nothing said and with half a head.
+        for (said, answer) in [("", ""), ("GET /heal", "HTTP/1.1 408")] {
+            let mut stream = connect();
+            stream.write_all(said.as_bytes()).await.unwrap();
+            let (after, heard) = end(&mut stream).await;
+            assert!((10.0..10.1).contains(&after), "{said:?}: {after}");
+            assert!(heard.starts_with(answer) && heard.is_empty() == answer.is_empty(), "{heard}");
+        }
+        // A head that is done within its time, however late.
+        let mut stream = connect();
+        stream.write_all(b"GET /healthz HTTP/1.1\r\n").await.unwrap();
+        sleep(Duration::from_millis(9_900)).await;
+        stream.write_all(b"host: localhost\r\n\r\n").await.unwrap();
+        let (after, heard) = end(&mut stream).await;
+        assert!(heard.starts_with("HTTP/1.1 200") && heard.ends_with("ok\n"), "{heard}");
+        // What is idle after a request is kept as long, and half as long again at most.
+        assert!((10.0..15.1).contains(&after), "{after}");
     }
 }
