@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout_at};
 use super::Shared;
 use super::inflate::{Encoding, inflate};
 use super::limits::Limits;
-use super::memory::{Ledger, Reservation};
+use super::memory::Reservation;
 use super::problem::{Answer, Problem};
 
 /// Bytes up to which a body is copied out of the connection's read buffer, so that a small message
@@ -35,7 +35,7 @@ pub(crate) async fn collect(
     limit: usize,
     shared: &Shared,
 ) -> Answer<(Bytes, Reservation)> {
-    collect_on(headers, body, limit, shared, Ledger::reserve).await
+    collect_on(headers, body, limit, shared, shared.ledger.room()).await
 }
 
 /// Reads a request's JSON; it is taken at the bound of memory too, since it may be what makes room.
@@ -44,7 +44,7 @@ pub(crate) async fn collect(
 ///
 /// As of [`collect`], but 503.
 pub(crate) async fn collect_json(headers: &HeaderMap, body: Body, shared: &Shared) -> Answer<(Bytes, Reservation)> {
-    collect_on(headers, body, shared.limits().json_body_bytes, shared, Ledger::grant).await
+    collect_on(headers, body, shared.limits().json_body_bytes, shared, shared.ledger.grant()).await
 }
 
 async fn collect_on(
@@ -52,7 +52,7 @@ async fn collect_on(
     body: Body,
     limit: usize,
     shared: &Shared,
-    reserve: fn(&Ledger, u64) -> Answer<Reservation>,
+    mut reservation: Reservation,
 ) -> Answer<(Bytes, Reservation)> {
     let limits = shared.limits();
     let encoding = match Encoding::of(headers) {
@@ -63,10 +63,9 @@ async fn collect_on(
         let problem = too_large(limit, body.size_hint().lower());
         return Err(refuse(headers, body, &limits, problem).await);
     }
-    let mut reservation = match reserve(&shared.ledger, body.size_hint().lower()) {
-        Ok(reservation) => reservation,
-        Err(problem) => return Err(refuse(headers, body, &limits, problem).await),
-    };
+    if let Err(problem) = reservation.reach(body.size_hint().lower()) {
+        return Err(refuse(headers, body, &limits, problem).await);
+    }
     let bytes = read(headers, body, limit, &limits, &mut reservation).await?;
     let bytes = match encoding {
         None if bytes.len() <= COPIED_BYTES => Bytes::copy_from_slice(&bytes),

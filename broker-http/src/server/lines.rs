@@ -76,7 +76,7 @@ pub(crate) async fn stream(
         caller,
         parent: shared.traces.parent(headers),
         body,
-        reservation: shared.ledger.reserve(0)?,
+        reservation: shared.ledger.room(),
         inflating: encoding.map(Inflating::new),
         unread: Bytes::new(),
         begun: BytesMut::new(),

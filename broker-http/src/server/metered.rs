@@ -23,7 +23,8 @@ use broker_core::{
 };
 use parking_lot::Mutex;
 
-use super::memory::{Ledger, cost};
+use super::charge::cost;
+use super::memory::Ledger;
 
 /// What [`cost`] adds to the bytes of a message without headers.
 const OVERHEAD: u64 = 256;
@@ -286,7 +287,7 @@ mod tests {
         let mut held = group.next().await.unwrap().unwrap();
         for _ in 0..2 {
             // Publishers are told first, and the deliveries' part is never theirs.
-            assert_eq!(ledger.reserve(1).unwrap_err().status(), 503);
+            assert_eq!(ledger.room().grow(1).unwrap_err().status(), 503);
             let waiting = tokio::spawn(async move { (group.next().await.unwrap().unwrap(), group) });
             tokio::task::yield_now().await;
             assert!(!waiting.is_finished());

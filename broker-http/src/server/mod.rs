@@ -4,6 +4,7 @@
 mod accept;
 mod access;
 pub(crate) mod body;
+mod charge;
 mod inflate;
 mod limits;
 mod listen;

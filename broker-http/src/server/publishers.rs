@@ -8,7 +8,8 @@ use broker_core::{Broker, Message, Publisher, PublisherOptions, Result, Timestam
 use parking_lot::{Mutex, RwLock};
 use rustc_hash::FxHashMap;
 
-use super::memory::{Account, Full, Ledger};
+use super::charge::{Account, Full};
+use super::memory::Ledger;
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::topics::{Bounds, Topics};
@@ -71,7 +72,7 @@ impl Publishers {
             routed: std::sync::OnceLock::new(),
             count: AtomicU64::new(0),
             last: AtomicI64::new(Timestamp::now().as_millis()),
-            account: self.ledger.account(),
+            account: Account::new(&self.ledger),
             bounds: Mutex::new(bounds),
         });
         let mut kept = self.kept.write();
