@@ -4,12 +4,16 @@
 use bytes::Bytes;
 use lapin::protocol::basic::parse_properties;
 
+use crate::sieve::{HEADER, sift};
 use crate::wire::{Style, Travel, decode, encode};
 
 /// A delivery, its properties as they stand in the content header (AMQP 0-9-1, 4.2.6.1). What was read is
 /// written so that it is read the same.
 pub fn delivery(routing_key: &str, properties: &[u8], body: &[u8]) {
-    let Ok((_, properties)) = parse_properties(properties) else { return };
+    // Class, weight and size come before them; then lapin gets what the sieve lets through.
+    let mut header = [&[0; 12], properties].concat();
+    sift(HEADER, &mut header);
+    let Ok((_, properties)) = parse_properties(header.get(12..).unwrap_or_default()) else { return };
     let body = Bytes::copy_from_slice(body);
     let _ = decode(routing_key, &properties, body.clone(), true);
     let Ok(arrived) = decode(routing_key, &properties, body, false) else { return };

@@ -26,6 +26,8 @@ mod topology;
 mod error;
 mod foreign;
 mod link;
+mod reactor;
+mod sieve;
 mod wire;
 
 /// Ways to the decoders in here: for `fuzz/`, which alone builds with `--cfg fuzzing`.

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::AmqpOptions;
 use crate::error::{from_lapin, is_final};
+use crate::reactor::{runtimes, sifted};
 
 /// A connection that stands.
 #[derive(Clone)]
@@ -251,16 +252,16 @@ impl Link {
             .with_client_property("product".into(), "broker-amqp".into())
             .with_client_property("version".into(), env!("CARGO_PKG_VERSION").into());
         let secure = options.tls;
-        let runtime = lapin::runtime::default_runtime().map_err(from_lapin)?;
-        let reactor = runtime.clone();
+        let (runtime, bare_runtime) = runtimes();
         let connect = async move |uri: AMQPUri, _| -> lapin::Result<_> {
             // The bare connection first, since encryption hides the socket.
             let bare = AMQPUri { scheme: AMQPScheme::AMQP, ..uri };
-            let stream = bare.connect_async(&reactor).await?;
+            let stream = bare.connect_async(&bare_runtime).await?;
             if let AsyncTcpStream::Plain(plain) = &stream {
                 *socket.0.lock() = Some(duplicate(plain.get_ref())?);
             }
-            if secure { Ok(stream.into_tls(&bare.authority.host, tls.as_ref()).await?) } else { Ok(stream) }
+            let host = &bare.authority.host;
+            Ok(sifted(if secure { stream.into_tls(host, tls.as_ref()).await? } else { stream }))
         };
         Connection::connector(uri, runtime, connect, properties).await.map_err(from_lapin)
     }

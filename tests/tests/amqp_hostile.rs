@@ -1,0 +1,109 @@
+//! Messages that nobody writes by accident, on a real RabbitMQ, which passes on whatever its grammar of frames
+//! allows: they end no process and no connection, and wedge no member of a group.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a test that cannot go on has failed"
+)]
+
+mod amqp_server;
+
+use std::time::Duration;
+
+use amqp_server::stranger::{Stranger, nested, string, table};
+use amqp_server::{TURN, address, open, server};
+use broker_core::{Broker, BrokerExt, Group, GroupOptions, Message, Subscribe, Subscription, Topic};
+use tokio::time::timeout;
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Publishes to the exchange `broker`, then a good message after it: the group's member gets to the good one.
+/// Tells the first message, or its dead letter, and whether it was dead.
+async fn survives(name: &str, key: &[u8], content_type: &'static [u8], headers: Vec<u8>) -> (Message, bool) {
+    let root = format!("suite.{name}-{:08x}", fastrand::u32(..));
+    let key = [root.as_bytes(), key].concat();
+    let good = Topic::new(format!("{root}.good")).unwrap();
+    let group: Group = format!("{name}@{root}.>").parse().unwrap();
+    let broker = open(server()).unwrap();
+    broker.create_group(&group, GroupOptions::new()).await.unwrap();
+    let publish = move || {
+        let mut stranger = Stranger::connect(address())?;
+        stranger.publish("broker", &key, content_type, &headers, b"strange")?;
+        stranger.close()
+    };
+    tokio::task::spawn_blocking(publish).await.unwrap().unwrap();
+    broker.publish(&good, Message::new("good")).await.unwrap();
+    let mut member = broker.subscribe(&group.filter, Subscribe::group(group.name.clone())).await.unwrap();
+    let mut strange = None;
+    loop {
+        let message = receive(&mut member).await;
+        if message.payload() == "good" {
+            break;
+        }
+        assert!(strange.replace(message).is_none(), "delivered twice");
+    }
+    let told = match strange {
+        Some(message) => (message, false),
+        None => (dead(broker.as_ref(), &group).await, true),
+    };
+    assert!(broker.delete_group(&group).await.unwrap());
+    if told.1 {
+        // With the group gone, what keeps them goes too.
+        broker.purge_dead_letters(&group).await.unwrap();
+    }
+    broker.close(PATIENCE).await;
+    told
+}
+
+async fn receive(member: &mut Subscription) -> Message {
+    let delivery = timeout(PATIENCE, member.next()).await.expect("the member is wedged").unwrap().unwrap();
+    let message = delivery.message().clone();
+    delivery.ack().await.unwrap();
+    message
+}
+
+/// The first dead letter, as soon as it is there.
+async fn dead(broker: &dyn Broker, group: &Group) -> Message {
+    let found = async {
+        loop {
+            if let Some(letter) = broker.dead_letters(group, 1).await.unwrap().pop() {
+                assert!(letter.failure.reason().contains("undecodable"), "{letter:?}");
+                return letter.message;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(PATIENCE, found).await.expect("neither delivered nor dead")
+}
+
+/// Read by recursion, as lapin does, its tables overflow any stack.
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_nested_without_end_end_no_process() {
+    let _turn = TURN.lock().await;
+    let headers = table(&[(b"deep", nested(20_000)), (b"flat", string(b"read"))]);
+    let (message, dead) = survives("deep", b".x", b"text/plain", headers).await;
+    assert!(!dead);
+    assert_eq!((message.headers().get_str("flat"), message.content_type()), (Some("read"), Some("text/plain")));
+    assert!(message.headers().get("deep").is_some_and(|value| value.len() < 100));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_that_are_no_text_end_no_connection() {
+    let _turn = TURN.lock().await;
+    let headers = table(&[(b"bad\xFF\xFE", string(b"left out")), (b"good", string(b"\xFFread"))]);
+    let (message, dead) = survives("header", b".x", b"text\xFF/plain", headers).await;
+    assert!(!dead);
+    let headers: Vec<_> = message.headers().iter().map(|(name, value)| (name.as_str(), value.as_ref())).collect();
+    assert_eq!(headers, [("good", b"\xFFread".as_slice())]);
+    assert_eq!(message.content_type(), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_routing_key_that_is_no_text_is_a_dead_letter() {
+    let _turn = TURN.lock().await;
+    let (message, dead) = survives("key", b".\xE2\x82", b"text/plain", table(&[])).await;
+    assert!(dead);
+    assert_eq!(message.payload(), "strange");
+}
