@@ -289,6 +289,10 @@ async fn dead_letters_for_a_full_group_are_bounded() {
         soon(reader.next()).await.unwrap().expect("open").ack().await.unwrap();
     }
     assert!(reader.next().now_or_never().is_none(), "no other waited");
+    // What it missed is told it, and counted.
+    assert_eq!(reader.gap(), Some(Gap::Lost(1_990)));
+    let status = broker.status().await.unwrap();
+    assert_eq!(status.group(&"reader@dead".parse().unwrap()).unwrap().counts.dropped, 1_990);
     let kept = broker.dead_letters(&"billing@orders".parse().unwrap(), 10_000).await.unwrap();
     assert_eq!(kept.len(), 3_000);
 }

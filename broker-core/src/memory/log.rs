@@ -224,6 +224,11 @@ impl LogState {
         }
     }
 
+    /// All readers miss a message: whoever published it cannot wait until there is room.
+    pub(super) fn miss(&mut self) {
+        self.readers.iter_mut().for_each(|(_, reader)| reader.dropped += 1);
+    }
+
     fn count_dropped(&mut self, key: usize) {
         if let Some(reader) = self.readers.get_mut(key) {
             reader.dropped += 1;

@@ -265,17 +265,21 @@ impl TopicState {
         match inner.admit_in_turn(self, shared, &mut message, false, &mut after) {
             Some(Ok(_)) => {}
             Some(Err(error)) => {
-                tracing::warn!(topic = %self.topic, %error, "a dead letter did not reach a subscriber; it is kept")
+                tracing::warn!(topic = %self.topic, %error, "a dead letter did not reach its subscribers; it is kept");
+                inner.miss(self);
             }
             None if inner.unheard < MAX_UNHEARD => {
                 let wait = |message| inner.wait(Waiting { message, require_route: false, waker: None, heard: false });
                 message.map(wait);
             }
             // It is no publisher that could be slowed down: whoever rejects goes on.
-            None => tracing::warn!(
-                topic = %self.topic,
-                "a dead letter did not reach a subscriber, whose backlog is full; it is kept"
-            ),
+            None => {
+                tracing::warn!(
+                    topic = %self.topic,
+                    "a dead letter did not reach its subscribers, of which one's backlog is full; it is kept"
+                );
+                inner.miss(self);
+            }
         }
         drop(inner);
         after.run(shared);
@@ -294,6 +298,9 @@ impl TopicState {
                         inner.done.insert(ticket, result);
                     } else {
                         inner.unheard -= 1;
+                        if result.is_err() {
+                            inner.miss(self);
+                        }
                     }
                     wakers.extend(waker);
                 }
@@ -390,6 +397,11 @@ impl Inner {
             }
             None => Operation::from(closed()),
         }
+    }
+
+    /// A dead letter reaches nobody who reads the topic: it is taken by all groups or by none. They are told of a gap.
+    fn miss(&self, topic: &TopicState) {
+        topic.own.get().into_iter().chain(&self.patterns).for_each(|log| log.lock().miss());
     }
 
     /// Appends the message unless others wait already.

@@ -76,6 +76,14 @@ pub(crate) async fn ask(
     if callback.is_some() && !answer.headers.contains_key(ALLOWED_ORIGIN) {
         return Ok(Said::Nothing);
     }
+    if !(200..=299).contains(&answer.status) {
+        // Whatever a proxy or a framework adds to a refusal is no consent.
+        return Err(Error::unauthorized(format!(
+            "endpoint: it does not consent to pushes from {}: it answered OPTIONS with {}; it is to answer 200 with WebHook-Allowed-Origin",
+            origin.to_str().unwrap_or_default(),
+            answer.status
+        )));
+    }
     read(&answer.headers, origin).map(Said::Yes).map_err(|why| {
         Error::unauthorized(format!(
             "endpoint: it does not consent to pushes from {}: {why}; it is to answer OPTIONS with WebHook-Allowed-Origin",

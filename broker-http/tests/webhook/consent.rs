@@ -53,6 +53,15 @@ async fn who_consents_is_subscribed_and_who_does_not_is_refused() {
 }
 
 #[tokio::test]
+async fn a_refusal_is_no_consent_whatever_it_says_beside() {
+    let running = asking().await;
+    let options = async || (StatusCode::METHOD_NOT_ALLOWED, [("webhook-allowed-origin", "*")]);
+    let service = serve(Router::new().route("/hook", post(async || ()).options(options))).await;
+    let (status, answer) = running.put("s", spec(service)).await;
+    assert_eq!((status, answer["detail"].as_str().unwrap().contains("OPTIONS with 405")), (403, true), "{answer}");
+}
+
+#[tokio::test]
 async fn who_does_not_answer_is_told_apart() {
     let running = asking().await;
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -316,7 +316,7 @@ fn push_tls(files: &FilePush) -> Result<PushTls, String> {
     Ok(tls)
 }
 
-/// The broker's URL; if it is a broker in this process, with what its topics retain: a quarter of the bytes that
+/// The broker's URL; if it is a broker in this process that retains, with what its topics retain at most: a quarter of the bytes that
 /// messages may hold, over all and of each topic, so that history keeps no publisher out.
 fn retaining(url: String, limits: &Limits, topics: impl Iterator<Item = u64>) -> String {
     if !url.starts_with("memory:") {
@@ -329,7 +329,10 @@ fn retaining(url: String, limits: &Limits, topics: impl Iterator<Item = u64>) ->
         ("retain_bytes", of_topic.min(RETAINED_BYTES).to_string()),
         ("retain_total_bytes", (limits.memory_bytes / 4).to_string()),
     ];
-    let silent = !["retain", "retain_age", "retain_bytes", "retain_total_bytes"].into_iter().any(says);
+    let silent = url == "memory:";
+    if !silent && !["retain", "retain_age", "retain_bytes", "retain_total_bytes"].into_iter().any(says) {
+        return url;
+    }
     let retained = RETAINED.into_iter().filter(|_| silent).map(|(name, value)| (name, value.to_owned()));
     retained.chain(bounds).filter(|(name, _)| !says(name)).fold(url, |url, (name, value)| {
         let separator = if url.contains('?') { '&' } else { '?' };
@@ -374,14 +377,8 @@ mod tests {
         let broker = |text: &str| config(text, &[]).unwrap().broker;
         for (text, expected) in [
             ("broker = \"kafka://a:1\"", "kafka://a:1"),
-            (
-                "broker = \"memory:a\"",
-                "memory:a?retain=10000&retain_age=10m&retain_bytes=16777216&retain_total_bytes=268435456",
-            ),
-            (
-                "broker = \"memory:?dedup_window=1m\"",
-                "memory:?dedup_window=1m&retain=10000&retain_age=10m&retain_bytes=16777216&retain_total_bytes=268435456",
-            ),
+            ("broker = \"memory:a\"", "memory:a"),
+            ("broker = \"memory:?dedup_window=1m\"", "memory:?dedup_window=1m"),
             ("broker = \"memory:?retain=5\"", "memory:?retain=5&retain_bytes=16777216&retain_total_bytes=268435456"),
             (
                 "broker = \"memory:?retain=5&retain_bytes=6&retain_total_bytes=7\"",
