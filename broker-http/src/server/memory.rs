@@ -165,7 +165,8 @@ impl Reservation {
         Ok(())
     }
 
-    fn add(&mut self, bytes: u64) {
+    /// The same of what is never refused.
+    pub(crate) fn add(&mut self, bytes: u64) {
         self.books.0.held.fetch_add(bytes, Ordering::Relaxed);
         self.bytes += bytes;
     }

@@ -18,6 +18,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::Shared;
 use super::consent::{self, Permission};
 use super::groups::Groups;
+use super::memory::Reservation;
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::pull::Pull;
@@ -58,6 +59,8 @@ pub(crate) struct Subscribed {
     seeking: Mutex<Option<AbortOnDropHandle<()>>>,
     /// Where it was made, for what is begun elsewhere.
     pub(crate) runtime: Handle,
+    /// What its settings take.
+    _room: Reservation,
 }
 
 /// What a life takes over from the one before it.
@@ -323,6 +326,9 @@ impl Registry {
             }
             None => How::Pull(Pull::new()),
         };
+        let mut room = shared.ledger.grant();
+        // As they are and as the state file has them.
+        room.add(2 * serde_json::to_vec(&*spec).map_or(0, |json| json.len() as u64));
         let subscribed = Arc::new(Subscribed {
             name: name.clone(),
             spec,
@@ -334,6 +340,7 @@ impl Registry {
             permission: RwLock::new(permission),
             seeking: Mutex::default(),
             runtime: Handle::current(),
+            _room: room,
         });
         self.table.write().insert(name.as_str().into(), Arc::clone(&subscribed));
         // Once it is in the table: options that change from now on find it there.

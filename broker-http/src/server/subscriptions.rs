@@ -30,6 +30,9 @@ use crate::spec::REDACTED;
 pub(crate) const MAX_PAGE: usize = 1_000;
 pub(crate) const DEFAULT_PAGE: usize = 100;
 
+/// Bytes of a subscription's settings: they are held as long as it stands.
+const SPEC_BYTES: usize = 64 << 10;
+
 /// Finishes a change whatever becomes of who asked for it.
 pub(crate) async fn finish<T: Send + 'static>(change: impl Future<Output = Answer<T>> + Send + 'static) -> Answer<T> {
     tokio::spawn(change).await.unwrap_or_else(|_| Err(Problem::draining()))
@@ -50,6 +53,9 @@ pub(crate) async fn put(
     no_query(&uri)?;
     let name = GroupName::new(&*name_in_path(&uri)?)?;
     let (json, reservation) = body::collect_json(&headers, body, &shared).await?;
+    if json.len() > SPEC_BYTES {
+        return Err(Problem::too_large(format!("a subscription's settings have {SPEC_BYTES} bytes of JSON at most")));
+    }
     let spec = SubscriptionSpec::from_json(&json)?;
     if let Some(Extension(caller)) = caller {
         caller.check(Action::Subscribe, &spec.filter)?;

@@ -138,6 +138,26 @@ async fn subscriptions_are_bounded() {
 }
 
 #[tokio::test]
+async fn what_a_subscription_says_is_bounded_and_counts() {
+    let running = Running::start().await;
+    let saying = |bytes: usize| {
+        let kinds = vec![format!(r#"{{"exact":{{"kind":"{}"}}}}"#, "x".repeat(1_000)); bytes / 1_000].join(",");
+        format!(r#"{{"filter":"a","filters":[{kinds}]}}"#)
+    };
+    let held = async || {
+        let metrics = running.get("/metrics").await.text();
+        let line = metrics.lines().find_map(|line| line.strip_prefix("broker_memory_bytes "));
+        line.unwrap().parse::<u64>().unwrap()
+    };
+    running.put("a", &saying(64 << 10)).await.is_problem(413, "65536");
+    assert_eq!((running.put("a", &saying(50_000)).await.status, held().await >= 50_000), (201, true));
+    running.put("a", &saying(1_000)).await;
+    assert!((1_000..10_000).contains(&held().await));
+    running.delete("/subscriptions/a").await;
+    assert_eq!(held().await, 0);
+}
+
+#[tokio::test]
 async fn topics_that_hold_nothing_make_room_for_others() {
     let running = limited(|limits| limits.topics = 4).await;
     for topic in 0..40 {
