@@ -21,7 +21,6 @@ use hyper_util::server::conn::auto::Builder;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep, timeout};
-use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower_service::Service as _;
@@ -106,7 +105,7 @@ impl Connections {
                     let stream = Socket::new(stream, Arc::clone(&connection.activity.wire));
                     match &tls {
                         None => self.tasks.spawn(connection.serve(stream)),
-                        Some(tls) => self.tasks.spawn(connection.serve_tls(stream, tls.acceptor())),
+                        Some(tls) => self.tasks.spawn(connection.serve_tls(stream, tls.clone())),
                     };
                 }
                 None => {
@@ -224,15 +223,17 @@ struct Connection {
 
 impl Connection {
     /// Shakes hands first, within the time that headers have.
-    async fn serve_tls<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(mut self, stream: S, acceptor: TlsAcceptor) {
+    async fn serve_tls<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(mut self, stream: S, tls: Tls) {
+        // Before the handshake: what changes meanwhile is looked at again.
+        let changes = *tls.authorities().borrow();
         let shaken = tokio::select! {
-            shaken = timeout(self.idle, acceptor.accept(stream)) => shaken,
+            shaken = timeout(self.idle, tls.acceptor().accept(stream)) => shaken,
             () = self.closing.cancelled() => return,
         };
         match shaken {
             Ok(Ok(stream)) => {
-                let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
-                self.peer.certificate = certificate.map(|certificate| Arc::new(Presented::new(certificate)));
+                let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
+                self.peer.certificate = Presented::new(chain, &tls, changes).map(Arc::new);
                 self.serve(stream).await;
             }
             failed => {

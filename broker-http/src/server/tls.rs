@@ -9,10 +9,13 @@ use std::time::Duration;
 
 use broker_core::{Error, Result};
 use parking_lot::RwLock;
+use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::ClientCertVerifier;
 use rustls::{RootCertStore, ServerConfig};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_rustls::TlsAcceptor;
 
@@ -59,26 +62,28 @@ impl TlsFiles {
         })
     }
 
-    fn config(&self, contents: &Contents) -> Result<ServerConfig> {
+    /// What checks the certificates of clients, where they may show one.
+    fn verifier(&self, contents: &Contents) -> Result<Option<Arc<dyn ClientCertVerifier>>> {
+        let (Some(path), Some(pem)) = (&self.client_ca, &contents.client_ca) else { return Ok(None) };
+        let broken = |why: &dyn fmt::Display| Error::invalid(format!("TLS: {}: {why}", path.display()));
+        let mut roots = RootCertStore::empty();
+        for certificate in certificates(pem).map_err(|why| broken(&why))? {
+            roots.add(certificate).map_err(|error| broken(&error))?;
+        }
+        WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider())
+            .allow_unauthenticated()
+            .build()
+            .map(Some)
+            .map_err(|error| broken(&error))
+    }
+
+    fn config(&self, contents: &Contents, verifier: Option<&Arc<dyn ClientCertVerifier>>) -> Result<ServerConfig> {
         let broken = |path: &Path, why: &dyn fmt::Display| Error::invalid(format!("TLS: {}: {why}", path.display()));
         let chain = certificates(&contents.certificate).map_err(|why| broken(&self.certificate, &why))?;
         let key = PrivateKeyDer::from_pem_slice(&contents.key)
             .map_err(|_| broken(&self.key, &"it holds no private key in PEM"))?;
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let verifier = match (&self.client_ca, &contents.client_ca) {
-            (Some(path), Some(pem)) => {
-                let mut roots = RootCertStore::empty();
-                for certificate in certificates(pem).map_err(|why| broken(path, &why))? {
-                    roots.add(certificate).map_err(|error| broken(path, &error))?;
-                }
-                WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
-                    .allow_unauthenticated()
-                    .build()
-                    .map_err(|error| broken(path, &error))?
-            }
-            _ => WebPkiClientVerifier::no_client_auth(),
-        };
-        let mut config = ServerConfig::builder_with_provider(provider)
+        let verifier = verifier.map_or_else(WebPkiClientVerifier::no_client_auth, Arc::clone);
+        let mut config = ServerConfig::builder_with_provider(provider())
             .with_safe_default_protocol_versions()
             .map_err(|error| broken(&self.certificate, &error))?
             .with_client_cert_verifier(verifier)
@@ -87,6 +92,10 @@ impl TlsFiles {
         config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         Ok(config)
     }
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
 }
 
 /// The certificates of a PEM text: one at least.
@@ -114,12 +123,23 @@ struct Shared {
     /// How often the files are looked at.
     look: AtomicU64,
     now: RwLock<Now>,
+    /// How often the authorities of clients have changed.
+    authorities: watch::Sender<u64>,
 }
 
 struct Now {
     files: TlsFiles,
     contents: Contents,
+    verifier: Option<Arc<dyn ClientCertVerifier>>,
     config: Arc<ServerConfig>,
+}
+
+impl Now {
+    fn of(files: TlsFiles, contents: Contents) -> Result<Self> {
+        let verifier = files.verifier(&contents)?;
+        let config = Arc::new(files.config(&contents, verifier.as_ref())?);
+        Ok(Self { files, contents, verifier, config })
+    }
 }
 
 impl fmt::Debug for Tls {
@@ -136,15 +156,16 @@ impl Tls {
     /// [`Invalid`](broker_core::ErrorKind::Invalid), naming the file and what is wrong with it.
     pub fn load(files: TlsFiles) -> Result<Self> {
         let contents = files.read()?;
-        let config = Arc::new(files.config(&contents)?);
         Ok(Self(Arc::new(Shared {
             look: AtomicU64::new(LOOK.as_millis() as u64),
-            now: RwLock::new(Now { files, contents, config }),
+            now: RwLock::new(Now::of(files, contents)?),
+            authorities: watch::Sender::default(),
         })))
     }
 
     /// Takes up what the files hold now, and tells whether it is something new. Connections that
-    /// stand go on; if the files are no good, so does what was read before.
+    /// stand go on, but for a client certificate that the new authorities do not vouch for: it is nobody's from
+    /// then on. If the files are no good, what was read before goes on.
     ///
     /// # Errors
     ///
@@ -178,8 +199,16 @@ impl Tls {
                 return Ok(false);
             }
         }
-        let config = Arc::new(files.config(&contents)?);
-        *self.0.now.write() = Now { files, contents, config };
+        let next = Now::of(files, contents)?;
+        let other_authorities = {
+            let mut now = self.0.now.write();
+            let other = now.contents.client_ca != next.contents.client_ca;
+            *now = next;
+            other
+        };
+        if other_authorities {
+            self.0.authorities.send_modify(|changes| *changes += 1);
+        }
         Ok(true)
     }
 
@@ -202,6 +231,18 @@ impl Tls {
 
     pub(crate) fn acceptor(&self) -> TlsAcceptor {
         TlsAcceptor::from(Arc::clone(&self.0.now.read().config))
+    }
+
+    /// How often the authorities of clients have changed, and what tells of the next time.
+    pub(crate) fn authorities(&self) -> watch::Receiver<u64> {
+        self.0.authorities.subscribe()
+    }
+
+    /// Whether the authorities of now vouch for the certificate that a client has shown, the first of its chain.
+    pub(crate) fn vouches_for(&self, chain: &[CertificateDer<'_>]) -> bool {
+        let verifier = self.0.now.read().verifier.clone();
+        let (Some(verifier), Some((certificate, rest))) = (verifier, chain.split_first()) else { return false };
+        verifier.verify_client_cert(certificate, rest, UnixTime::now()).is_ok()
     }
 
     /// Looks at the files now and then, until it is aborted.

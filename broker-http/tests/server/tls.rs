@@ -118,6 +118,62 @@ async fn a_client_certificate_is_an_identity() {
     assert_eq!(soon(ask(address, &nobody, "GET /healthz")).await.unwrap().status, 200);
 }
 
+/// Sends a request over a connection that stays, and reads until `end` has come.
+async fn say(stream: &mut (impl AsyncReadExt + AsyncWriteExt + Unpin), request: &str, end: &str) {
+    let head = format!("{request} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n");
+    stream.write_all(head.as_bytes()).await.unwrap();
+    hear(stream, end).await;
+}
+
+async fn hear(stream: &mut (impl AsyncReadExt + Unpin), end: &str) {
+    let mut answer = String::new();
+    let mut piece = [0; 4096];
+    while !answer.contains(end) {
+        let read = stream.read(&mut piece).await.unwrap();
+        assert!(read > 0, "{answer}");
+        answer.push_str(std::str::from_utf8(&piece[..read]).unwrap());
+    }
+}
+
+#[tokio::test]
+async fn a_client_certificate_counts_as_long_as_the_authorities_vouch_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (servers, old, new) = (authority(), authority(), authority());
+    write(folder.path(), &servers, "localhost");
+    let path = folder.path().join("clients.pem");
+    std::fs::write(&path, old.pem()).unwrap();
+    let files = TlsFiles::new(folder.path().join("cert.pem"), folder.path().join("key.pem"));
+    let tls = Tls::load(files.with_client_ca(&path)).unwrap();
+    let rule = Identity::new("billing").unwrap().with_certificate("billing.internal".parse().unwrap());
+    let rule = rule.allowing([Action::Publish, Action::Subscribe], [">".parse().unwrap()]);
+    let options = ServerOptions::new().with_access(Access::new([rule]).unwrap());
+    let server = Server::new(Arc::new(MemoryBroker::new()), options);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let serving = tls.clone();
+    tokio::spawn(async move { server.serve_tls(listener, serving).await });
+
+    let connector = client(&servers, Some(issue(&old, "billing.internal")));
+    let connect = async || {
+        let stream = TcpStream::connect(address).await.unwrap();
+        connector.connect(ServerName::try_from("localhost").unwrap(), stream).await.unwrap()
+    };
+    let (mut publisher, mut reader) = (soon(connect()).await, soon(connect()).await);
+    soon(say(&mut publisher, "POST /topics/a", "202 Accepted")).await;
+    soon(say(&mut reader, "GET /topics/a/stream", "text/event-stream")).await;
+    // While one authority follows another both are listed.
+    std::fs::write(&path, [old.pem(), new.pem()].concat()).unwrap();
+    assert!(tls.reload().unwrap());
+    soon(say(&mut publisher, "POST /topics/a", "202 Accepted")).await;
+    soon(hear(&mut reader, "data:")).await;
+    std::fs::write(&path, new.pem()).unwrap();
+    assert!(tls.reload().unwrap());
+    soon(say(&mut publisher, "POST /topics/a", "401 Unauthorized")).await;
+    let mut rest = Vec::new();
+    let _ = soon(reader.read_to_end(&mut rest)).await;
+    assert!(soon(connect()).await.read(&mut [0; 1]).await.is_err(), "nor is it let in anew");
+}
+
 #[tokio::test]
 async fn a_certificate_that_changes_is_taken_up_and_a_broken_one_is_not() {
     let folder = tempfile::tempdir().unwrap();

@@ -4,9 +4,11 @@ use std::fmt;
 use std::str::FromStr;
 
 use broker_core::{Error, Result};
+use parking_lot::Mutex;
 use rustls::pki_types::{CertificateDer, ServerName};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::super::tls::Tls;
 use super::token::TokenHash;
 
 /// A client certificate an identity is known by: its fingerprint (`sha256:` and the hash of its DER
@@ -26,20 +28,46 @@ enum Form {
     Dns(String),
 }
 
-/// What the certificate of a connection says.
+/// What the certificate of a connection says, for as long as the authorities of clients vouch for it.
 #[derive(Debug)]
 pub(crate) struct Presented {
     fingerprint: TokenHash,
     names: Vec<String>,
+    chain: Vec<CertificateDer<'static>>,
+    tls: Tls,
+    /// What is known of it, and after how many changes of the authorities.
+    vouched: Mutex<(u64, bool)>,
 }
 
 impl Presented {
-    /// Reads a certificate that TLS has verified.
-    pub(crate) fn new(certificate: &CertificateDer<'_>) -> Self {
+    /// Reads the chain of a certificate that TLS has verified, once it had changed its authorities so often; `None` if
+    /// there is none.
+    pub(crate) fn new(chain: &[CertificateDer<'_>], tls: &Tls, changes: u64) -> Option<Self> {
+        let certificate = chain.first()?;
         let names = webpki::EndEntityCert::try_from(certificate)
             .map(|parsed| parsed.valid_dns_names().map(str::to_ascii_lowercase).collect())
             .unwrap_or_default();
-        Self { fingerprint: TokenHash::of(certificate), names }
+        let chain = chain.iter().map(|certificate| certificate.clone().into_owned()).collect();
+        let vouched = Mutex::new((changes, true));
+        Some(Self { fingerprint: TokenHash::of(certificate), names, chain, tls: tls.clone(), vouched })
+    }
+
+    /// Whether the authorities of now vouch for it; looked at anew where they have changed.
+    pub(super) fn is_vouched_for(&self) -> bool {
+        let changes = *self.tls.authorities().borrow();
+        let mut vouched = self.vouched.lock();
+        if vouched.0 != changes {
+            *vouched = (changes, self.tls.vouches_for(&self.chain));
+        }
+        vouched.1
+    }
+
+    /// Waits until the authorities are others.
+    pub(super) async fn authorities_changed(&self) {
+        let mut authorities = self.tls.authorities();
+        let known = self.vouched.lock().0;
+        // It lives as long as what is held here.
+        let _ = authorities.wait_for(|changes| *changes != known).await;
     }
 }
 

@@ -125,6 +125,9 @@ impl Access {
     }
 
     fn by_certificate(&self, presented: &Presented) -> Option<&Arc<Known>> {
+        if !presented.is_vouched_for() {
+            return None;
+        }
         self.known.iter().find(|known| known.identity.certificates.iter().any(|name| name.is(presented)))
     }
 }
@@ -256,7 +259,16 @@ impl Gate {
         Box::pin(async move {
             while shared.gate.still_allows(caller.as_ref(), actions, &filter) {
                 // It lives as long as what is held here.
-                let _ = changed.changed().await;
+                let changed = changed.changed();
+                match caller.as_ref().map(|caller| &caller.shown) {
+                    Some(Shown::Certificate(presented)) => {
+                        tokio::select! {
+                            _ = changed => {}
+                            () = presented.authorities_changed() => {}
+                        }
+                    }
+                    _ => drop(changed.await),
+                }
             }
         })
     }
