@@ -11,8 +11,9 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::State;
 use axum::response::IntoResponse;
+use broker_core::ErrorKind;
 use bytes::Bytes;
-use http::{Method, Request, Response, Version, header};
+use http::{Method, Request, Response, StatusCode, Version, header};
 use http_body::{Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
@@ -29,6 +30,7 @@ use super::accept::{Accept, Accepted, Accepting};
 use super::access::{Peer, Presented};
 use super::limits::Limits;
 use super::metrics::Refusal;
+use super::problem::{Answer, Problem};
 use super::tls::Tls;
 use super::wire::{Socket, Watched, Wire};
 use super::{Shared, publish, routes};
@@ -255,10 +257,11 @@ impl Connection {
             let (shared, router, version) = (Arc::clone(&shared), router.clone(), request.version());
             async move {
                 let response = answer(shared, router, request.map(Body::new)).await;
+                busy.0.wire.answer();
                 Ok::<_, Infallible>(response.map(|body| Guarded::new(body, busy, version)))
             }
         });
-        let stream = Watched::new(stream, Arc::clone(&activity.wire));
+        let stream = Watched::new(stream, Arc::clone(&activity.wire), Arc::clone(&self.shared));
         let serving = self.builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
         let mut serving = pin!(serving);
         let mut closing = false;
@@ -319,6 +322,13 @@ impl Connection {
 /// The route everything else waits for is found without the router, whose way there costs about as
 /// much as publishing does.
 async fn answer(shared: Arc<Shared>, mut router: Router, request: Request<Body>) -> Response<Body> {
+    if request.version() == Version::HTTP_2
+        && let Err(problem) = check_headers(&request, shared.limits().headers)
+    {
+        let response = problem.into_response();
+        shared.metrics.answered(&response);
+        return response;
+    }
     let is_publish = request.method() == Method::POST
         // A web page's request has more to be said to it.
         && !request.headers().contains_key(header::ORIGIN)
@@ -335,7 +345,18 @@ async fn answer(shared: Arc<Shared>, mut router: Router, request: Request<Body>)
     response
 }
 
-/// What the parser refused, or the guard against floods of HTTP/2.
+/// As the parser of HTTP/1.1 does by itself.
+fn check_headers<B>(request: &Request<B>, max: usize) -> Answer<()> {
+    let count = request.headers().len();
+    if count <= max {
+        return Ok(());
+    }
+    let detail = format!("the request has {count} headers, and {max} are the most");
+    let status = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
+    Err(Problem::new(status, ErrorKind::TooLarge, detail).counted(Refusal::HeadTooLarge))
+}
+
+/// What the parser of HTTP/1.1 refused.
 fn refusal(error: &(dyn std::error::Error + 'static)) -> Option<Refusal> {
     let mut source = Some(error);
     while let Some(error) = source {
@@ -346,9 +367,6 @@ fn refusal(error: &(dyn std::error::Error + 'static)) -> Option<Refusal> {
             if error.is_parse() {
                 return Some(Refusal::Malformed);
             }
-        }
-        if let Some(error) = error.downcast_ref::<h2::Error>() {
-            return (error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM)).then_some(Refusal::Flood);
         }
         source = error.source();
     }

@@ -36,6 +36,7 @@ pub(crate) enum Refusal {
     Tls,
     Connections,
     Descriptors,
+    ConnectionStreams,
     Streams,
     Subscriptions,
     Topics,
@@ -49,7 +50,7 @@ pub(crate) enum Refusal {
 }
 
 impl Refusal {
-    const ALL: [(Self, &'static str); 25] = [
+    const ALL: [(Self, &'static str); 26] = [
         (Self::Unauthenticated, "unauthenticated"),
         (Self::Forbidden, "forbidden"),
         (Self::Attempts, "attempts"),
@@ -65,6 +66,7 @@ impl Refusal {
         (Self::Tls, "tls"),
         (Self::Connections, "connections"),
         (Self::Descriptors, "descriptors"),
+        (Self::ConnectionStreams, "connection_streams"),
         (Self::Streams, "streams"),
         (Self::Subscriptions, "subscriptions"),
         (Self::Topics, "topics"),

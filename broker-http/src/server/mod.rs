@@ -5,6 +5,7 @@ mod accept;
 mod access;
 pub(crate) mod body;
 mod charge;
+mod frames;
 mod inflate;
 mod limits;
 mod listen;

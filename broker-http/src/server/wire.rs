@@ -9,6 +9,9 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::Shared;
+use super::frames::Frames;
+
 /// What is written where a head does not arrive in time.
 pub(crate) const HEAD_TOO_SLOW: &[u8] = b"HTTP/1.1 408 Request Timeout\r\n\
     content-type: application/problem+json\r\nconnection: close\r\ncontent-length: 113\r\n\r\n\
@@ -23,6 +26,8 @@ pub(crate) struct Wire {
     late: AtomicBool,
     /// How many bytes of `PRI` the connection began with; HTTP/2's preface does, no method of ours.
     preface: AtomicU8,
+    /// Requests answered.
+    answered: AtomicUsize,
     /// Bytes the socket has taken, around the numbers' end.
     written: AtomicUsize,
     /// The socket took nothing when it was last written to.
@@ -37,6 +42,11 @@ impl Wire {
     /// A request was read, or is answered: what comes from now on belongs to the next.
     pub(crate) fn forget(&self) {
         self.heard.store(false, Ordering::Relaxed);
+    }
+
+    /// A request was answered.
+    pub(crate) fn answer(&self) {
+        self.answered.fetch_add(1, Ordering::Release);
     }
 
     /// Ends a connection on which part of a head stands still; false if nothing was begun, or not in
@@ -89,13 +99,29 @@ impl Wire {
 pub(crate) struct Watched<S> {
     stream: S,
     wire: Arc<Wire>,
+    /// Who counts what HTTP/2 refuses.
+    shared: Arc<Shared>,
+    frames: Frames,
     /// Bytes of [`HEAD_TOO_SLOW`] written.
     told: usize,
 }
 
 impl<S> Watched<S> {
-    pub(crate) fn new(stream: S, wire: Arc<Wire>) -> Self {
-        Self { stream, wire, told: 0 }
+    pub(crate) fn new(stream: S, wire: Arc<Wire>, shared: Arc<Shared>) -> Self {
+        Self { stream, wire, shared, frames: Frames::default(), told: 0 }
+    }
+
+    /// So much of this was written.
+    fn wrote<'a>(&mut self, mut count: usize, pieces: impl IntoIterator<Item = &'a [u8]>) {
+        if !self.wire.is_http2() {
+            return;
+        }
+        let given = self.wire.answered.load(Ordering::Acquire);
+        for piece in pieces {
+            let written = piece.get(..count.min(piece.len())).unwrap_or_default();
+            count -= written.len();
+            self.frames.written(written, given, |refusal| self.shared.metrics.refused(refusal));
+        }
     }
 }
 
@@ -119,7 +145,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Watched<S> {
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
+        let count = ready!(Pin::new(&mut self.stream).poll_write(cx, buf))?;
+        self.wrote(count, [buf]);
+        Poll::Ready(Ok(count))
     }
 
     fn poll_write_vectored(
@@ -127,7 +155,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+        let count = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, bufs))?;
+        self.wrote(count, bufs.iter().map(|buf| &**buf));
+        Poll::Ready(Ok(count))
     }
 
     fn is_write_vectored(&self) -> bool {

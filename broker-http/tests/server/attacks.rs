@@ -443,7 +443,8 @@ async fn rapid_reset_is_cut_off() {
             assert!(reset < 100_000, "nobody stopped it");
         }
     });
-    cut.await;
+    let served = async { assert_eq!(running.post("/topics/a", "x").await.status, 202) };
+    tokio::join!(cut, served);
     refused_at_last(&running, "flood", 1).await;
     assert_eq!(running.get("/healthz").await.status, 200);
 }
@@ -479,19 +480,58 @@ async fn streams_of_one_connection_are_bounded() {
 
 #[tokio::test]
 async fn a_flood_of_headers_over_http_2_is_refused() {
-    let running = limited(|limits| limits.header_bytes = 16 << 10).await;
+    let running = limited(|limits| (limits.header_bytes, limits.headers) = (16 << 10, 1_000)).await;
+    // A head of 18 KB loses its stream, one of 69 KB its connection.
+    for (count, answered) in [(130, true), (500, false)] {
+        let mut request = get("/healthz");
+        for index in 0..count {
+            let name = http::HeaderName::try_from(format!("x-{index}")).unwrap();
+            request.headers_mut().insert(name, "v".repeat(100).parse().unwrap());
+        }
+        let mut send = h2(&running).await.ready().await.unwrap();
+        match soon(send.send_request(request, true).unwrap().0).await {
+            Ok(response) => assert!(answered && response.status() == 431, "{response:?}"),
+            Err(error) => assert!(!answered && (error.is_go_away() || error.is_io()), "{error}"),
+        }
+        assert_eq!(running.get("/healthz").await.status, 200);
+    }
+    refused_at_last(&running, "head_too_large", 2).await;
+    assert_eq!((refused(&running, "head_too_large").await, refused(&running, "malformed").await), (2, 0));
+}
+
+#[tokio::test]
+async fn more_headers_than_may_be_are_told_431_over_http_2_too() {
+    let running = limited(|limits| limits.headers = 5).await;
     let mut send = h2(&running).await.ready().await.unwrap();
-    let mut request = get("/healthz");
-    for index in 0..500 {
-        let name = http::HeaderName::try_from(format!("x-{index}")).unwrap();
-        request.headers_mut().insert(name, "v".repeat(100).parse().unwrap());
+    for (count, status) in [(5, 200), (6, 431), (5, 200), (6, 431)] {
+        let mut request = get("/healthz");
+        for index in 0..count {
+            let name = http::HeaderName::try_from(format!("x-{index}")).unwrap();
+            request.headers_mut().insert(name, "v".parse().unwrap());
+        }
+        send = send.ready().await.unwrap();
+        assert_eq!(soon(send.send_request(request, true).unwrap().0).await.unwrap().status(), status, "{count}");
     }
-    let (answer, _) = send.send_request(request, true).unwrap();
-    match soon(answer).await {
-        Ok(response) => assert_eq!(response.status(), 431),
-        Err(error) => assert!(error.is_reset() || error.is_go_away() || error.is_io(), "{error}"),
-    }
+    // Meanwhile others are served.
     assert_eq!(running.get("/healthz").await.status, 200);
+    assert_eq!(refused(&running, "head_too_large").await, 2);
+}
+
+#[tokio::test]
+async fn streams_beyond_those_of_a_connection_are_refused_and_counted() {
+    let running = limited(|limits| limits.streams_per_connection = 2).await;
+    let mut stream = running.connect().await;
+    let mut begin = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    begin.extend(frame(4, 0, 0, &[]));
+    // POST, http, /topics/a, localhost, five times; no body comes. Who waits for no place loses its stream.
+    let head = [&[0x83, 0x86, 0x04, 9][..], b"/topics/a", &[0x01, 9], b"localhost"].concat();
+    for id in [1, 3, 5, 7, 9] {
+        begin.extend(frame(1, 4, id, &head));
+    }
+    stream.write_all(&begin).await.unwrap();
+    refused_at_last(&running, "connection_streams", 3).await;
+    assert_eq!(running.get("/healthz").await.status, 200);
+    assert_eq!(refused(&running, "connection_streams").await, 3);
 }
 
 #[tokio::test]
@@ -506,7 +546,7 @@ async fn a_flood_of_continuations_is_cut_off() {
     stream.write_all(&begin).await.unwrap();
     let (mut read, mut write) = stream.split();
     // Literal fields without indexing.
-    let field = [&[0x00, 0x01, b'x', 0x7f, 0x80, 0x1f][..], &[b'v'; 4_223]].concat();
+    let field = [&[0x00, 0x01, b'x', 0x7f, 0x80, 0x20][..], &[b'v'; 4_223]].concat();
     let flooding = async {
         for _ in 0..20_000 {
             write.write_all(&frame(9, 0, 1, &field)).await?;
@@ -520,8 +560,9 @@ async fn a_flood_of_continuations_is_cut_off() {
             flooded = flooding => flooded.is_err(),
         }
     });
-    assert!(ended.await, "80 MB of headers were taken");
-    assert_eq!(running.get("/healthz").await.status, 200);
+    let served = async { assert_eq!(running.get("/healthz").await.status, 200) };
+    assert!(tokio::join!(ended, served).0, "80 MB of headers were taken");
+    refused_at_last(&running, "flood", 1).await;
 }
 
 /// A connection that takes little before it is read from.

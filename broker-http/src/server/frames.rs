@@ -1,0 +1,137 @@
+//! What a connection of HTTP/2 refuses by itself, told by the frames it writes (RFC 9113, 4.1): h2 answers 431 to a
+//! head that is too large, resets streams that are too many, and ends connections, without telling anybody who could count.
+
+use h2::Reason;
+
+use super::metrics::Refusal;
+
+/// Bytes of a frame's head.
+const HEAD: usize = 9;
+const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
+const GOAWAY: u8 = 7;
+
+/// Follows the frames that are written, however they are cut.
+#[derive(Debug, Default)]
+pub(crate) struct Frames {
+    /// The head of the frame being written; behind it what ends a stream or the connection says of the reason.
+    begun: [u8; HEAD + 8],
+    have: usize,
+    /// Bytes of a payload that nobody looks at.
+    skip: usize,
+    /// Answers begun.
+    answers: usize,
+    /// Those of them that are h2's own.
+    own: usize,
+    /// The stream of the last of these, which a reset follows.
+    refused: u32,
+}
+
+impl Frames {
+    /// These bytes were written, and `given` answers were given by now; tells what was refused.
+    ///
+    /// An answer that nobody gave is a 431: h2 has no other. Answers given and not written, since their stream was
+    /// reset before, may hide some.
+    pub(crate) fn written(&mut self, mut bytes: &[u8], given: usize, mut refused: impl FnMut(Refusal)) {
+        while !bytes.is_empty() {
+            let skipped = self.skip.min(bytes.len());
+            self.skip -= skipped;
+            bytes = bytes.get(skipped..).unwrap_or_default();
+            let looked_at = self.looked_at();
+            for byte in self.begun.iter_mut().take(looked_at).skip(self.have) {
+                let Some((first, rest)) = bytes.split_first() else { return };
+                (*byte, bytes) = (*first, rest);
+                self.have += 1;
+            }
+            // With the head it is known what to look at behind it.
+            if self.have == self.looked_at() {
+                self.end(given, &mut refused);
+            }
+        }
+    }
+
+    /// Bytes of the frame that say something.
+    fn looked_at(&self) -> usize {
+        match self.begun {
+            [_, _, _, RST_STREAM, ..] if self.have >= HEAD => HEAD + 4,
+            [_, _, _, GOAWAY, ..] if self.have >= HEAD => HEAD + 8,
+            _ => HEAD,
+        }
+    }
+
+    fn end(&mut self, given: usize, refused: &mut impl FnMut(Refusal)) {
+        let [l0, l1, l2, kind, _, s0, s1, s2, s3, reset @ .., c0, c1, c2, c3] = self.begun;
+        let stream = u32::from_be_bytes([s0, s1, s2, s3]);
+        // The length has three bytes.
+        self.skip = (u32::from_be_bytes([0, l0, l1, l2]) as usize).saturating_sub(self.have - HEAD);
+        self.have = 0;
+        match kind {
+            HEADERS => {
+                self.answers += 1;
+                if self.answers > given + self.own {
+                    self.own += 1;
+                    self.refused = stream;
+                    refused(Refusal::HeadTooLarge);
+                }
+            }
+            RST_STREAM => match Reason::from(u32::from_be_bytes(reset)) {
+                Reason::REFUSED_STREAM => refused(Refusal::ConnectionStreams),
+                Reason::PROTOCOL_ERROR if stream != self.refused => refused(Refusal::Malformed),
+                _ => {}
+            },
+            GOAWAY => match Reason::from(u32::from_be_bytes([c0, c1, c2, c3])) {
+                Reason::NO_ERROR | Reason::INTERNAL_ERROR => {}
+                Reason::ENHANCE_YOUR_CALM => refused(Refusal::Flood),
+                // So ends a head that goes on beyond what could be skipped.
+                Reason::COMPRESSION_ERROR => refused(Refusal::HeadTooLarge),
+                _ => refused(Refusal::Malformed),
+            },
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(kind: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+        let length = (payload.len() as u32).to_be_bytes();
+        [&length[1..], &[kind, 0], &stream.to_be_bytes(), payload].concat()
+    }
+
+    #[test]
+    fn what_is_refused_is_seen_however_the_bytes_are_cut() {
+        let reset = |stream: u32, code: Reason| frame(RST_STREAM, stream, &u32::from(code).to_be_bytes());
+        let end = |code: Reason| frame(GOAWAY, 0, &[&[0; 4][..], &u32::from(code).to_be_bytes(), b"why"].concat());
+        let bytes = [
+            frame(4, 0, &[]),
+            frame(HEADERS, 1, &[0x88; 40]),
+            frame(0, 1, &[RST_STREAM; 100]),
+            reset(3, Reason::REFUSED_STREAM),
+            frame(HEADERS, 5, &[0x88]),
+            reset(5, Reason::PROTOCOL_ERROR),
+            reset(7, Reason::PROTOCOL_ERROR),
+            reset(9, Reason::NO_ERROR),
+            end(Reason::NO_ERROR),
+            reset(11, Reason::REFUSED_STREAM),
+            end(Reason::ENHANCE_YOUR_CALM),
+            end(Reason::COMPRESSION_ERROR),
+        ]
+        .concat();
+        for size in 1..=bytes.len() {
+            let mut frames = Frames::default();
+            let mut seen = Vec::new();
+            bytes.chunks(size).for_each(|piece| frames.written(piece, 1, |refusal| seen.push(refusal)));
+            let expected = [
+                Refusal::ConnectionStreams,
+                Refusal::HeadTooLarge,
+                Refusal::Malformed,
+                Refusal::ConnectionStreams,
+                Refusal::Flood,
+                Refusal::HeadTooLarge,
+            ];
+            assert_eq!(seen, expected, "{size} bytes at a time");
+        }
+    }
+}
