@@ -303,6 +303,9 @@ pub enum StatusVerdict {
     Reject,
 }
 
+/// Bytes of an endpoint's URL.
+const MAX_ENDPOINT: usize = 2_048;
+
 /// Where messages are pushed: an `http` or `https` URL without user information.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Endpoint(Url);
@@ -320,10 +323,15 @@ impl FromStr for Endpoint {
     /// Parses an endpoint. The error never repeats it: it may hold a password.
     fn from_str(text: &str) -> Result<Self> {
         let invalid = |why: &str| Error::invalid(format!("endpoint: {why}; it looks like https://example.com/hook"));
-        if text.len() > 2048 {
+        let too_long = |text: &str| text.len() > MAX_ENDPOINT;
+        if too_long(text) {
             return Err(invalid("it is longer than 2048 bytes"));
         }
         let url = Url::parse(text).map_err(|error| invalid(&format!("it is no URL ({error})")))?;
+        // As it is kept and sent: a letter that is encoded takes more bytes.
+        if too_long(url.as_str()) {
+            return Err(invalid("it is longer than 2048 bytes once it is encoded"));
+        }
         if !matches!(url.scheme(), "http" | "https") {
             return Err(invalid("its scheme is neither http nor https"));
         }
@@ -506,6 +514,16 @@ mod tests {
 
     fn refused(json: &str) -> String {
         SubscriptionSpec::from_json(json.as_bytes()).map(|_| json.to_owned()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn an_endpoint_that_was_taken_is_taken_again() {
+        let long = |letter: &str, count| format!("https://example.com/{}", letter.repeat(count)).parse::<Endpoint>();
+        let taken = long("ü", 300).unwrap();
+        assert_eq!(taken.to_string().parse::<Endpoint>().unwrap(), taken);
+        // A kept one is read again at the next start, encoded.
+        assert!(long("ü", 400).unwrap_err().message().contains("once it is encoded"));
+        assert!(long("x", 2_100).is_err());
     }
 
     #[test]
