@@ -104,6 +104,14 @@ impl Shared {
         }
     }
 
+    /// Waits before something is tried again, unless the broker closes.
+    pub(crate) async fn pause(&self, time: Duration) -> Result<()> {
+        tokio::select! {
+            () = self.closed.cancelled() => Err(closed()),
+            () = tokio::time::sleep(time) => Ok(()),
+        }
+    }
+
     /// What is known of a group; the first to tell is right.
     pub(crate) fn know(&self, group: &Group, known: Known) -> Arc<Known> {
         let mut groups = self.groups.lock();

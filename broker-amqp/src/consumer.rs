@@ -123,7 +123,8 @@ async fn keep(member: &Arc<Member>, ready: oneshot::Sender<Result<()>>) -> Resul
                     Ended::Cancelled => {
                         member.lost();
                         // The server says so when the queue is deleted, or its node goes down.
-                        match topology::queue_state(&live.connection, &queue).await {
+                        let asked = member.shared.bounded(topology::queue_state(&live.connection, &queue));
+                        match asked.await {
                             Ok(None) if member.group.is_some() => {
                                 return Err(Error::not_found("the group was deleted: its subscriptions end"));
                             }
@@ -253,13 +254,18 @@ fn read(delivery: lapin::message::Delivery, go_micro: bool) -> (u64, Result<wire
 }
 
 /// Stops consuming, gives back what was not handed out, and waits until the rest is settled.
-async fn leave(member: &Member, channel: &Channel, consumer: &mut lapin::Consumer) -> Result<()> {
+async fn leave(member: &Arc<Member>, channel: &Channel, consumer: &mut lapin::Consumer) -> Result<()> {
     channel.basic_cancel(consumer.tag(), BasicCancelOptions::default()).await.map_err(from_lapin)?;
     // What was on its way when the server heard of it; then the stream ends.
+    let options = &member.shared.options;
+    let mut renewed = Vec::new();
     while let Some(delivery) = consumer.next().await {
-        member.refuse(delivery.map_err(from_lapin)?.delivery_tag);
+        let (tag, arrived) = read(delivery.map_err(from_lapin)?, options.go_micro);
+        renewed.extend(member.refuse(tag, arrived));
     }
-    member.give_back_waiting();
+    renewed.extend(member.give_back_waiting());
+    // What is not sent anew by then goes back with the channel.
+    let _ = timeout(options.publish_timeout, join_all(renewed)).await;
     // The acks and nacks so far are told before anybody hears that this is over.
     told(member).await;
     member.end(Ok(()));

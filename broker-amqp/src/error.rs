@@ -3,6 +3,14 @@
 use broker_core::{Error, ErrorKind};
 use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
 
+/// How the server says 404 of a queue that exists and does not answer; of others it says `no queue '…'`.
+const ABSENT: [&str; 4] = [
+    "is down or inaccessible",
+    "has crashed and failed to restart",
+    "process is stopped by supervisor",
+    "failed to perform operation on",
+];
+
 /// An error of lapin's. Its text holds no credential: lapin never prints them.
 pub(crate) fn from_lapin(error: lapin::Error) -> Error {
     let (kind, text) = describe(&error);
@@ -14,6 +22,10 @@ fn describe(error: &lapin::Error) -> (ErrorKind, String) {
         lapin::ErrorKind::ProtocolError(said) => {
             let text = said.get_message().as_str();
             let kind = match said.kind() {
+                // It is there, on a node that is not, or its process is not: it comes back as it was.
+                AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) if ABSENT.iter().any(|word| text.contains(word)) => {
+                    ErrorKind::Unavailable
+                }
                 AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) => ErrorKind::NotFound,
                 AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) => ErrorKind::Unauthorized,
                 AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED | AMQPSoftError::RESOURCELOCKED) => {
@@ -53,4 +65,30 @@ pub(crate) fn is_final(error: &Error) -> bool {
             | ErrorKind::Invalid
             | ErrorKind::Unsupported
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lapin::protocol::AMQPError;
+
+    #[test]
+    fn a_queue_whose_node_is_down_is_not_gone() {
+        for (text, kind) in [
+            ("NOT_FOUND - no queue 'q' in vhost '/'", ErrorKind::NotFound),
+            (
+                "NOT_FOUND - home node 'a@b' of durable queue 'q' in vhost '/' is down or inaccessible",
+                ErrorKind::Unavailable,
+            ),
+            ("NOT_FOUND - queue 'q' in vhost '/' has crashed and failed to restart", ErrorKind::Unavailable),
+            ("NOT_FOUND - queue 'q' in vhost '/' process is stopped by supervisor", ErrorKind::Unavailable),
+            (
+                "NOT_FOUND - failed to perform operation on queue 'q' in vhost '/' due to timeout",
+                ErrorKind::Unavailable,
+            ),
+        ] {
+            let error = AMQPError::new(AMQPSoftError::NOTFOUND.into(), text.into());
+            assert_eq!(from_lapin(lapin::ErrorKind::ProtocolError(error).into()).kind(), kind, "{text}");
+        }
+    }
 }

@@ -14,7 +14,6 @@ use lapin::types::ShortString;
 use crate::AmqpOptions;
 use crate::broker::Shared;
 use crate::error::from_lapin;
-use crate::link::closed;
 use crate::management;
 use crate::member::Known;
 use crate::naming::{GroupNames, Made};
@@ -141,7 +140,7 @@ pub(crate) async fn delete(shared: &Shared, group: &Group) -> Result<bool> {
             let queues = topology::group_queues(&live.connection, &names).await?;
             if !queues.is_empty() {
                 on_channel(&live.connection, async |channel| {
-                    if queues.len() > 1 {
+                    if names.has_lanes(&queues) {
                         topology::delete_exchange(channel, &names.queue).await?;
                     }
                     // The last first: what stands is found by counting from the first.
@@ -266,37 +265,41 @@ pub(crate) async fn redrive(shared: &Shared, group: &Group, max: u64) -> Result<
             Ok((queues, kept.map_or(0, |state| state.ready)))
         })
         .await?;
-    let group_alone = || match queues.as_slice() {
-        [_, _, ..] => Route::Lanes(names.queue.clone()),
-        _ => Route::Queue(names.queue.clone()),
-    };
+    let group_alone =
+        if names.has_lanes(&queues) { Route::Lanes(names.queue.clone()) } else { Route::Queue(names.queue.clone()) };
     if kept == 0 {
         return Ok(0);
     }
-    let redriving = on_channel(&live.connection, async |channel| {
+    on_channel(&live.connection, async |channel| {
         let mut redriven = 0;
         // No more than were there: one that dies again at once is not sent round.
-        while redriven < max.min(kept) {
-            let Some(mut delivery) = get(channel, &names.dead).await? else { break };
-            let letter = letter(&mut delivery)?;
-            shared
-                .writer
-                .submit(Envelope {
-                    route: group_alone(),
-                    message: letter.message,
-                    travel: Travel { topic: Some(letter.topic), ..Travel::default() },
-                    require_route: false,
-                })
-                .await?;
-            channel.basic_ack(delivery.delivery_tag, BasicAckOptions::default()).await.map_err(from_lapin)?;
+        for _ in 0..kept {
+            if redriven == max {
+                break;
+            }
+            let Some(mut delivery) = shared.bounded(get(channel, &names.dead)).await? else { break };
+            let letter = match letter(&mut delivery) {
+                Ok(letter) => letter,
+                // Somebody else put it there; it goes back with the channel, and is in nobody's way.
+                Err(error) => {
+                    tracing::warn!(%group, %error, "the keeping queue holds what is no dead letter");
+                    continue;
+                }
+            };
+            let envelope = Envelope {
+                route: group_alone.clone(),
+                message: letter.message,
+                travel: Travel { topic: Some(letter.topic), ..Travel::default() },
+                require_route: false,
+            };
+            shared.writer.submit(envelope).await?;
+            let acked = channel.basic_ack(delivery.delivery_tag, BasicAckOptions::default());
+            shared.bounded(async { acked.await.map_err(from_lapin) }).await?;
             redriven += 1;
         }
         Ok(redriven)
-    });
-    tokio::select! {
-        () = shared.closed.cancelled() => Err(closed()),
-        redriven = redriving => redriven,
-    }
+    })
+    .await
 }
 
 /// Adds every group known and every subscription without group.
@@ -317,6 +320,8 @@ pub(crate) async fn status(shared: &Shared, status: &mut Status) -> Result<()> {
         return Ok(());
     }
     let live = shared.connection().await?;
+    // It is asked once in vain at most: each time may take as long as connecting.
+    let mut unanswered = None;
     for (group, known) in groups {
         let states = shared.bounded(async {
             let mut own: Option<QueueState> = None;
@@ -339,14 +344,21 @@ pub(crate) async fn status(shared: &Shared, status: &mut Status) -> Result<()> {
         let mut one = GroupStatus::new(group, State::Active);
         one.last_error = known.last_error.lock().clone();
         (one.lag, one.in_flight) = (Some(own.ready + unacked), Some(handed));
-        match all_unacked(shared, &known).await {
+        let asked = match &unanswered {
+            None => all_unacked(shared, &known).await,
+            Some(error) => Err(Error::clone(error)),
+        };
+        match asked {
             // The statistics may be older than what our own members know.
             Ok(Some(all)) => {
                 let all = all.max(unacked);
                 (one.lag, one.in_flight) = (Some(own.ready + all), Some(all));
             }
             Ok(None) => {}
-            Err(error) => one.last_error = Some(error.to_string()),
+            Err(error) => {
+                one.last_error = Some(error.to_string());
+                unanswered = Some(error);
+            }
         }
         one.members = Some(own.consumers);
         one.dead_letters = Some(dead.map_or(0, |dead| dead.ready));

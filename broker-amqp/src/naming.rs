@@ -58,6 +58,12 @@ impl GroupNames {
         short("an ordered group's queue", &format!("{}/{index}", self.queue))
     }
 
+    /// Whether its queues are those of an ordered group that has several. One may be left of a group that
+    /// was half deleted.
+    pub(crate) fn has_lanes(&self, queues: &[ShortString]) -> bool {
+        queues.first().is_some_and(|first| *first != self.queue)
+    }
+
     pub(crate) fn of(group: &Group, options: &AmqpOptions) -> Result<Self> {
         let name = group.to_string();
         let adopted = options.queues.get(&name);

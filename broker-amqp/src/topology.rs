@@ -108,7 +108,7 @@ pub(crate) async fn declare_group(
     options: &AmqpOptions,
 ) -> Result<()> {
     declare_exchange(channel, options).await?;
-    if queues.len() > 1 {
+    if names.has_lanes(queues) {
         return declare_lanes(channel, names, filter, queues, options).await;
     }
     match names.made {
@@ -148,7 +148,8 @@ async fn declare_lanes(
     let by_key = table([("hash-header", AMQPValue::LongString(wire::KEY.into()))]);
     let kind = ExchangeKind::Custom("x-consistent-hash".to_owned());
     channel.exchange_declare(names.queue.clone(), kind, durable, by_key).await.map_err(from_lapin)?;
-    for queue in queues {
+    // The last first: what stands is found by counting from the first, which so tells of all.
+    for queue in queues.iter().rev() {
         let mut arguments = group_arguments(options.queue_type);
         arguments.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
         let durable = QueueDeclareOptions::durable();

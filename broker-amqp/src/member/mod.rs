@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::task::Waker;
 
 use broker_core::{
-    Counts, Deliveries, Delivery, Failure, Gap, Group, GroupSettings, Message, MessageId, Result, Timestamp, Topic,
-    TopicFilter,
+    Counts, Deliveries, Delivery, Failure, Gap, Group, GroupSettings, Message, MessageId, Result, Settle, Timestamp,
+    Topic, TopicFilter,
 };
 use lapin::types::ShortString;
 use parking_lot::Mutex;
@@ -370,22 +370,41 @@ impl Member {
         (state.acks.pending(), !state.nacks.is_empty())
     }
 
-    /// Gives back what was not handed out.
-    pub(crate) fn give_back_waiting(&self) {
-        {
+    /// Gives back what was not handed out. What is returned is to be awaited: some of it is sent anew.
+    pub(crate) fn give_back_waiting(self: &Arc<Self>) -> Vec<Settle> {
+        let (epoch, worn) = {
             let mut state = self.state.lock();
-            for item in state.lanes.drain() {
-                state.give_back(item.tag);
-            }
-        }
+            let (worn, fresh): (Vec<_>, Vec<_>) =
+                state.lanes.drain().into_iter().partition(|item| self.is_worn(item.redeliveries));
+            fresh.into_iter().for_each(|item| state.give_back(item.tag));
+            (state.epoch, worn)
+        };
         self.wire.notify_one();
+        worn.into_iter().map(|item| self.renew(epoch, item, Timestamp::from_millis(0))).collect()
     }
 
-    /// Gives back what came after the end.
-    pub(crate) fn refuse(&self, tag: u64) {
-        let mut state = self.state.lock();
-        state.acks.delivered(tag);
-        state.give_back(tag);
+    /// Gives back what came after the end, likewise.
+    pub(crate) fn refuse(self: &Arc<Self>, tag: u64, arrived: Result<Arrived, Undecodable>) -> Option<Settle> {
+        let (epoch, item, due) = {
+            let mut state = self.state.lock();
+            state.acks.delivered(tag);
+            match arrived {
+                Ok(arrived) if self.is_worn(arrived.redeliveries) => {
+                    let item = self.inbound(&mut state, tag, &arrived, Timestamp::now());
+                    (state.epoch, item, arrived.due.unwrap_or(Timestamp::from_millis(0)))
+                }
+                _ => {
+                    state.give_back(tag);
+                    return None;
+                }
+            }
+        };
+        Some(self.renew(epoch, item, due))
+    }
+
+    fn renew(self: &Arc<Self>, epoch: u64, item: Inbound, due: Timestamp) -> Settle {
+        let attempts = item.attempt - 1;
+        self.forward(epoch, item, attempts, due, Handed::No)
     }
 }
 

@@ -17,7 +17,7 @@ use crate::writer::{Envelope, Route};
 /// The server takes back what is unacked for half an hour: what the client holds longer than this goes
 /// back first, and is held again when it comes.
 const MAX_HOLD: Duration = Duration::from_secs(15 * 60);
-/// A released message that has been round this often is sent anew: the server's count of redeliveries
+/// A message that nobody wanted yet, and that has been round this often, is sent anew: the server's count of redeliveries
 /// would otherwise be taken for that of a message which breaks its readers.
 const RENEW_AFTER: u64 = 8;
 /// Attempts of held messages that are remembered at most.
@@ -61,7 +61,7 @@ impl Member {
     }
 
     fn release(self: &Arc<Self>, epoch: u64, item: &Inbound) -> Settle {
-        if self.group.is_some() && !self.known.settings.ordered && item.redeliveries >= RENEW_AFTER {
+        if self.is_worn(item.redeliveries) {
             return self.forward(epoch, item.clone(), item.attempt - 1, Timestamp::from_millis(0), Handed::Yes);
         }
         {
@@ -77,6 +77,13 @@ impl Member {
         }
         self.tell(true);
         Settle::done()
+    }
+
+    /// Whether a message that is given back has been round so often that it is better sent anew. Order forbids
+    /// that.
+    pub(super) fn is_worn(&self, redeliveries: u64) -> bool {
+        let often = RENEW_AFTER.min(self.shared.options.max_redeliveries - 1);
+        self.group.is_some() && !self.known.settings.ordered && redeliveries >= often
     }
 
     fn retry(
@@ -241,31 +248,41 @@ impl Member {
         let mut wait = Wait::new(Duration::from_secs(5));
         loop {
             let result = match self.keep_first(&envelope).await {
-                Ok(()) => self.shared.writer.submit(envelope.clone()).await.map(drop),
+                Ok(()) => match self.shared.writer.submit(envelope.clone()).await {
+                    Ok(receipt) if receipt.routed == Some(false) && self.goes_to_keeping(&envelope) => {
+                        Err(Error::not_found("the queue that keeps dead letters is gone"))
+                    }
+                    published => published.map(drop),
+                },
                 Err(error) => Err(error),
             };
             match result {
                 Ok(()) => return Ok(()),
+                // Somebody deleted the keeping queue; nobody else has it: it is made again.
+                Err(error) if error.kind() == ErrorKind::NotFound && self.goes_to_keeping(&envelope) => {
+                    self.state.lock().kept = false;
+                    self.shared.pause(wait.next()).await?;
+                }
                 // The group was deleted: so is its message.
                 Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
                 Err(error) if error.kind() == ErrorKind::Closed => return Err(error),
                 Err(error) if !self.state.lock().is(epoch) => return Err(error),
                 Err(error) => {
                     *self.known.last_error.lock() = Some(error.to_string());
-                    tokio::select! {
-                        () = self.shared.closed.cancelled() => return Err(closed()),
-                        () = tokio::time::sleep(wait.next()) => {}
-                    }
+                    self.shared.pause(wait.next()).await?;
                 }
             }
         }
     }
 
+    fn goes_to_keeping(&self, envelope: &Envelope) -> bool {
+        envelope.travel.also_to.is_some()
+            || matches!(&envelope.route, Route::Queue(queue) if *queue == self.known.names.dead)
+    }
+
     /// Makes sure of the keeping queue before the first dead letter goes there.
     async fn keep_first(&self, envelope: &Envelope) -> Result<()> {
-        let to_keeping = envelope.travel.also_to.is_some()
-            || matches!(&envelope.route, Route::Queue(queue) if *queue == self.known.names.dead);
-        if !to_keeping || self.state.lock().kept {
+        if !self.goes_to_keeping(envelope) || self.state.lock().kept {
             return Ok(());
         }
         let live = self.shared.connection().await?;

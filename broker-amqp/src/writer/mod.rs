@@ -172,10 +172,10 @@ impl Writer {
 
     /// Why a message whose time is over was not confirmed.
     fn too_late(&self) -> Error {
-        let state = self.link.state();
-        if let Some(reason) = state.blocked {
-            return Error::unavailable(format!("RabbitMQ blocks publishers ({reason}): publish again later"));
+        if let Some(blocked) = self.blocked() {
+            return blocked;
         }
+        let state = self.link.state();
         match state.last_error {
             Some(error) if state.live.is_none() && error.kind() != ErrorKind::Timeout => {
                 Error::unavailable(format!("RabbitMQ is not reached: {}", error.message())).with_source(error)
@@ -185,6 +185,12 @@ impl Writer {
                 self.options.publish_timeout
             )),
         }
+    }
+
+    /// What the server said when it stopped taking messages, while it does not.
+    fn blocked(&self) -> Option<Error> {
+        let reason = self.link.state().blocked?;
+        Some(Error::unavailable(format!("RabbitMQ blocks publishers ({reason}): publish again later")))
     }
 
     /// The task.

@@ -250,7 +250,13 @@ impl Task {
                     }
                     // Those before it are in `sent`: all are sent again.
                     Ok(Err(error)) => return Err(error),
-                    Err(_) => return Err(Error::timeout("RabbitMQ did not declare a delay queue in time")),
+                    // It alone: what is under way beside it would be sent twice on another channel.
+                    Err(_) => {
+                        if let Some(entry) = self.unsent.pop_front_if(|first| first.ticket == ticket) {
+                            let late = || Error::timeout("RabbitMQ did not declare a delay queue in time");
+                            self.writer.finish(&entry, Err(self.writer.blocked().unwrap_or_else(late)));
+                        }
+                    }
                 }
                 continue;
             }
@@ -362,7 +368,9 @@ impl Task {
             Route::Topic(topic) if returned && entry.envelope.require_route => {
                 Err(Error::unroutable(format!("no group or subscription matches topic {topic}")))
             }
-            Route::Queue(queue) if returned => Err(Error::not_found(format!("queue {queue} is gone"))),
+            Route::Queue(gone) | Route::Lanes(gone) if returned => {
+                Err(Error::not_found(format!("queue {gone} is gone")))
+            }
             _ => {
                 let mut receipt = Receipt::new(message.id().clone());
                 // Where a message goes when its delay is over is known then.

@@ -1,0 +1,234 @@
+//! Messages that are nobody's any more, on a real RabbitMQ: dead letters whose queue was deleted, groups that
+//! were half deleted, deliveries that were given back unread, publishes that wait for a queue's declaration.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on has failed")]
+
+mod amqp_server;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use amqp_server::{TURN, fault, open, open_as_it_is, ours, raw, server};
+use broker_amqp::lapin::BasicProperties;
+use broker_amqp::lapin::options::{BasicPublishOptions, QueueDeclareOptions, QueueDeleteOptions};
+use broker_amqp::lapin::types::{AMQPValue, FieldTable};
+use broker_core::{
+    Broker, BrokerExt, DeadLetter, ErrorKind, Group, GroupOptions, Message, Subscribe, Subscription, Timestamp, Topic,
+};
+use tokio::time::timeout;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A topic nobody else uses, and a group of it.
+fn names(name: &str) -> (Topic, Group) {
+    let topic = Topic::new(format!("suite.{name}-{:08x}", fastrand::u32(..))).unwrap();
+    let group = Group::new(name.parse().unwrap(), (&topic).into());
+    (topic, group)
+}
+
+async fn join(broker: &dyn Broker, group: &Group) -> Subscription {
+    broker.subscribe(&group.filter, Subscribe::group(group.name.clone())).await.unwrap()
+}
+
+async fn next(member: &mut Subscription) -> broker_core::Delivery {
+    timeout(PATIENCE, member.next()).await.expect("nothing comes").unwrap().unwrap()
+}
+
+async fn letters(broker: &dyn Broker, group: &Group, count: usize) -> Vec<DeadLetter> {
+    let there = async {
+        loop {
+            let letters = broker.dead_letters(group, 100).await.unwrap();
+            if letters.len() >= count {
+                return letters;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(PATIENCE, there).await.expect("the dead letters are not there")
+}
+
+async fn clean(broker: Arc<dyn Broker>, group: &Group) {
+    assert!(broker.delete_group(group).await.unwrap());
+    // With the group gone, what keeps its dead letters goes too, if it was ever made.
+    let purged = broker.purge_dead_letters(group).await;
+    assert!(purged.is_ok() || purged.is_err_and(|error| error.kind() == ErrorKind::NotFound));
+    broker.close(PATIENCE).await;
+}
+
+/// An operator deletes the queue that keeps dead letters while a member that has seen it lives.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_letter_is_kept_though_its_queue_was_deleted() {
+    let _turn = TURN.lock().await;
+    let (topic, group) = names("deleted");
+    let broker = open(server()).unwrap();
+    let mut member = join(broker.as_ref(), &group).await;
+    broker.publish(&topic, Message::new("first")).await.unwrap();
+    next(&mut member).await.reject("no").await.unwrap();
+    assert_eq!(letters(broker.as_ref(), &group, 1).await.len(), 1);
+    let (connection, channel) = raw().await;
+    let queue = format!("broker.dead:{group}");
+    assert_eq!(channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await.unwrap(), 1);
+    connection.close(200, "OK".into()).await.unwrap();
+    broker.publish(&topic, Message::new("second")).await.unwrap();
+    next(&mut member).await.reject("no").await.unwrap();
+    let kept = letters(broker.as_ref(), &group, 1).await;
+    assert_eq!(kept.first().unwrap().message.payload(), "second");
+    drop(member);
+    clean(broker, &group).await;
+}
+
+/// Whoever may publish can put anything into a queue.
+#[tokio::test(flavor = "multi_thread")]
+async fn redrive_passes_by_what_is_no_dead_letter() {
+    let _turn = TURN.lock().await;
+    let (topic, group) = names("garbage");
+    let broker = open(server()).unwrap();
+    let mut member = join(broker.as_ref(), &group).await;
+    broker.publish(&topic, Message::new("first")).await.unwrap();
+    next(&mut member).await.reject("no").await.unwrap();
+    letters(broker.as_ref(), &group, 1).await;
+    assert_eq!(broker.purge_dead_letters(&group).await.unwrap(), 1);
+    let (connection, channel) = raw().await;
+    let queue = format!("broker.dead:{group}");
+    let (publish, bare) = (BasicPublishOptions::default(), BasicProperties::default());
+    channel.basic_publish("".into(), queue.as_str().into(), publish, b"garbage", bare).await.unwrap();
+    // It is there before what follows.
+    channel.close(200, "OK".into()).await.unwrap();
+    broker.publish(&topic, Message::new("second")).await.unwrap();
+    next(&mut member).await.reject("no").await.unwrap();
+    letters(broker.as_ref(), &group, 1).await;
+    assert_eq!(broker.redrive(&group, 10).await.unwrap(), 1);
+    let delivery = next(&mut member).await;
+    assert_eq!(delivery.message().payload(), "second");
+    delivery.ack().await.unwrap();
+    let status = broker.status().await.unwrap();
+    assert_eq!(status.group(&group).unwrap().dead_letters, Some(1), "the garbage stays");
+    connection.close(200, "OK".into()).await.unwrap();
+    drop(member);
+    clean(broker, &group).await;
+}
+
+/// A crash in the middle of making or deleting an ordered group of several queues leaves one.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_one_queue_left_of_several_is_bound_and_read() {
+    let _turn = TURN.lock().await;
+    let (topic, group) = names("half");
+    let (connection, channel) = raw().await;
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
+    arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(1_000_000));
+    arguments.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
+    let first = format!("{group}/0");
+    channel.queue_declare(first.as_str().into(), QueueDeclareOptions::durable(), arguments).await.unwrap();
+    connection.close(200, "OK".into()).await.unwrap();
+    let broker = open(&format!("{}?ordered_queues=4", server())).unwrap();
+    let ordered = Subscribe::group(group.name.clone()).with_options(GroupOptions::new().with_ordered(true));
+    let mut member = broker.subscribe(&group.filter, ordered).await.unwrap();
+    broker.publish(&topic, Message::new("read").with_key("k")).await.unwrap();
+    let delivery = next(&mut member).await;
+    assert_eq!(delivery.message().payload(), "read");
+    delivery.ack().await.unwrap();
+    drop(member);
+    clean(broker, &group).await;
+}
+
+/// A job that reads one message, and closes: those that wait behind it have been at a member more often
+/// than lost connections may bring a message back, and in nobody's hands.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_given_back_unread_does_not_die_of_it() {
+    let _turn = TURN.lock().await;
+    let (topic, group) = names("unread");
+    let broker = open(&format!("{}?max_redeliveries=10", server())).unwrap();
+    broker.create_group(&group, GroupOptions::new()).await.unwrap();
+    for number in 0..30_u8 {
+        broker.publish(&topic, Message::new(vec![number])).await.unwrap();
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    for _ in 0..30 {
+        let mut member = join(broker.as_ref(), &group).await;
+        let delivery = next(&mut member).await;
+        assert!(seen.insert(delivery.message().payload().clone()), "twice");
+        assert_eq!(delivery.attempt(), 1);
+        delivery.ack().await.unwrap();
+        timeout(PATIENCE, member.close()).await.expect("closing hangs").unwrap();
+    }
+    let status = broker.status().await.unwrap();
+    let status = status.group(&group).unwrap();
+    assert_eq!((status.lag, status.dead_letters), (Some(0), Some(0)));
+    clean(broker, &group).await;
+}
+
+/// A delay queue that is not declared in time fails the publish that needs it, and no channel: what is under
+/// way beside it would be sent twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_declaration_ends_one_publish_alone() {
+    let _turn = TURN.lock().await;
+    if !ours() {
+        println!("no control: block");
+        return;
+    }
+    let (topic, group) = names("slow");
+    // An exchange of its own has no delay queues yet.
+    let exchange = format!("slow-{:08x}", fastrand::u32(..));
+    let url = format!("{}?exchange={exchange}", server());
+    let broker = open_as_it_is(&format!("{url}&connect_timeout=1s&publish_timeout=60s")).unwrap();
+    let mut member = join(broker.as_ref(), &group).await;
+    broker.publish(&topic, Message::new("before")).await.unwrap();
+    next(&mut member).await.ack().await.unwrap();
+    fault("block").await;
+    let plain: Vec<_> = (0..3).map(|_| tokio::spawn(broker.publish(&topic, Message::new("plain")))).collect();
+    // The server blocks a connection when it publishes; by now it has.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let soon = Timestamp::now().after(Duration::from_secs(3600));
+    let delayed = timeout(PATIENCE, broker.publish(&topic, Message::new("delayed").with_deliver_at(soon))).await;
+    // Had it ended the channel, another would not open within this, and the connection be made anew.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    fault("unblock").await;
+    assert_eq!(delayed.expect("it does not end").unwrap_err().kind(), ErrorKind::Unavailable);
+    for publish in plain {
+        timeout(PATIENCE, publish).await.expect("it does not end").unwrap().unwrap();
+    }
+    for _ in 0..3 {
+        next(&mut member).await.ack().await.unwrap();
+    }
+    let more = timeout(Duration::from_secs(1), member.next()).await;
+    assert!(more.is_err(), "one was sent twice");
+    drop(member);
+    clean(broker, &group).await;
+    let (connection, channel) = raw().await;
+    channel.exchange_delete(exchange.as_str().into(), Default::default()).await.unwrap();
+    connection.close(200, "OK".into()).await.unwrap();
+}
+
+/// The management API of a host that takes connections and says nothing is waited for once, not once a group.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silent_management_api_is_asked_once() {
+    let _turn = TURN.lock().await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let management = listener.local_addr().unwrap();
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counting = Arc::clone(&asked);
+    let silent = tokio::spawn(async move {
+        let mut held = Vec::new();
+        while let Ok((socket, _)) = listener.accept().await {
+            counting.fetch_add(1, Ordering::Relaxed);
+            held.push(socket);
+        }
+    });
+    let broker = open_as_it_is(&format!("{}?connect_timeout=2s&management=http://{management}", server())).unwrap();
+    let groups: Vec<_> = ["one", "two", "three"].map(|name| names(name).1).into();
+    for group in &groups {
+        broker.create_group(group, GroupOptions::new()).await.unwrap();
+    }
+    let status = broker.status().await.unwrap();
+    for group in &groups {
+        let status = status.group(group).unwrap();
+        assert!(status.last_error.as_ref().is_some_and(|error| error.contains("management")), "{status:?}");
+        assert_eq!(status.lag, Some(0));
+        assert!(broker.delete_group(group).await.unwrap());
+    }
+    assert_eq!(asked.load(Ordering::Relaxed), 1);
+    broker.close(PATIENCE).await;
+    silent.abort();
+}
