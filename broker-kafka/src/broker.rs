@@ -25,6 +25,7 @@ use crate::producer::{KafkaProducer, Publishing, RawProducer};
 use crate::progress::Progress;
 use crate::registry::{Entry, Registry};
 use crate::retry_topics::RetryTopics;
+use crate::state::instant_after;
 use crate::stored::Stored;
 use crate::{KafkaConfig, Transaction, check_options};
 use crate::{poller, process};
@@ -482,7 +483,7 @@ impl Broker for KafkaBroker {
 
     fn close(&self, deadline: Duration) -> BoxFuture<'_, DrainReport> {
         Box::pin(async move {
-            let at = Instant::now() + deadline;
+            let at = instant_after(deadline);
             let closing = async {
                 match self.blocking(move |shared| Ok(shared.close(at))).await {
                     Ok(report) => report,

@@ -21,7 +21,7 @@ use crate::progress::Progress;
 use crate::record::{Retried, Travel};
 use crate::registry::Entry as GroupEntry;
 use crate::retry_topics::RetryTopics;
-use crate::state::{Ending, Item, Place, State, Timer, Transfer, TransferKind};
+use crate::state::{Ending, Item, Place, State, Timer, Transfer, TransferKind, instant_after};
 
 pub(crate) struct Member {
     pub(crate) filter: TopicFilter,
@@ -160,7 +160,7 @@ impl Member {
                         return Settled::Done;
                     }
                     let soonest = state.timers.peek().map(|Reverse(timer)| timer.due);
-                    let due = Instant::now() + wait;
+                    let due = instant_after(wait);
                     state.timers.push(Reverse(Timer { due, lot: item.place, entry }));
                     if soonest.is_none_or(|soonest| due < soonest) {
                         self.rouse();
@@ -317,7 +317,7 @@ impl Member {
                 Some(retried) => {
                     let due = retried.due;
                     if let Some(entry) = lot.admit_retried(offset, decoded.message, *retried) {
-                        let due = Instant::now() + due.since(Timestamp::now());
+                        let due = instant_after(due.since(Timestamp::now()));
                         state.timers.push(Reverse(Timer { due, lot: place, entry }));
                     }
                 }

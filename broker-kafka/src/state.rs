@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Waker;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use broker_core::{Error, Message, Result, Timestamp, Topic};
 use slab::Slab;
@@ -46,6 +46,11 @@ pub(crate) struct Ending {
     pub(crate) deadline: Instant,
     /// What the reader is told; `None` is a quiet end.
     pub(crate) error: Option<Error>,
+}
+
+/// So long from now, or as far off as a clock is sure to go: a wait is anybody's to choose.
+pub(crate) fn instant_after(wait: Duration) -> Instant {
+    Instant::now() + wait.min(Duration::from_secs(100 * 365 * 24 * 3600))
 }
 
 /// A retry that is due later.

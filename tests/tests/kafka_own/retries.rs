@@ -49,6 +49,29 @@ async fn a_long_retry_waits_in_a_topic_and_comes_back_as_it_was() -> Result<()> 
     Ok(())
 }
 
+/// The longest wait there is holds its message and nobody else, until its member goes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wait_without_end_is_one() -> Result<()> {
+    let (one, topic) = (broker("")?, topic("endless")?);
+    let group: Group = format!("endless@{topic}").parse()?;
+    let mut member = join(&one, &group, GroupOptions::new()).await?;
+    one.publish(&topic, Message::new("1")).await?;
+    one.publish(&topic, Message::new("2")).await?;
+    let mut both = take(&mut member, 2).await?;
+    both.remove(0).retry_after(Duration::MAX).await?;
+    both.remove(0).ack().await?;
+    assert!(is_quiet(&mut member).await);
+    assert_eq!(one.status().await?.group(&group).and_then(|group| group.in_flight), Some(0));
+    member.close().await?;
+    let mut member = join(&one, &group, GroupOptions::new()).await?;
+    let again = take(&mut member, 1).await?.remove(0);
+    assert_eq!((again.message().payload().as_ref(), again.attempt()), (&b"1"[..], 2));
+    again.ack().await?;
+    drop(member);
+    assert!(one.close(Duration::MAX).await.complete);
+    Ok(())
+}
+
 fn topics() -> Vec<String> {
     use rdkafka::consumer::Consumer as _;
     let none = Topic::new("broker-none").unwrap();
