@@ -36,7 +36,8 @@ pub struct Limits {
     /// How long a connection may take to send the next request's headers, half as long again at most;
     /// so also how long an idle one is kept.
     pub header_timeout: Duration,
-    /// How long a body may take to arrive, and how long a streamed one may stand still. Also how long
+    /// How long a body may take to arrive; one of streamed lines takes as long as it likes, and each line so long,
+    /// from when it is waited for to its end. Also how long
     /// an answer may wait for a reader that takes nothing of it, half as long again at most; then its
     /// connection is cut. A reader gets on by 16 KiB over HTTP/2, by what the kernel takes at a time
     /// over HTTP/1 (up to a third of the socket's buffer). A stream that has nothing to say waits for

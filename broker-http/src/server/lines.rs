@@ -82,6 +82,8 @@ pub(crate) async fn stream(
         begun: BytesMut::new(),
         number: 0,
         skipping: false,
+        deadline: body::Deadline::after(shared.limits().body_timeout),
+        line_ended: false,
         failed: None,
         ended: false,
     };
@@ -110,6 +112,10 @@ struct Lines {
     number: u64,
     /// Within a line that is too long.
     skipping: bool,
+    /// When the line being waited for must have ended; its clock begins where it is first waited for.
+    deadline: body::Deadline,
+    /// A line has ended since.
+    line_ended: bool,
     /// What ended the body early, to be told after the lines before it.
     failed: Option<Problem>,
     /// Nothing more arrives.
@@ -132,6 +138,7 @@ impl Lines {
                     if self.publish(before, &mut out).await {
                         self.stop();
                     } else {
+                        self.cost(1).await;
                         tell(&problem, &mut out);
                     }
                 }
@@ -176,6 +183,7 @@ impl Lines {
             let mut line = self.unread.split_to(end);
             self.unread.advance(1);
             self.number += 1;
+            self.line_ended = true;
             if std::mem::take(&mut self.skipping) {
                 continue;
             }
@@ -209,6 +217,7 @@ impl Lines {
         let (shared, published) = (&*self.shared, &*self.published);
         if let Err(problem) = published.check_room() {
             (0..count).for_each(|_| tell(&problem, out));
+            self.cost(count).await;
             return false;
         }
         let results = match publish_all(shared, &self.options, self.caller.as_ref(), &self.parent, messages).await {
@@ -228,6 +237,14 @@ impl Lines {
         ends
     }
 
+    /// Lines that are refused unread were work too.
+    async fn cost(&mut self, count: usize) {
+        if let Some(caller) = &self.caller {
+            caller.overdraw(count);
+            caller.pace().await;
+        }
+    }
+
     async fn read(&mut self) {
         if let Some(inflating) = &mut self.inflating {
             if let Some(piece) = inflating.next() {
@@ -240,7 +257,9 @@ impl Lines {
                 return self.fail(problem);
             }
         }
-        let mut deadline = body::Deadline::after(self.shared.limits().body_timeout);
+        if std::mem::take(&mut self.line_ended) {
+            self.deadline = body::Deadline::after(self.shared.limits().body_timeout);
+        }
         let data = tokio::select! {
             biased;
             () = self.revoked.as_mut() => Err(Problem::new(
@@ -249,7 +268,7 @@ impl Lines {
                 "publishing here is no longer allowed; the lines that follow are not published",
             )
             .counted(Refusal::Forbidden)),
-            data = body::next_data(&mut self.body, &mut deadline) => data,
+            data = body::next_data(&mut self.body, &mut self.deadline) => data,
         };
         match data {
             Ok(Some(data)) => match &mut self.inflating {
@@ -262,7 +281,11 @@ impl Lines {
                 }
                 self.ended = true;
             }
-            Err(problem) => self.take(Err(problem)),
+            Err(problem) if problem.status() == StatusCode::REQUEST_TIMEOUT => {
+                let detail = format!("line {} did not arrive in time; send it faster", self.number + 1);
+                self.fail(Problem::new(StatusCode::REQUEST_TIMEOUT, ErrorKind::Timeout, detail));
+            }
+            Err(problem) => self.fail(problem),
         }
     }
 
@@ -287,6 +310,9 @@ impl Lines {
 
     /// Nothing more is read; of the line that it breaks off nothing is known.
     fn fail(&mut self, problem: Problem) {
+        if let Some(refusal) = problem.refusal() {
+            self.shared.metrics.refused(refusal);
+        }
         self.stop();
         self.failed = Some(problem);
     }

@@ -105,6 +105,11 @@ impl Problem {
         self.status == StatusCode::NOT_IMPLEMENTED
     }
 
+    /// What it counts as.
+    pub(crate) fn refusal(&self) -> Option<Refusal> {
+        self.refusal.or_else(|| Refusal::of(self.status))
+    }
+
     pub(crate) fn detail(&self) -> &str {
         &self.detail
     }
@@ -148,7 +153,7 @@ impl IntoResponse for Problem {
         let body = serde_json::to_vec(&self).unwrap_or_default();
         let mut response = Response::new(Body::from(body));
         *response.status_mut() = self.status;
-        if let Some(refusal) = self.refusal.or_else(|| Refusal::of(self.status)) {
+        if let Some(refusal) = self.refusal() {
             // Counted where the answer leaves.
             response.extensions_mut().insert(refusal);
         }

@@ -67,7 +67,7 @@ limits! {
     }
     durations {
         header_timeout = "how long a request's headers may take, half as long again at most, and an idle connection is kept; then 408",
-        body_timeout = "how long a body may take, then 408; and how long an answer may wait for a reader that takes nothing of it, half as long again at most, then the connection is cut",
+        body_timeout = "how long a body may take, or each line of a streamed one, then 408; and how long an answer may wait for a reader that takes nothing of it, half as long again at most, then the connection is cut",
     }
 }
 
