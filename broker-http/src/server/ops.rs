@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use axum::extract::State;
+use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
+use broker_core::Error;
 use http::{HeaderValue, StatusCode, Uri, header};
 use serde_json::json;
 
@@ -22,28 +23,37 @@ pub(crate) async fn healthz(uri: Uri) -> Answer<&'static str> {
     Ok("ok\n")
 }
 
-/// `GET /readyz`: it takes requests, and so does the broker behind it; says what that one can do.
-pub(crate) async fn readyz(State(shared): State<Arc<Shared>>, uri: Uri) -> Response {
-    if let Err(problem) = no_query(&uri) {
+/// `GET /readyz`: it takes requests, and so does the broker behind it; says what that one can do, and to admins
+/// where it is and what is wrong with it.
+pub(crate) async fn readyz(State(shared): State<Arc<Shared>>, request: Request) -> Response {
+    if let Err(problem) = no_query(request.uri()) {
         return problem.into_response();
     }
     if shared.is_draining() {
         return Problem::draining().into_response();
     }
-    match shared.broker.status().await {
+    let is_admin = shared.gate.is_admin(request.extensions().get(), request.headers());
+    let (state, problem) = match shared.broker.status().await {
         Ok(status) if matches!(status.state, broker_core::State::Active) => {
-            let can = shared.broker.capabilities();
-            respond(StatusCode::OK, &json!({ "status": "ready", "broker": status.name, "capabilities": can }))
+            let mut ready = json!({ "status": "ready", "capabilities": shared.broker.capabilities() });
+            if let Some(fields) = ready.as_object_mut().filter(|_| is_admin) {
+                fields.insert("broker".to_owned(), status.name.into());
+            }
+            return respond(StatusCode::OK, &ready);
         }
         Ok(status) => {
             let error = status.last_error.map(|error| format!(": {error}")).unwrap_or_default();
             let state = serde_json::to_value(status.state).unwrap_or_default();
             let state = state.as_str().unwrap_or("not active").to_owned();
-            Problem::from(broker_core::Error::unavailable(format!("the broker {} is {state}{error}", status.name)))
-                .into_response()
+            let told = Problem::from(Error::unavailable(format!("the broker {} is {state}{error}", status.name)));
+            (state, told)
         }
-        Err(error) => Problem::from(error).into_response(),
+        Err(error) => ("out of reach".to_owned(), Problem::from(error)),
+    };
+    if is_admin {
+        return problem.into_response();
     }
+    Problem::from(Error::unavailable(format!("not ready: the broker is {state}"))).into_response()
 }
 
 /// `GET /metrics`

@@ -195,6 +195,61 @@ async fn a_rate_is_told_and_kept() {
     assert_eq!(ask(&running, "free", "POST /topics/a", "x").await.header("ratelimit"), None);
 }
 
+/// Whether it is ready is everybody's; where its broker is, an admin's.
+#[tokio::test]
+async fn readiness_names_the_broker_to_admins_alone() {
+    let running = guarded().await;
+    for (who, named) in [("", false), ("wrong", false), ("shop", false), ("ops", true)] {
+        let reply = ask(&running, who, "GET /readyz", "").await;
+        assert_eq!((reply.status, reply.json()["status"].as_str()), (200, Some("ready")), "{who}");
+        assert!(reply.json()["capabilities"].is_object());
+        assert_eq!(reply.json().get("broker").is_some(), named, "{who}");
+    }
+    running.server.set_access(Access::default());
+    assert!(ask(&running, "", "GET /readyz", "").await.json().get("broker").is_some(), "everybody is one");
+
+    // Where nobody listens.
+    let free = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().to_string();
+    let mut connectors = broker_core::Connectors::new();
+    connectors.add(["http"], broker_http::client::connector());
+    let broker = connectors.open(&format!("http://{free}")).unwrap();
+    let running = Running::over(broker, ServerOptions::new().with_access(access())).await;
+    for (who, named) in [("", false), ("shop", false), ("ops", true)] {
+        let reply = ask(&running, who, "GET /readyz", "").await;
+        reply.is_problem(503, if named { &free } else { "not ready: the broker is" });
+        assert_eq!(reply.text().contains(&free), named, "{}", reply.text());
+        assert_eq!(reply.json()["kind"], "unavailable");
+    }
+}
+
+#[tokio::test]
+async fn what_is_refused_tells_and_costs_of_the_rate() {
+    let limited = identity("shop").allowing([Action::Publish], ["a".parse().unwrap()]).with_rate(100.0, 1_000);
+    let mut limits = broker_http::Limits::default();
+    limits.message_body_bytes = 50;
+    let options = ServerOptions::new().with_access(Access::new([limited]).unwrap()).with_limits(limits);
+    let running = Running::with(options).await;
+    let left = |reply: &Reply| -> u64 {
+        let text = reply.header("ratelimit").expect("a rate").to_owned();
+        text.split("r=").nth(1).unwrap().split(';').next().unwrap().parse().unwrap()
+    };
+    for (request, status) in [("POST /topics/a", 202), ("POST /topics/b", 403), ("GET /metrics", 403)] {
+        let reply = ask(&running, "shop", request, "x").await;
+        assert_eq!((reply.status, reply.header("ratelimit-policy")), (status, Some("\"identity\";q=1000;w=10")));
+    }
+    // Lines that say nothing, and lines too long to be read.
+    for line in ["nope", &"x".repeat(200)] {
+        let before = left(&ask(&running, "shop", "POST /topics/a", "x").await);
+        let accept = ("accept", "application/x-ndjson");
+        let headers = [("authorization", "Bearer shop"), ("content-type", "application/x-ndjson"), accept];
+        let reply = running.send("POST /topics/a", &headers, format!("{line}\n").repeat(300)).await;
+        assert_eq!(reply.text().matches("\"error\"").count(), 300, "{}", reply.text());
+        let after = left(&ask(&running, "shop", "POST /topics/a", "x").await);
+        // It fills meanwhile.
+        assert!(before - after > 100, "{line}: {before} {after}");
+    }
+}
+
 #[tokio::test]
 async fn an_attempt_under_way_ends_with_its_connection() {
     let running = guarded().await;

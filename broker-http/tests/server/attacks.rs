@@ -105,6 +105,49 @@ async fn slow_bodies_are_told_408() {
     assert_eq!(refused(&running, "body_timeout").await, 20);
 }
 
+/// A line drop by drop is no way to stay, and a stream of whole ones is.
+#[tokio::test]
+async fn each_line_of_a_stream_has_its_time() {
+    let running = limited(|limits| limits.body_timeout = Duration::from_secs(2)).await;
+    let head = b"POST /topics/a HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/x-ndjson\r\n\
+        accept: application/x-ndjson\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n";
+    let whole = async {
+        let mut stream = running.connect().await;
+        stream.write_all(head).await.unwrap();
+        for _ in 0..8 {
+            tokio::time::sleep(Duration::from_millis(400)).await;
+            stream.write_all(b"e\r\n{\"payload\":1}\n\r\n").await.unwrap();
+        }
+        stream.write_all(b"0\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        soon(stream.read_to_string(&mut answer)).await.unwrap();
+        assert_eq!(answer.matches("\"id\":").count(), 8, "{answer}");
+    };
+    let dripping = async {
+        let mut stream = running.connect().await;
+        stream.write_all(head).await.unwrap();
+        stream.write_all(b"1a\r\n{\"payload\":1}\n{\"payload\":\"\r\n").await.unwrap();
+        let (mut read, mut write) = stream.split();
+        let mut answer = Vec::new();
+        let drip = async {
+            while write.write_all(b"1\r\nx\r\n").await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            std::future::pending().await
+        };
+        // It may be reset, since more was sent than read.
+        let _ = soon(async {
+            tokio::select! { end = read.read_to_end(&mut answer) => end.map(drop), () = drip => Ok(()) }
+        })
+        .await;
+        let text = String::from_utf8_lossy(&answer);
+        assert!(text.contains("\"id\":") && text.contains("line 2 did not arrive in time"), "{text}");
+    };
+    let served = async { assert_eq!(running.post("/topics/a", "x").await.status, 202) };
+    tokio::join!(whole, dripping, served);
+    assert_eq!(refused(&running, "body_timeout").await, 1);
+}
+
 #[tokio::test]
 async fn oversize_is_told_413_414_431() {
     let running = limited(|limits| limits.uri_bytes = 1_000).await;
@@ -133,6 +176,8 @@ async fn too_many_of_anything_is_told_and_counted() {
     .await;
     running.put("q", r#"{"filter":"a"}"#).await;
     running.put("r", r#"{"filter":"a"}"#).await.is_problem(429, "subscriptions");
+    // At each bound others are served: the subscription that stands is changed, the topic in use published to.
+    assert_eq!(running.put("q", r#"{"filter":"a","max_in_flight":3}"#).await.status, 200);
     for _ in 0..2 {
         assert_eq!(running.post("/topics/a", "x").await.status, 202);
     }
@@ -140,8 +185,12 @@ async fn too_many_of_anything_is_told_and_counted() {
     let reply = running.post("/topics/b", "x").await;
     reply.is_problem(429, "1 topics");
     assert!(reply.header("retry-after").is_some());
-    assert_eq!(running.pull("q", "max=1").await.len(), 1);
+    assert_eq!(running.post("/topics/a", "x").await.status, 202);
+    let leases = running.pull("q", "max=1").await;
     running.post("/subscriptions/q/pull?max=1", "").await.is_problem(429, "leases");
+    // Who holds one settles it, and has the next.
+    assert!(running.settle("q", json!({ "ack": [leases[0].lease] })).await.is_empty());
+    assert_eq!(running.pull("q", "max=1").await.len(), 1);
     let mut stream = running.connect().await;
     stream.write_all(b"GET /topics/a/stream HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
     crate::support::read_until(&mut stream, ": connected").await;

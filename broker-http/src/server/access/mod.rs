@@ -277,6 +277,13 @@ impl Gate {
         self.access.read().is_open()
     }
 
+    /// Whether who asks may know what is for admins, where it need not say who it is.
+    pub(crate) fn is_admin(&self, peer: Option<&Peer>, headers: &HeaderMap) -> bool {
+        let access = Arc::clone(&self.access.read());
+        let may = |caller: Caller| TopicFilter::new(">").is_ok_and(|everything| caller.may(Action::Admin, &everything));
+        access.is_open() || who(&access, peer, headers).is_ok_and(may)
+    }
+
     /// Finds out who asks, and whether it may; `None` where everybody may do everything.
     pub(crate) async fn admit(
         &self,
@@ -320,7 +327,10 @@ impl Gate {
             caller.tell(problem.headers_mut());
             return Err(problem);
         }
-        need.check(shared, &caller)?;
+        need.check(shared, &caller).map_err(|mut problem| {
+            caller.tell(problem.headers_mut());
+            problem
+        })?;
         Ok(Some(caller))
     }
 }
