@@ -58,6 +58,40 @@ async fn beyond_this_machine_it_takes_identities_or_insecure() {
     assert_eq!(daemon.send("POST /topics/a", "x").await.0, 401);
 }
 
+/// What is said at the start is so, however it was asked for.
+#[tokio::test]
+async fn every_start_says_who_may_do_what() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = write(&folder.path().join("broker.toml"), &operator());
+    let (here, machine, open) = ("for this machine only", "every program of this machine", "nobody is asked");
+    let beyond = &["--listen", "0.0.0.0:0", "--insecure", "--dev"][..];
+    for (args, says, says_not) in [
+        (&[][..], &[here][..], &["INSECURE"][..]),
+        (&["--insecure"], &[here, "INSECURE", machine, open], &["whoever"]),
+        (beyond, &["endpoints on this machine", "INSECURE", "whoever", open], &[here, machine]),
+        (&["--config", &config], &[], &["INSECURE", "development"]),
+        (&["--config", &config, "--insecure"], &["INSECURE: a reload", machine], &["development", open]),
+    ] {
+        let listen: &[&str] = if args.contains(&"--listen") { &[] } else { &["--listen", "127.0.0.1:0"] };
+        let mut child = command(&[listen, args].concat()).spawn().unwrap();
+        let mut out = child.stdout.take().unwrap();
+        // What to try is said on standard output after the first line, before anything else is.
+        let mut piece = [0; 64];
+        assert!(soon(out.read(&mut piece)).await.unwrap() > 0, "{args:?}");
+        // A signal is looked at after all is said.
+        let pid = child.id().unwrap().to_string();
+        assert!(std::process::Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        drop(out);
+        let said = String::from_utf8(soon(child.wait_with_output()).await.unwrap().stderr).unwrap();
+        for word in says {
+            assert!(said.contains(word), "{args:?}: {word}: {said}");
+        }
+        for word in says_not {
+            assert!(!said.contains(word), "{args:?}: {word}: {said}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_token_is_made_and_its_hash_lets_it_in() {
     let made = soon(command(&["token", "new", "--name", "shop"]).output()).await.unwrap();

@@ -188,13 +188,20 @@ async fn serve(args: Args) -> Result<ExitCode, String> {
     };
     restored.map_err(|error| error.message().to_owned())?;
 
-    let mode = if development { ", development mode: for this machine only" } else { "" };
-    announce(&listener, &**server.broker(), if tls.is_some() { "https" } else { "http" }, mode);
-    if access.is_open() && !listener.is_loopback() {
-        say!(
-            "broker-http: INSECURE: whoever reaches {} may publish, subscribe and delete; nobody is asked who they are",
-            config.listen
-        );
+    let mode = if development { format!(", development mode: {}", meaning(loopback)) } else { String::new() };
+    announce(&listener, &**server.broker(), if tls.is_some() { "https" } else { "http" }, &mode);
+    if config.insecure || access.is_open() && !loopback {
+        let reach = if loopback { "every program of this machine that" } else { "whoever" };
+        let listen = &config.listen;
+        if access.is_open() {
+            say!(
+                "broker-http: INSECURE: {reach} reaches {listen} may publish, subscribe and delete; nobody is asked who they are"
+            );
+        } else {
+            say!(
+                "broker-http: INSECURE: a reload that leaves no identity is taken, and then {reach} reaches {listen} may publish, subscribe and delete"
+            );
+        }
     }
     notify::tell("READY=1");
     let serving = {
@@ -233,6 +240,11 @@ async fn serve(args: Args) -> Result<ExitCode, String> {
     traces.end().await;
     say!("broker-http: {}", describe(&report, server.broker().name()));
     Ok(if report.complete { ExitCode::SUCCESS } else { ExitCode::from(CUT) })
+}
+
+/// What development mode is, in words.
+fn meaning(loopback: bool) -> &'static str {
+    if loopback { "for this machine only" } else { "endpoints on this machine may be pushed to" }
 }
 
 /// Promises no more connections than there are descriptors for; tells if that was so.
@@ -303,7 +315,7 @@ impl Running {
             told.push_str("; INSECURE: nobody is asked who they are any more");
         }
         if before != development {
-            let now = if development { "on: for this machine only" } else { "off" };
+            let now = if development { format!("on: {}", meaning(self.loopback)) } else { "off".to_owned() };
             told.push_str(&format!("; development mode is {now}"));
         }
         self.config.take_up(config);
