@@ -49,6 +49,38 @@ fn systemd_reads_the_unit_and_finds_it_hardened() {
     assert!(analyze(&["verify", "--man=no", path]).1.contains("ProtectHouse"));
 }
 
+/// `packaging/try` starts it with them.
+#[test]
+fn what_only_root_may_read_is_handed_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let unit = read("broker-http.service")
+        .replace("/usr/bin/broker-http", env!("CARGO_BIN_EXE_broker-http"))
+        .replace("Documentation=man:broker-http(1)\n", "");
+    let path = folder.path().join("broker-http.service");
+    std::fs::write(&path, unit).unwrap();
+    let dropped = folder.path().join("broker-http.service.d");
+    std::fs::create_dir(&dropped).unwrap();
+    let credentials = read("credentials.conf");
+    let verify = |credentials: &str| {
+        std::fs::write(dropped.join("credentials.conf"), credentials).unwrap();
+        analyze(&["verify", "--man=no", path.to_str().unwrap()]).1
+    };
+    let said = verify(&credentials);
+    assert!(!said.contains("credentials.conf"), "{said}");
+    assert!(verify(&credentials.replace("LoadCredential=", "LoadCredentials=")).contains("LoadCredentials"));
+    // What the configuration names is what is handed over.
+    let handed = of_unit(&credentials, "LoadCredential");
+    assert_eq!(handed.len(), 2);
+    for file in handed {
+        let (name, from) = file.split_once(':').unwrap();
+        assert_eq!(from, format!("/etc/broker-http/{name}"));
+        let copy = format!("/run/credentials/broker-http.service/{name}");
+        assert!(credentials.contains(&copy) && read("broker.toml").contains(&copy), "{copy}");
+    }
+    // There or not.
+    assert_eq!(of_unit(&read("broker-http.service"), "EnvironmentFile"), ["-/etc/broker-http/environment"]);
+}
+
 #[tokio::test]
 async fn what_the_unit_starts_is_a_command_with_a_good_configuration() {
     let (code, said) = run(&["check-config", "--config", packaging("broker.toml").to_str().unwrap()]).await;
