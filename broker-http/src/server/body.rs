@@ -8,7 +8,7 @@ use std::time::Duration;
 use axum::body::Body;
 use broker_core::ErrorKind;
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, StatusCode, header};
+use http::{HeaderMap, StatusCode};
 use http_body::Body as _;
 use http_body_util::BodyExt;
 use tokio::time::{Instant, timeout_at};
@@ -55,18 +55,13 @@ async fn collect_on(
     mut reservation: Reservation,
 ) -> Answer<(Bytes, Reservation)> {
     let limits = shared.limits();
-    let encoding = match Encoding::of(headers) {
-        Ok(encoding) => encoding,
-        Err(problem) => return Err(refuse(headers, body, &limits, problem).await),
-    };
-    if body.size_hint().lower() > limit as u64 {
-        let problem = too_large(limit, body.size_hint().lower());
-        return Err(refuse(headers, body, &limits, problem).await);
+    let encoding = Encoding::of(headers)?;
+    let announced = body.size_hint().lower();
+    if announced > limit as u64 {
+        return Err(too_large(limit, announced));
     }
-    if let Err(problem) = reservation.reach(body.size_hint().lower()) {
-        return Err(refuse(headers, body, &limits, problem).await);
-    }
-    let bytes = read(headers, body, limit, &limits, &mut reservation).await?;
+    reservation.reach(announced)?;
+    let bytes = read(body, limit, &limits, &mut reservation).await?;
     let bytes = match encoding {
         None if bytes.len() <= COPIED_BYTES => Bytes::copy_from_slice(&bytes),
         None => bytes,
@@ -84,25 +79,16 @@ async fn collect_on(
 /// the limit bounds).
 const MAX_RATIO: u64 = 1_100;
 
-async fn read(
-    headers: &HeaderMap,
-    mut body: Body,
-    limit: usize,
-    limits: &Limits,
-    reservation: &mut Reservation,
-) -> Answer<Bytes> {
+async fn read(mut body: Body, limit: usize, limits: &Limits, reservation: &mut Reservation) -> Answer<Bytes> {
     let expected = usize::try_from(body.size_hint().lower()).unwrap_or(limit).min(limit);
     let mut deadline = Deadline::after(limits.body_timeout);
     let mut first = Bytes::new();
     let mut collected = BytesMut::new();
     while let Some(data) = next_data(&mut body, &mut deadline).await? {
         if first.len() + collected.len() + data.len() > limit {
-            let problem = too_large(limit, 0);
-            return Err(refuse(headers, body, limits, problem).await);
+            return Err(too_large(limit, 0));
         }
-        if let Err(problem) = reservation.reach((first.len() + collected.len() + data.len()) as u64) {
-            return Err(refuse(headers, body, limits, problem).await);
-        }
+        reservation.reach((first.len() + collected.len() + data.len()) as u64)?;
         // Most bodies are one piece, which is then not copied together.
         if first.is_empty() && collected.is_empty() {
             first = data;
@@ -170,28 +156,10 @@ fn too_large(limit: usize, announced: u64) -> Problem {
     Problem::too_large(format!("{what} is over the limit of {limit} bytes"))
 }
 
-/// Reads and drops a refused body for a while: closing on a sender that still writes would reset
-/// the connection, and with it lose the answer. A sender that asked first has not begun.
-pub(crate) async fn refuse(headers: &HeaderMap, body: Body, limits: &Limits, problem: Problem) -> Problem {
-    if headers.contains_key(header::EXPECT) {
-        return problem.closing();
-    }
-    let deadline = Instant::now() + limits.body_timeout.min(Duration::from_secs(10));
-    if body.size_hint().lower() > limits.refused_body_bytes {
-        return problem.closing();
-    }
-    let mut body = pin!(body);
-    let mut dropped = 0;
-    loop {
-        match timeout_at(deadline, body.frame()).await {
-            Ok(None) => return problem,
-            Ok(Some(Ok(frame))) => dropped += frame.data_ref().map_or(0, |data| data.len() as u64),
-            Ok(Some(Err(_))) | Err(_) => return problem.closing(),
-        }
-        if dropped > limits.refused_body_bytes {
-            return problem.closing();
-        }
-    }
+/// Lets go of a refused body; [`rest`](super::rest) sees to it that its sender sees the answer.
+pub(crate) async fn refuse(_headers: &HeaderMap, body: Body, _limits: &Limits, problem: Problem) -> Problem {
+    drop(body);
+    problem
 }
 
 /// Reads the JSON of a request; an empty body is `None`.

@@ -14,7 +14,7 @@ use axum::response::IntoResponse;
 use broker_core::ErrorKind;
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, Version, header};
-use http_body::{Frame, SizeHint};
+use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -31,6 +31,7 @@ use super::access::{Peer, Presented};
 use super::limits::Limits;
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
+use super::rest::{Received, Rest};
 use super::tls::Tls;
 use super::wire::{Socket, Watched, Wire};
 use super::{Shared, publish, routes};
@@ -92,16 +93,18 @@ impl Connections {
             }
             match Place::take(&self.open, limits.connections) {
                 Some(place) => {
+                    let activity = Arc::<Activity>::default();
+                    let wire = Arc::clone(&activity.wire);
                     let connection = Connection {
                         builder: Arc::clone(&builder),
                         shared: Arc::clone(shared),
                         router: router.clone(),
                         idle: limits.header_timeout.max(Duration::from_millis(2)),
                         patience: limits.body_timeout.max(Duration::from_millis(2)),
-                        activity: Arc::default(),
+                        activity,
                         closing: self.closing.clone(),
                         cut: self.cut.clone(),
-                        peer: Peer { address, certificate: None },
+                        peer: Peer { address, certificate: None, wire },
                         _place: place,
                     };
                     let stream = Socket::new(stream, Arc::clone(&connection.activity.wire));
@@ -178,7 +181,7 @@ fn make_builder(limits: &Limits) -> Builder<TokioExecutor> {
     let mut http1 = builder.http1();
     // Time is kept for the whole connection, once: a timer for every request's headers would cost
     // as much as the headers.
-    http1.header_read_timeout(None).max_buf_size(limits.header_bytes.max(8 << 10));
+    http1.header_read_timeout(None).half_close(true).max_buf_size(limits.header_bytes.max(8 << 10));
     if limits.headers != USUAL_HEADERS {
         http1.max_headers(limits.headers);
     }
@@ -254,10 +257,21 @@ impl Connection {
             if !shared.gate.is_open() {
                 request.extensions_mut().insert(peer.clone());
             }
+            active.wire.set_fleeting(routes::waits(request.uri()));
             let (shared, router, version) = (Arc::clone(&shared), router.clone(), request.version());
+            let (parts, body) = request.into_parts();
+            let body = Received::new(body, version, &parts.headers, &active.rest);
+            let request = Request::from_parts(parts, Body::new(body));
             async move {
-                let response = answer(shared, router, request.map(Body::new)).await;
-                busy.0.wire.answer();
+                let mut response = answer(Arc::clone(&shared), router, request).await;
+                let activity = &busy.0;
+                activity.wire.answer();
+                if response.body().size_hint().exact().is_some() {
+                    // It waits no more.
+                    activity.wire.set_fleeting(false);
+                }
+                let (limits, work) = (|| shared.limits.load_full(), || Busy::begin(activity));
+                activity.rest.tend(response.headers_mut(), limits, work);
                 Ok::<_, Infallible>(response.map(|body| Guarded::new(body, busy, version)))
             }
         });
@@ -270,6 +284,7 @@ impl Connection {
         // Since when nothing has begun, and since when an answer waits without getting on.
         let (mut seen, mut quiet) = (activity.life(), Instant::now());
         let mut waits: Option<(Waits, Instant)> = None;
+        let mut still = quiet;
         loop {
             tokio::select! {
                 biased;
@@ -296,7 +311,14 @@ impl Connection {
                         return;
                     }
                     let life = activity.life();
-                    if activity.active.load(Ordering::Acquire) > 0 || life != seen {
+                    let active = activity.active.load(Ordering::Acquire) > 0;
+                    if !active || life != seen {
+                        still = now;
+                    } else if now - still >= self.patience {
+                        // Whoever has closed his side while nothing came of his request is gone by now.
+                        activity.wire.set_fleeting(true);
+                    }
+                    if active || life != seen {
                         (seen, quiet) = (life, now);
                     } else if now - quiet >= self.idle {
                         if closing {
@@ -374,7 +396,7 @@ fn refusal(error: &(dyn std::error::Error + 'static)) -> Option<Refusal> {
 }
 
 /// Whether anything happens on a connection.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Activity {
     active: AtomicUsize,
     begun: AtomicUsize,
@@ -383,6 +405,22 @@ struct Activity {
     /// Pieces taken.
     taken: AtomicUsize,
     wire: Arc<Wire>,
+    /// What was left of a request's body.
+    rest: Arc<Rest<Incoming>>,
+}
+
+impl Default for Activity {
+    fn default() -> Self {
+        let wire = Arc::<Wire>::default();
+        Self {
+            active: AtomicUsize::default(),
+            begun: AtomicUsize::default(),
+            offered: AtomicUsize::default(),
+            taken: AtomicUsize::default(),
+            rest: Arc::new(Rest::new(Arc::clone(&wire))),
+            wire,
+        }
+    }
 }
 
 /// How far answers have come that wait for their reader.
@@ -476,6 +514,10 @@ impl Guarded {
 impl Drop for Guarded {
     fn drop(&mut self) {
         self.offer(false);
+        // Lines still read are read by the answer.
+        drop(std::mem::take(&mut self.body));
+        self.busy.0.rest.leave();
+        self.busy.0.wire.set_fleeting(false);
     }
 }
 
@@ -550,7 +592,7 @@ mod tests {
             activity: Arc::default(),
             closing: CancellationToken::new(),
             cut: CancellationToken::new(),
-            peer: Peer { address: None, certificate: None },
+            peer: Peer::default(),
             _place: Place::take(&Arc::default(), 1).unwrap(),
         };
         let (ours, theirs) = tokio::io::duplex(64 << 10);

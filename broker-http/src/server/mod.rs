@@ -14,6 +14,7 @@ mod metered;
 mod origin;
 pub(crate) mod problem;
 mod query;
+mod rest;
 mod tls;
 mod topics;
 mod wire;
@@ -187,7 +188,8 @@ impl Server {
     /// The routes, to be nested into a router of one's own. Subscriptions of a state file are not
     /// there before [`restore`](Self::restore).
     pub fn router(&self) -> Router {
-        routes::router(&self.shared)
+        let tend = axum::middleware::from_fn_with_state(Arc::clone(&self.shared), rest::elsewhere);
+        routes::router(&self.shared).layer(tend)
     }
 
     /// Brings the subscriptions of the state file back, if there is one; once is enough, and
@@ -284,7 +286,7 @@ impl Server {
     /// That the state file cannot be restored.
     pub async fn serve(&self, listener: TcpListener) -> io::Result<()> {
         self.restore().await.map_err(io::Error::other)?;
-        self.shared.connections.accept(&self.shared, listener, self.router(), None).await;
+        self.shared.connections.accept(&self.shared, listener, routes::router(&self.shared), None).await;
         Ok(())
     }
 
@@ -297,7 +299,7 @@ impl Server {
     pub async fn serve_tls(&self, listener: TcpListener, tls: Tls) -> io::Result<()> {
         self.restore().await.map_err(io::Error::other)?;
         let watching = tls.watch();
-        self.shared.connections.accept(&self.shared, listener, self.router(), Some(tls)).await;
+        self.shared.connections.accept(&self.shared, listener, routes::router(&self.shared), Some(tls)).await;
         watching.abort();
         Ok(())
     }
@@ -310,7 +312,7 @@ impl Server {
     #[cfg(unix)]
     pub async fn serve_unix(&self, listener: tokio::net::UnixListener) -> io::Result<()> {
         self.restore().await.map_err(io::Error::other)?;
-        self.shared.connections.accept(&self.shared, listener, self.router(), None).await;
+        self.shared.connections.accept(&self.shared, listener, routes::router(&self.shared), None).await;
         Ok(())
     }
 

@@ -9,11 +9,11 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, delete, get, post};
 use broker_core::ErrorKind;
 use http::request::Parts;
-use http::{Method, StatusCode, header};
+use http::{Method, StatusCode, Uri, header};
 
 use super::access::Caller;
 use super::problem::{Answer, Problem};
-use super::{Shared, asked, body, ops, origin, publish, pull, stream, subscriptions};
+use super::{Shared, asked, ops, origin, publish, pull, stream, subscriptions};
 
 /// Every route of the interface.
 pub(crate) fn router(shared: &Arc<Shared>) -> Router {
@@ -52,18 +52,20 @@ fn routes() -> Vec<(&'static str, MethodRouter<Arc<Shared>>)> {
     ]
 }
 
+/// Whether the answer waits for what may never come, so that who has closed his side of the connection is
+/// taken for gone: what is written to him from now on would count as read.
+pub(crate) fn waits(uri: &Uri) -> bool {
+    let path = uri.path();
+    path.ends_with("/stream") || path.ends_with("/pull") && uri.query().is_some_and(|query| query.contains("wait="))
+}
+
 /// Before every route: may this request be made from where it comes?
 pub(crate) async fn check(shared: &Shared, request: Request) -> Answer<Request> {
     let (mut parts, body) = request.into_parts();
-    match admit(shared, &parts).await {
-        Ok(caller) => {
-            if let Some(caller) = caller {
-                parts.extensions.insert(caller);
-            }
-            Ok(Request::from_parts(parts, body))
-        }
-        Err(problem) => Err(body::refuse(&parts.headers, body, &shared.limits(), problem).await),
+    if let Some(caller) = admit(shared, &parts).await? {
+        parts.extensions.insert(caller);
     }
+    Ok(Request::from_parts(parts, body))
 }
 
 async fn admit(shared: &Shared, parts: &Parts) -> Answer<Option<Caller>> {

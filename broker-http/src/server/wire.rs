@@ -1,5 +1,7 @@
 //! The bytes of a connection, watched: whether a request has begun and stands still, so that its
-//! sender can be told 408 instead of being cut off; and whether the other side takes what is written.
+//! sender can be told 408 instead of being cut off; whether the other side takes what is written; and its
+//! end: who has said all he wants to say still gets his answer, and who is refused in the middle of a
+//! body still gets to read why.
 
 use std::io;
 use std::pin::Pin;
@@ -8,9 +10,10 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Sleep, sleep};
 
-use super::Shared;
 use super::frames::Frames;
+use super::{Shared, rest};
 
 /// What is written where a head does not arrive in time.
 pub(crate) const HEAD_TOO_SLOW: &[u8] = b"HTTP/1.1 408 Request Timeout\r\n\
@@ -32,6 +35,10 @@ pub(crate) struct Wire {
     written: AtomicUsize,
     /// The socket took nothing when it was last written to.
     blocked: AtomicBool,
+    /// Over HTTP/1: who closes his side ends the request at work.
+    fleeting: AtomicBool,
+    /// The connection ends with something unread.
+    unread: AtomicBool,
 }
 
 const PREFACE: &[u8] = b"PRI";
@@ -72,6 +79,18 @@ impl Wire {
         self.blocked.load(Ordering::Relaxed)
     }
 
+    /// Whether who closes his side is gone, and the request at work with him; else he gets his answer
+    /// first.
+    pub(crate) fn set_fleeting(&self, fleeting: bool) {
+        self.fleeting.store(fleeting, Ordering::Relaxed);
+    }
+
+    /// Before it is closed, what still comes is read for a while: closing on it would reset the
+    /// connection, and with that take the answer from who has not read it.
+    pub(crate) fn set_unread(&self) {
+        self.unread.store(true, Ordering::Release);
+    }
+
     /// The connection's task alone writes.
     fn wrote(&self, wrote: &Poll<io::Result<usize>>) {
         self.blocked.store(wrote.is_pending(), Ordering::Relaxed);
@@ -104,11 +123,31 @@ pub(crate) struct Watched<S> {
     frames: Frames,
     /// Bytes of [`HEAD_TOO_SLOW`] written.
     told: usize,
+    /// Bytes read while looking for the end, and how many of them were taken.
+    ahead: (Vec<u8>, usize),
+    closing: Closing,
+}
+
+/// How far a slow end is.
+#[derive(Debug)]
+enum Closing {
+    /// Not begun.
+    Not,
+    /// Our side has ended: bytes that may still be read, and for how long.
+    Lingers(u64, Pin<Box<Sleep>>),
 }
 
 impl<S> Watched<S> {
     pub(crate) fn new(stream: S, wire: Arc<Wire>, shared: Arc<Shared>) -> Self {
-        Self { stream, wire, shared, frames: Frames::default(), told: 0 }
+        Self {
+            stream,
+            wire,
+            shared,
+            frames: Frames::default(),
+            told: 0,
+            ahead: Default::default(),
+            closing: Closing::Not,
+        }
     }
 
     /// So much of this was written.
@@ -125,6 +164,29 @@ impl<S> Watched<S> {
     }
 }
 
+impl<S: AsyncRead + Unpin> Watched<S> {
+    /// Looks whether the other side has closed, where that ends the request at work: the parser does not
+    /// read before it is answered.
+    fn check_end(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        if !self.wire.fleeting.load(Ordering::Relaxed) || self.wire.is_http2() || !self.ahead.0.is_empty() {
+            return Ok(());
+        }
+        let mut piece = [0; 512];
+        let mut piece = ReadBuf::new(&mut piece);
+        match Pin::new(&mut self.stream).poll_read(cx, &mut piece) {
+            Poll::Pending => Ok(()),
+            Poll::Ready(Ok(())) if !piece.filled().is_empty() => {
+                self.wire.hear(piece.filled());
+                self.ahead = (piece.filled().to_vec(), 0);
+                // Somebody may wait for them.
+                cx.waker().wake_by_ref();
+                Ok(())
+            }
+            Poll::Ready(read) => read.and(Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the other side left"))),
+        }
+    }
+}
+
 impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Watched<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
@@ -136,6 +198,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Watched<S> {
             ready!(Pin::new(&mut this.stream).poll_flush(cx))?;
             return Poll::Ready(Ok(()));
         }
+        let (ahead, taken) = &mut this.ahead;
+        if let Some(rest) = ahead.get(*taken..).filter(|rest| !rest.is_empty()) {
+            let (now, later) = rest.split_at(rest.len().min(buf.remaining()));
+            buf.put_slice(now);
+            if later.is_empty() {
+                this.ahead = Default::default();
+            } else {
+                *taken += now.len();
+            }
+            return Poll::Ready(Ok(()));
+        }
         let before = buf.filled().len();
         ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
         this.wire.hear(buf.filled().get(before..).unwrap_or_default());
@@ -143,7 +216,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Watched<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let count = ready!(Pin::new(&mut self.stream).poll_write(cx, buf))?;
         self.wrote(count, [buf]);
@@ -165,11 +238,36 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // The connection flushes whenever it was looked at and has nothing more to write.
+        self.check_end(cx)?;
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        let this = &mut *self;
+        if let Closing::Not = this.closing {
+            ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
+            if !this.wire.unread.load(Ordering::Acquire) {
+                return Poll::Ready(Ok(()));
+            }
+            this.wire.forget();
+            let limits = this.shared.limits();
+            let time = Box::pin(sleep(rest::patience(&limits)));
+            this.closing = Closing::Lingers(limits.refused_body_bytes, time);
+        }
+        if let Closing::Lingers(most, time) = &mut this.closing {
+            let mut dropped = [0; 4096];
+            while time.as_mut().poll(cx).is_pending() {
+                let mut dropped = ReadBuf::new(&mut dropped);
+                let read = ready!(Pin::new(&mut this.stream).poll_read(cx, &mut dropped));
+                let bytes = dropped.filled().len() as u64;
+                if read.is_err() || bytes == 0 || bytes > *most {
+                    break;
+                }
+                *most -= bytes;
+            }
+        }
+        Poll::Ready(Ok(()))
     }
 }
 

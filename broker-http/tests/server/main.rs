@@ -6,6 +6,7 @@ mod support;
 mod access;
 mod attacks;
 mod carried;
+mod ends;
 mod http2;
 mod idempotency;
 mod lifecycle;

@@ -22,6 +22,7 @@ use tokio::sync::watch;
 use super::Shared;
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
+use super::wire::Wire;
 pub use certificate::CertificateName;
 pub(crate) use certificate::Presented;
 pub use identity::{Action, Allow, Identity};
@@ -137,6 +138,7 @@ impl Access {
 pub(crate) struct Peer {
     pub(crate) address: Option<IpAddr>,
     pub(crate) certificate: Option<Arc<Presented>>,
+    pub(crate) wire: Arc<Wire>,
 }
 
 /// Who made a request, where somebody must be known. It travels with the request.
@@ -311,6 +313,8 @@ impl Gate {
             }
             Err(Unknown::Wrong) => {
                 shared.metrics.refused(Refusal::Unauthenticated);
+                // Who leaves meanwhile makes room for another attempt.
+                peer.inspect(|peer| peer.wire.set_fleeting(true));
                 if !self.throttle.slow(peer.and_then(|peer| peer.address)).await {
                     return Err(Problem::too_many("too many failed attempts from this address wait; try again later")
                         .retry_after(Duration::from_secs(5))
