@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use broker_core::{Broker, ErrorKind, Group, GroupOptions, GroupSettings, Result};
+use broker_core::{Broker, Error, ErrorKind, Group, GroupOptions, GroupSettings, Result};
 use parking_lot::Mutex;
 
 use crate::SubscriptionSpec;
@@ -93,7 +93,15 @@ impl Groups {
         if changes == GroupOptions::new() {
             return Ok(());
         }
-        broker.alter_group(group, changes.clone()).await?;
+        broker.alter_group(group, changes.clone()).await.map_err(|error| match changes.ordered {
+            // Another broker may do it; with this one it is the group that stands in the way.
+            Some(ordered) if error.kind() == ErrorKind::Unsupported => Error::conflict(format!(
+                "ordered of group {group} would change from {} to {ordered}, and it is fixed when the group is made; \
+                delete its subscriptions and make them anew, or take another group",
+                have.ordered
+            )),
+            _ => error,
+        })?;
         if let Some(joined) = self.0.lock().get_mut(group) {
             let settings = &mut joined.settings;
             settings.ordered = changes.ordered.unwrap_or(settings.ordered);

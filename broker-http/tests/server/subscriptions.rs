@@ -260,3 +260,17 @@ async fn a_paused_subscription_gets_nothing_and_loses_nothing() {
     assert_eq!((leases.len(), resumed.status), (1, 200));
     assert_eq!(running.get("/subscriptions/q").await.json()["status"]["state"], "active");
 }
+
+#[tokio::test]
+async fn the_order_of_a_group_that_stands_is_a_conflict_and_says_what_to_do() {
+    let running = Running::start().await;
+    assert_eq!(running.put("q", r#"{"filter":"a"}"#).await.status, 201);
+    let ordered = r#"{"filter":"a","ordered":true}"#;
+    running.put("q", ordered).await.is_problem(409, "ordered of group q@a would change from false to true");
+    running.put("q", ordered).await.is_problem(409, "delete its subscriptions and make them anew");
+    assert_eq!(running.get("/subscriptions/q").await.json()["ordered"], false);
+    assert_eq!(running.delete("/subscriptions/q").await.status, 204);
+    assert_eq!(running.put("q", ordered).await.status, 201);
+    // Left out, it goes back to the default, which this group has not.
+    running.put("q", r#"{"filter":"a"}"#).await.is_problem(409, "from true to false");
+}
