@@ -9,7 +9,8 @@ use axum::response::Response;
 use broker_core::{Delivery, GroupName, StartAt, Subscription, TopicFilter};
 use serde::Deserialize;
 use serde_json::json;
-use tokio::time::{Instant, interval, timeout};
+use tokio::time::{Instant, interval, sleep, timeout};
+use tokio_tungstenite::tungstenite::Error as WebSocketError;
 
 use super::Shared;
 use super::access::Revoked;
@@ -34,6 +35,9 @@ const DEFAULT_HOLD: Duration = Duration::from_secs(30);
 /// How often the other side is asked whether it is there, and how long it may be silent.
 const PING: Duration = Duration::from_secs(15);
 const SILENCE: Duration = Duration::from_secs(45);
+
+/// How long an ended socket waits for the other side's end.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// How long a frame may take to be written.
 const WRITE: Duration = Duration::from_secs(30);
@@ -109,9 +113,21 @@ impl Lending {
         // What is still lent is due again at once.
         self.shared.leases.release_all(&self.holder);
         drop(self);
-        if let Some(frame) = goodbye {
-            let _ = timeout(WRITE, socket.send(Frame::Close(Some(frame)))).await;
-        }
+        // The other side's close frame is answered, and its answer to ours awaited: who ends first would
+        // otherwise see a connection that broke (RFC 6455, section 7.1.1).
+        let end = async {
+            if let Some(frame) = goodbye {
+                let fault = frame.code != close_code::AWAY && frame.code != close_code::POLICY;
+                socket.send(Frame::Close(Some(frame))).await?;
+                if fault {
+                    // What follows is not understood: it is left time to be written, and the frame to be read.
+                    sleep(FAREWELL).await;
+                }
+            }
+            while socket.recv().await.transpose()?.is_some() {}
+            Ok::<_, axum::Error>(())
+        };
+        let _ = timeout(2 * FAREWELL, end).await;
     }
 
     /// Serves until one side ends it; tells what to say at the end, if anybody is there to hear it.
@@ -142,7 +158,8 @@ impl Lending {
                         Some(Ok(Frame::Text(text))) => self.asked(socket, text.as_bytes()).await?,
                         Some(Ok(Frame::Binary(bytes))) => self.asked(socket, &bytes).await?,
                         Some(Ok(Frame::Ping(_) | Frame::Pong(_))) => {}
-                        Some(Ok(Frame::Close(_)) | Err(_)) | None => return None,
+                        Some(Err(error)) => return fault(error),
+                        Some(Ok(Frame::Close(_))) | None => return None,
                     }
                 }
                 received = receive => match received {
@@ -199,6 +216,16 @@ impl Lending {
             Err(problem) => json!({ "error": problem }),
         };
         send(socket, answer.to_string().into_bytes()).await
+    }
+}
+
+/// What to say of what could not be read (RFC 6455, section 7.4.1); to a connection that broke nothing.
+fn fault(error: axum::Error) -> Option<CloseFrame> {
+    match *error.into_inner().downcast::<WebSocketError>().ok()? {
+        WebSocketError::Protocol(_) => Some(goodbye(close_code::PROTOCOL, "this is not the WebSocket protocol")),
+        WebSocketError::Utf8(_) => Some(goodbye(close_code::INVALID, "a text frame is UTF-8")),
+        WebSocketError::Capacity(_) => Some(goodbye(close_code::SIZE, "a frame has 1 MiB at most")),
+        _ => None,
     }
 }
 

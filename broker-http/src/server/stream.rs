@@ -110,9 +110,7 @@ fn no_socket(rejection: WebSocketUpgradeRejection) -> Problem {
         Rejection::InvalidWebSocketVersionHeader(_) => "send the header sec-websocket-version: 13",
         Rejection::WebSocketKeyHeaderMissing(_) => "send the header sec-websocket-key, 16 random bytes in base64",
         Rejection::InvalidConnectionHeader(_) => "send the header connection: upgrade beside upgrade: websocket",
-        Rejection::ConnectionNotUpgradable(_) => {
-            "this connection cannot be upgraded; connect by HTTP/1.1, or by HTTP/2 with extended CONNECT"
-        }
+        Rejection::ConnectionNotUpgradable(_) => "this connection cannot be upgraded; connect by HTTP/1.1",
         _ => return Problem::invalid(format!("the upgrade to a WebSocket is not well formed: {rejection}")),
     };
     let mut problem = Problem::invalid(format!("the upgrade to a WebSocket is not well formed: {why}"));

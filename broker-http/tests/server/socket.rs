@@ -2,8 +2,11 @@
 
 use futures_util::{SinkExt, StreamExt};
 use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::protocol::CloseFrame;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 
 use crate::support::{Running, soon};
@@ -150,4 +153,48 @@ async fn a_drain_says_goodbye() {
     assert!(socket.hear().await.is_none());
     let report = soon(draining).await.unwrap();
     assert!(report.complete && report.in_flight == 0, "{report:?}");
+}
+
+/// The close code heard last, and whether the connection ended as the protocol says.
+async fn ending(socket: &mut Socket) -> (Option<u16>, bool) {
+    soon(async {
+        let mut code = None;
+        loop {
+            match socket.0.next().await {
+                Some(Ok(Message::Close(frame))) => code = frame.map(|frame| frame.code.into()),
+                Some(Ok(_)) => {}
+                Some(Err(_)) => return (code, false),
+                None => return (code, true),
+            }
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn an_end_is_said_and_answered() {
+    let running = Running::start().await;
+    let mut socket = Socket::open(&running, "/topics/a/stream").await;
+    let frame = CloseFrame { code: CloseCode::Normal, reason: "done".into() };
+    soon(socket.0.send(Message::Close(Some(frame)))).await.unwrap();
+    assert_eq!(ending(&mut socket).await, (Some(1000), true));
+    // What cannot be read is told: a reserved opcode, a text that is no UTF-8, a frame of 2 MiB.
+    for (frame, code) in [
+        (&[0x83, 0x80, 0, 0, 0, 0][..], 1002),
+        (&[0x81, 0x81, 0, 0, 0, 0, 0xff], 1007),
+        (&[0x82, 0xff, 0, 0, 0, 0, 0, 0x20, 0, 0, 0, 0, 0, 0], 1009),
+    ] {
+        let mut socket = Socket::open(&running, "/topics/a/stream").await;
+        let stream = match socket.0.get_mut() {
+            MaybeTlsStream::Plain(stream) => stream,
+            other => panic!("{other:?}"),
+        };
+        soon(stream.write_all(frame)).await.unwrap();
+        assert_eq!(ending(&mut socket).await.0, Some(code));
+    }
+    let mut socket = Socket::open(&running, "/topics/a/stream").await;
+    let server = running.server.clone();
+    let draining = tokio::spawn(async move { server.drain(std::time::Duration::from_secs(20)).await });
+    assert_eq!(ending(&mut socket).await, (Some(1001), true));
+    soon(draining).await.unwrap();
 }
