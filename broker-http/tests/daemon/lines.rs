@@ -13,7 +13,7 @@ const LINE: usize = 1_000;
 const MAX_GROWTH: u64 = 24 << 20;
 
 /// The most memory the daemon has held so far.
-fn peak(daemon: &Daemon) -> u64 {
+pub(crate) fn peak(daemon: &Daemon) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.child.id().unwrap())).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10

@@ -130,6 +130,7 @@ pub(crate) fn check(args: Args) -> ExitCode {
     let checked = Config::merge(args).and_then(|config| {
         config.options()?;
         config.check_alone()?;
+        config.check_subscriptions()?;
         logging::check(&config.log)?;
         config.otlp.as_ref().map_or(Ok(()), traces::check)?;
         connectors().open(&config.broker).map_err(|error| error.message().to_owned())?;
@@ -162,6 +163,7 @@ async fn serve(args: Args) -> Result<ExitCode, String> {
     let mut signals = Signals::new().map_err(|error| format!("cannot listen for signals: {error}"))?;
     let tls = config.tls.clone().map(Tls::load).transpose().map_err(|error| error.message().to_owned())?;
     let access = config.access()?;
+    config.check_subscriptions()?;
     config.check_state()?;
     let listener = Listener::bind(&config.listen).await?;
     let _file = listener.file();
