@@ -9,6 +9,7 @@ mod spec;
 
 // The interface, the engine behind it, and the way back.
 pub mod client;
+mod outgoing;
 pub mod push;
 mod server;
 mod tls;

@@ -15,6 +15,7 @@ use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 
 use super::{Guard, PushTls};
 use crate::SubscriptionSpec;
+use crate::outgoing::Outgoing;
 use crate::traces::Traces;
 
 /// How the addresses of a name are found.
@@ -83,6 +84,8 @@ pub struct PushClient {
     resolver: Arc<dyn Resolve>,
     idle_timeout: Duration,
     traces: Traces,
+    /// Requests encoded and not sent yet.
+    outgoing: Outgoing,
 }
 
 /// Connections at most, unless it is said otherwise.
@@ -90,6 +93,8 @@ const MAX_CONNECTIONS: usize = 4_096;
 /// Names looked up at a time. A lookup holds a thread, and a name server that hangs must not hold
 /// all of them.
 const MAX_LOOKUPS: usize = 64;
+/// Bytes of requests that are encoded at a time, of all pushes together.
+const MAX_ENCODED: u64 = 256 << 20;
 /// How long a connection is kept without a request, unless it is said otherwise.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(15);
 
@@ -111,6 +116,7 @@ impl PushClient {
             resolver: Arc::new(OfThisMachine),
             idle_timeout: IDLE_TIMEOUT,
             traces: Traces::default(),
+            outgoing: Outgoing::new(MAX_ENCODED),
         }
     }
 
@@ -202,6 +208,16 @@ impl PushClient {
     pub fn with_traces(mut self, traces: Traces) -> Self {
         self.traces = traces;
         self
+    }
+
+    /// Counts what it encodes with what a server does.
+    pub(crate) fn with_outgoing(mut self, outgoing: Outgoing) -> Self {
+        self.outgoing = outgoing;
+        self
+    }
+
+    pub(crate) fn outgoing(&self) -> &Outgoing {
+        &self.outgoing
     }
 
     pub(crate) fn traces(&self) -> &Traces {

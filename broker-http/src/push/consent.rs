@@ -49,7 +49,7 @@ pub(crate) async fn ask(
     let Some(endpoint) = &spec.endpoint else { return Ok(Said::Yes(None)) };
     let silent = |why: &str| Error::backend(format!("endpoint: it was asked whether it wants pushes: {why}"));
     let route = Route::new(client.for_spec(spec)?, Target::new(endpoint)?.with_h2(spec.http2));
-    let mut request = Encoder::new(spec)?.bare(Method::OPTIONS);
+    let mut request = Encoder::new(spec, client.outgoing())?.bare(Method::OPTIONS);
     request.headers.insert(REQUEST_ORIGIN, origin.clone());
     if let Some(url) = callback {
         let mut url = url.clone();

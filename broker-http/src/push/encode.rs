@@ -10,6 +10,7 @@ use sha2::{Digest as _, Sha256};
 use super::connection::{ANSWER_BYTES, Content};
 use super::sign::{Signer, seconds};
 use crate::event::{self, BATCH_TYPE, EVENT_TYPE, Envelope, binary, json};
+use crate::outgoing::Outgoing;
 use crate::{Mode, SubscriptionSpec};
 
 const WEBHOOK_ID: HeaderName = HeaderName::from_static("webhook-id");
@@ -31,13 +32,14 @@ pub(crate) struct Encoder {
     base: HeaderMap,
     mode: Mode,
     signer: Option<Signer>,
+    outgoing: Outgoing,
 }
 
 impl Encoder {
     /// # Errors
     ///
     /// [`Invalid`](broker_core::ErrorKind::Invalid) for a header or a key that does not parse.
-    pub(crate) fn new(spec: &SubscriptionSpec) -> Result<Self> {
+    pub(crate) fn new(spec: &SubscriptionSpec, outgoing: &Outgoing) -> Result<Self> {
         let mut base = HeaderMap::new();
         base.insert(USER_AGENT, HeaderValue::from_static(concat!("broker-http/", env!("CARGO_PKG_VERSION"))));
         for (name, value) in &spec.headers {
@@ -52,7 +54,15 @@ impl Encoder {
             Mode::Batch => base.insert(CONTENT_TYPE, HeaderValue::from_static(BATCH_TYPE)),
             Mode::Binary | Mode::Raw => None,
         };
-        Ok(Self { base, mode: spec.mode, signer: spec.signing.as_ref().map(Signer::new).transpose()? })
+        let signer = spec.signing.as_ref().map(Signer::new).transpose()?;
+        Ok(Self { base, mode: spec.mode, signer, outgoing: outgoing.clone() })
+    }
+
+    /// Waits until the next request may be encoded. What is sent as it is held, as binary mode does, waits for nothing.
+    pub(crate) async fn turn(&self) {
+        if matches!(self.mode, Mode::Structured | Mode::Batch) {
+            self.outgoing.turn().await;
+        }
     }
 
     /// A request that carries no message, with what every request of the subscription says.
@@ -76,7 +86,7 @@ impl Encoder {
                 let mut body = Vec::with_capacity(512 + envelope.message.payload().len());
                 json::encode(envelope, &mut body);
                 binary::describe(envelope, &mut headers);
-                body.into()
+                self.outgoing.carry(body)
             }
             _ => binary::encode(envelope, binary::Mode::Binary, &mut headers),
         };
@@ -116,12 +126,12 @@ impl Encoder {
             sign(signer, &id, &body, &mut headers);
         }
         // What is cut off an answer would be taken for messages that it leaves out.
-        Content { answer_bytes: ANSWER_BYTES + items * STATUS_BYTES, ..post(headers, body) }
+        Content { answer_bytes: ANSWER_BYTES + items * STATUS_BYTES, ..post(headers, self.outgoing.carry(body)) }
     }
 }
 
-fn post(headers: HeaderMap, body: impl Into<Bytes>) -> Content {
-    Content { method: Method::POST, headers, body: body.into(), answer_bytes: ANSWER_BYTES }
+fn post(headers: HeaderMap, body: Bytes) -> Content {
+    Content { method: Method::POST, headers, body, answer_bytes: ANSWER_BYTES }
 }
 
 fn sign(signer: &Signer, id: &str, body: &[u8], headers: &mut HeaderMap) {
@@ -163,7 +173,7 @@ mod tests {
 
     fn encoder(json: &str) -> Encoder {
         let json = format!(r#"{{"filter":"orders","endpoint":"http://localhost/",{json}}}"#);
-        Encoder::new(&SubscriptionSpec::from_json(json.as_bytes()).unwrap()).unwrap()
+        Encoder::new(&SubscriptionSpec::from_json(json.as_bytes()).unwrap(), &Outgoing::new(1 << 20)).unwrap()
     }
 
     fn encode(encoder: &Encoder, messages: &[Message]) -> Content {

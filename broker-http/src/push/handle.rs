@@ -196,7 +196,7 @@ impl Push {
             .as_ref()
             .ok_or_else(|| Error::invalid(format!("subscription {name} has no endpoint to push to; give it one")))?;
         let route = Route::new(client.for_spec(&spec)?, Target::new(endpoint)?.with_h2(spec.http2));
-        let encoder = Encoder::new(&spec)?;
+        let encoder = Encoder::new(&spec, client.outgoing())?;
         let test_topic = test_topic(&group)?;
         let holds = Holds { paused, disabled, unconsented };
         let engine = Engine::new(Parts { broker, name, group, spec, encoder, route, observer, holds });

@@ -78,6 +78,7 @@ pub(crate) async fn exchange(engine: &Engine, line: &mut Line, encode: impl Fn()
         // Waiting for one's turn is no fault of the endpoint: the time does not run yet.
         permit = engine.route.client().permit().await;
     }
+    engine.encoder.turn().await;
     let (time, began) = (Timestamp::now(), Instant::now());
     let attempt = async {
         let mut free = true;

@@ -62,22 +62,12 @@ async fn collect_on(
     }
     reservation.reach(announced)?;
     let bytes = read(body, limit, &limits, &mut reservation).await?;
-    let bytes = match encoding {
-        None if bytes.len() <= COPIED_BYTES => Bytes::copy_from_slice(&bytes),
-        None => bytes,
-        Some(encoding) => {
-            // What it inflates to is known only once it is there.
-            let most = (bytes.len() as u64).saturating_mul(MAX_RATIO).min(limit as u64);
-            reservation.reach(most)?;
-            inflate(encoding, bytes, limit).await?
-        }
-    };
-    Ok((bytes, reservation))
+    match encoding {
+        None if bytes.len() <= COPIED_BYTES => Ok((Bytes::copy_from_slice(&bytes), reservation)),
+        None => Ok((bytes, reservation)),
+        Some(encoding) => inflate(encoding, bytes, limit, reservation).await,
+    }
 }
-
-/// No encoding that is taken here makes more of a byte (RFC 1951: 1,032; a run in zstd: more, which
-/// the limit bounds).
-const MAX_RATIO: u64 = 1_100;
 
 async fn read(mut body: Body, limit: usize, limits: &Limits, reservation: &mut Reservation) -> Answer<Bytes> {
     let expected = usize::try_from(body.size_hint().lower()).unwrap_or(limit).min(limit);

@@ -1,12 +1,13 @@
 //! Compressed request bodies: gzip and zstd, bounded by what they inflate to.
 
-use std::io::{Read, Write};
+use std::io::Write;
 
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header};
 
 use broker_core::ErrorKind;
 
+use super::memory::Reservation;
 use super::problem::{Answer, Problem};
 use super::zstd::Unpacking;
 
@@ -38,39 +39,47 @@ impl Encoding {
     }
 }
 
-/// Inflates a body to at most `limit` bytes; a large one off the threads that serve requests.
-pub(crate) async fn inflate(encoding: Encoding, body: Bytes, limit: usize) -> Answer<Bytes> {
+/// Inflates a body to at most `limit` bytes; a large one off the threads that serve requests. The reservation, which
+/// is for the body as it came, grows with what comes of it and is for that alone at the end.
+pub(crate) async fn inflate(
+    encoding: Encoding,
+    body: Bytes,
+    limit: usize,
+    reservation: Reservation,
+) -> Answer<(Bytes, Reservation)> {
     if body.len() <= INLINE_BYTES && limit <= 4 << 20 {
-        return inflate_now(encoding, &body, limit);
+        return inflate_now(encoding, body, limit, reservation);
     }
-    match tokio::task::spawn_blocking(move || inflate_now(encoding, &body, limit)).await {
+    match tokio::task::spawn_blocking(move || inflate_now(encoding, body, limit, reservation)).await {
         Ok(inflated) => inflated,
         Err(_) => Err(Problem::draining()),
     }
 }
 
-fn inflate_now(encoding: Encoding, body: &[u8], limit: usize) -> Answer<Bytes> {
-    let mut inflated = Vec::with_capacity(body.len().saturating_mul(3).min(limit));
-    match encoding {
-        Encoding::Gzip => {
-            // One byte more than is allowed tells that there is more.
-            let most = limit as u64 + 1;
-            flate2::read::MultiGzDecoder::new(body).take(most).read_to_end(&mut inflated).map_err(no_gzip)?;
+fn inflate_now(
+    encoding: Encoding,
+    body: Bytes,
+    limit: usize,
+    mut reservation: Reservation,
+) -> Answer<(Bytes, Reservation)> {
+    let mut inflated = Vec::with_capacity(body.len().min(limit));
+    let mut inflating = Inflating::new(encoding);
+    inflating.feed(body);
+    let mut take = |piece: Bytes, held: u64| {
+        if inflated.len() + piece.len() > limit {
+            return Err(too_large(limit));
         }
-        Encoding::Zstd => {
-            let mut unpacking = Unpacking::new();
-            unpacking.feed(body);
-            while inflated.len() <= limit
-                && let Some(piece) = unpacking.next()
-            {
-                inflated.extend_from_slice(&piece?);
-            }
-            if inflated.len() <= limit {
-                unpacking.finish()?;
-            }
-        }
+        reservation.reach((inflated.len() + piece.len()) as u64 + held)?;
+        inflated.extend_from_slice(&piece);
+        Ok(())
+    };
+    while let Some(piece) = inflating.next() {
+        take(piece?, inflating.held())?;
     }
-    if inflated.len() > limit { Err(too_large(limit)) } else { Ok(inflated.into()) }
+    take(inflating.finish()?, 0)?;
+    drop(inflating);
+    reservation.shrink(inflated.len() as u64);
+    Ok((inflated.into(), reservation))
 }
 
 /// A body inflated piece by piece: no piece is large, and of gzip what is flushed comes out at once.
@@ -144,12 +153,19 @@ fn too_large(limit: usize) -> Problem {
 
 #[cfg(test)]
 mod tests {
+    use super::super::memory::Ledger;
     use super::*;
 
     fn gzip(body: &[u8]) -> Vec<u8> {
         let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         encoder.write_all(body).unwrap();
         encoder.finish().unwrap()
+    }
+
+    /// Without a bound of memory.
+    fn inflate_now(encoding: Encoding, packed: &[u8], limit: usize) -> Answer<Bytes> {
+        let room = Ledger::new(u64::MAX, u64::MAX).room();
+        Ok(super::inflate_now(encoding, Bytes::copy_from_slice(packed), limit, room)?.0)
     }
 
     fn zstd(body: &[u8]) -> Vec<u8> {
@@ -167,6 +183,28 @@ mod tests {
                     assert_eq!(problem.status(), 413, "{encoding:?} {size}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn it_takes_as_much_memory_as_comes_of_it() {
+        for (encoding, pack) in [(Encoding::Gzip, gzip as fn(&[u8]) -> Vec<u8>), (Encoding::Zstd, zstd)] {
+            let packed = Bytes::from(pack(&vec![7; 300_000]));
+            let inflate = |max| {
+                let ledger = Ledger::new(max, max);
+                let mut room = ledger.room();
+                room.grow(packed.len() as u64).unwrap();
+                let inflated = super::inflate_now(encoding, packed.clone(), 16 << 20, room);
+                let status =
+                    inflated.as_ref().map(|(bytes, room)| (bytes.len(), room.bytes())).map_err(Problem::status);
+                let held = ledger.held();
+                drop(inflated);
+                assert_eq!(ledger.held(), 0);
+                (status, held)
+            };
+            assert_eq!(inflate(1 << 20), (Ok((300_000, 300_000)), 300_000), "{encoding:?}");
+            // It would never fit.
+            assert_eq!(inflate(200_000), (Err(StatusCode::PAYLOAD_TOO_LARGE), 0), "{encoding:?}");
         }
     }
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use broker_core::{Delivery, Error, Failure, Settle, Settlement};
+use broker_core::{Delivery, Error, Failure, Settle, Settlement, Timestamp};
 use futures_util::FutureExt;
 use parking_lot::Mutex;
 use rustc_hash::FxBuildHasher;
@@ -42,15 +42,55 @@ impl FromStr for LeaseId {
     }
 }
 
-/// Who may settle a set of leases: one life of one pull subscription.
+/// What a subscription has lent to all who take from it, and when one of them last acked.
+#[derive(Debug, Default)]
+pub(crate) struct Tally {
+    lent: AtomicUsize,
+    last_success: Mutex<Option<Timestamp>>,
+}
+
+impl Tally {
+    /// Deliveries lent and not settled.
+    pub(crate) fn lent(&self) -> usize {
+        self.lent.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn last_success(&self) -> Option<Timestamp> {
+        *self.last_success.lock()
+    }
+
+    pub(crate) fn lend(&self, count: usize) {
+        self.lent.fetch_add(count, Ordering::AcqRel);
+    }
+
+    pub(crate) fn settle(&self, count: usize) {
+        self.lent.fetch_sub(count, Ordering::AcqRel);
+    }
+
+    pub(crate) fn succeed(&self) {
+        *self.last_success.lock() = Some(Timestamp::now());
+    }
+}
+
+/// Who may settle a set of leases: one life of one pull subscription, or one socket.
 #[derive(Debug, Default)]
 pub(crate) struct Holder {
+    tally: Arc<Tally>,
     leased: AtomicUsize,
     /// Told when a lease ends, for a pull that waits for room.
     pub(crate) room: Notify,
 }
 
 impl Holder {
+    /// One whose work is counted with that of others.
+    pub(crate) fn counted_by(tally: Arc<Tally>) -> Self {
+        Self { tally, ..Self::default() }
+    }
+
+    pub(crate) fn tally(&self) -> &Arc<Tally> {
+        &self.tally
+    }
+
     /// Leases held, and places kept for leases about to be made.
     pub(crate) fn leased(&self) -> usize {
         self.leased.load(Ordering::Acquire)
@@ -136,6 +176,7 @@ impl Leases {
     ) -> Result<Vec<LeaseId>, Error> {
         let ids = random_ids(deliveries.len())?;
         places.count = places.count.saturating_sub(deliveries.len());
+        places.holder.tally.lend(deliveries.len());
         let deadline = Instant::now() + hold;
         let mut table = self.table.lock();
         let earliest = table.due.first().copied();
@@ -199,6 +240,7 @@ impl Leases {
 
     fn ended(&self, lease: Lease) -> Delivery {
         self.held.fetch_sub(1, Ordering::AcqRel);
+        lease.holder.tally.settle(1);
         lease.holder.release(1);
         lease.delivery
     }

@@ -128,6 +128,12 @@ impl Connections {
         }
     }
 
+    /// Serves what a connection was upgraded to, until it ends or connections are cut.
+    pub(crate) fn serve(&self, upgraded: impl Future<Output = ()> + Send + 'static) {
+        let cut = self.cut.clone();
+        self.tasks.spawn(async move { cut.run_until_cancelled(upgraded).await });
+    }
+
     /// Tells when connections are to end.
     pub(crate) fn closing(&self) -> CancellationToken {
         self.closing.clone()

@@ -10,6 +10,7 @@ use http::StatusCode;
 
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
+use crate::outgoing::Outgoing;
 
 /// How long a refused publisher is told to wait.
 pub(super) const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -23,6 +24,10 @@ struct Books {
     held: AtomicU64,
     /// What deliveries of a broker elsewhere hold of it.
     delivered: AtomicU64,
+    /// Counted by themselves, and a part of what is held. Readers that do not read keep no push waiting, nor endpoints
+    /// that do not answer a reader.
+    answers: Outgoing,
+    pushes: Outgoing,
     max: AtomicU64,
     topic_max: AtomicU64,
     /// Since when milliseconds are counted, and when a look for what has expired may be next.
@@ -35,6 +40,8 @@ impl Ledger {
         Self(Arc::new(Books {
             held: AtomicU64::new(0),
             delivered: AtomicU64::new(0),
+            answers: Outgoing::new(share(max)),
+            pushes: Outgoing::new(share(max)),
             max: AtomicU64::new(max),
             topic_max: AtomicU64::new(topic_max),
             since: Instant::now(),
@@ -54,6 +61,8 @@ impl Ledger {
     /// From now on these bounds; what is held stays.
     pub(crate) fn set(&self, max: u64, topic_max: u64) {
         self.0.max.store(max, Ordering::Relaxed);
+        self.0.answers.set_max(share(max));
+        self.0.pushes.set_max(share(max));
         self.0.topic_max.store(topic_max, Ordering::Relaxed);
     }
 
@@ -76,7 +85,7 @@ impl Ledger {
     }
 
     pub(crate) fn held(&self) -> u64 {
-        self.0.held.load(Ordering::Relaxed)
+        self.0.held.load(Ordering::Relaxed) + self.0.encoded()
     }
 
     pub(crate) fn max(&self) -> u64 {
@@ -94,7 +103,8 @@ impl Ledger {
     /// The bound, if they would pass it.
     pub(super) fn take(&self, bytes: u64, covered: u64) -> Result<(), u64> {
         let max = self.max();
-        if self.0.held.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) > max.saturating_add(covered) {
+        let held = self.0.held.fetch_add(bytes, Ordering::Relaxed) + self.0.encoded();
+        if held.saturating_add(bytes) > max.saturating_add(covered) {
             self.give_back(bytes);
             return Err(max);
         }
@@ -116,24 +126,31 @@ impl Ledger {
         Reservation { books: self.clone(), bytes: 0, bounded: false }
     }
 
-    /// An answer with messages in it: it counts until it is sent. It is never refused: it is what takes messages out.
+    /// What is encoded of messages for whoever asked.
+    pub(crate) fn answers(&self) -> &Outgoing {
+        &self.0.answers
+    }
+
+    /// What is encoded of messages to be pushed.
+    pub(crate) fn pushes(&self) -> &Outgoing {
+        &self.0.pushes
+    }
+
+    /// An answer with messages in it, encoded in its [turn](Outgoing::turn): it counts until it is sent.
     pub(crate) fn answer(&self, bytes: Vec<u8>) -> Bytes {
-        let mut room = self.grant();
-        room.add(bytes.capacity() as u64);
-        Bytes::from_owner(Held { bytes, _room: room })
+        self.0.answers.carry(bytes)
     }
 }
 
-/// Bytes that count while they are there.
-struct Held {
-    bytes: Vec<u8>,
-    _room: Reservation,
+impl Books {
+    fn encoded(&self) -> u64 {
+        self.answers.bytes() + self.pushes.bytes()
+    }
 }
 
-impl AsRef<[u8]> for Held {
-    fn as_ref(&self) -> &[u8] {
-        &self.bytes
-    }
+/// What may be encoded of messages for either, of all that may be held.
+fn share(max: u64) -> u64 {
+    (max / 8).max(1)
 }
 
 /// Room for a body; given back when dropped.
@@ -150,13 +167,18 @@ impl Reservation {
     ///
     /// # Errors
     ///
-    /// 503 if there is none.
+    /// 503 if there is none, 413 where there never is so much.
     pub(crate) fn grow(&mut self, bytes: u64) -> Answer<()> {
         if !self.bounded {
             self.add(bytes);
             return Ok(());
         }
         self.books.take(bytes, 0).map_err(|max| {
+            if self.bytes.saturating_add(bytes) > max {
+                return Problem::too_large(format!(
+                    "it takes more than the {max} bytes that all messages here may hold together; send less at a time"
+                ));
+            }
             Problem::new(StatusCode::SERVICE_UNAVAILABLE, ErrorKind::Unavailable, at_bound(max))
                 .retry_after(RETRY_AFTER)
                 .counted(Refusal::Memory)
@@ -173,6 +195,12 @@ impl Reservation {
 
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Gives back what is beyond so many bytes.
+    pub(crate) fn shrink(&mut self, bytes: u64) {
+        self.books.give_back(self.bytes.saturating_sub(bytes));
+        self.bytes = self.bytes.min(bytes);
     }
 
     /// Room for so much altogether.
@@ -202,8 +230,9 @@ mod tests {
         let mut one = ledger.room();
         one.grow(900).unwrap();
         assert_eq!(ledger.room().grow(101).unwrap_err().status(), 503);
+        assert_eq!(ledger.room().grow(1_001).unwrap_err().status(), 413);
         one.reach(1_000).unwrap();
-        assert_eq!(one.grow(1).unwrap_err().status(), 503);
+        assert_eq!(one.grow(1).unwrap_err().status(), 413);
         assert_eq!(ledger.held(), 1_000);
         ledger.grant().grow(1).unwrap();
         drop(one);
@@ -215,6 +244,7 @@ mod tests {
         let ledger = Ledger::new(1, 1);
         let answer = ledger.answer(vec![0; 100]);
         assert!(ledger.held() >= 100 && answer.len() == 100);
+        assert_eq!(ledger.room().grow(1).unwrap_err().status(), 503);
         drop(answer);
         assert_eq!(ledger.held(), 0);
     }

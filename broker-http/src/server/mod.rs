@@ -17,6 +17,7 @@ mod query;
 mod rest;
 mod tls;
 mod topics;
+mod upgrade;
 mod wire;
 mod zstd;
 
@@ -155,6 +156,7 @@ impl Server {
         let shared = Arc::new_cyclic(|shared| Shared {
             gate: Gate::new(options.access()),
             publishers: Publishers::new(Arc::clone(&broker), limits.topics, ledger.clone(), options.topics().clone()),
+            push_client: options.push_client().with_outgoing(ledger.pushes().clone()),
             ledger,
             idempotency: Answers::new(limits.idempotency_bytes),
             registry: Registry::default(),
@@ -167,7 +169,6 @@ impl Server {
             metrics,
             draining: CancellationToken::new(),
             traces: options.traces().clone(),
-            push_client: options.push_client(),
             state: options.state().map(|path| StateFile::new(path.to_owned())),
             restored: AtomicBool::new(false),
             declared: AtomicBool::new(false),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::State;
 use broker_core::{
-    Broker, Delivery, Failure, Gap, GroupName, Received, Result, Settle, Settlement, Subscribe, Subscription, Timestamp,
+    Broker, Delivery, Failure, Gap, GroupName, Received, Result, Settle, Settlement, Subscribe, Subscription,
 };
 use futures_util::FutureExt;
 use http::{HeaderMap, StatusCode, Uri};
@@ -52,8 +52,6 @@ pub(crate) struct Pull {
     last: Mutex<Instant>,
     /// What the member lost and no puller was told yet.
     gap: Mutex<Option<Gap>>,
-    /// When the last ack was taken.
-    last_success: Mutex<Option<Timestamp>>,
 }
 
 impl Pull {
@@ -64,12 +62,7 @@ impl Pull {
             pulling: AtomicUsize::new(0),
             last: Mutex::new(Instant::now()),
             gap: Mutex::new(None),
-            last_success: Mutex::new(None),
         }
-    }
-
-    pub(crate) fn last_success(&self) -> Option<Timestamp> {
-        *self.last_success.lock()
     }
 
     /// Since when nobody pulls; `None` while somebody does.
@@ -178,6 +171,7 @@ pub(crate) async fn pull(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer 
         }
     };
     shared.metrics.pulled(leased.len());
+    shared.ledger.answers().turn().await;
     let mut out = encode(leased.into_iter(), Some(subscribed.name.as_str()));
     if let Some(gap) = pull.gap.lock().take() {
         out.pop();
@@ -349,11 +343,7 @@ pub(crate) async fn settle(State(shared): State<Arc<Shared>>, uri: Uri, headers:
     let settlements: Settlements = body::json(&headers, body, &shared)
         .await?
         .ok_or_else(|| Problem::invalid("a body is expected, as in {\"ack\": [\"lease\"]}"))?;
-    let acks = !settlements.ack.is_empty();
     let gone = settle_all(&shared.leases, &pull.holder, settlements).await?;
-    if acks {
-        *pull.last_success.lock() = Some(Timestamp::now());
-    }
     let json = serde_json::json!({ "gone": gone });
     Ok(json_response(StatusCode::OK, json.to_string().into_bytes()))
 }
@@ -399,10 +389,12 @@ pub(crate) async fn settle_all(leases: &Leases, holder: &Arc<Holder>, settlement
     let Plan { settle, extend } = settlements.plan()?;
     let mut gone = Vec::new();
     // All begin before the first is awaited: an adapter settles many in one go.
-    let mut settling: Vec<(String, Settle)> = Vec::with_capacity(settle.len());
+    let mut settling: Vec<(String, bool, Settle)> = Vec::with_capacity(settle.len());
     for (lease, settlement) in settle {
         match lease.parse::<LeaseId>().ok().and_then(|id| leases.take(holder, id)) {
-            Some(delivery) => settling.push((lease, delivery.settle(settlement))),
+            Some(delivery) => {
+                settling.push((lease, matches!(settlement, Settlement::Ack), delivery.settle(settlement)));
+            }
             None => gone.push(lease),
         }
     }
@@ -412,10 +404,14 @@ pub(crate) async fn settle_all(leases: &Leases, holder: &Arc<Holder>, settlement
             gone.push(lease);
         }
     }
-    for (lease, settled) in settling {
-        if let Err(error) = settled.await {
-            tracing::warn!(%error, "a settlement was not taken; the message comes back");
-            gone.push(lease);
+    for (lease, is_ack, settled) in settling {
+        match settled.await {
+            Ok(()) if is_ack => holder.tally().succeed(),
+            Ok(()) => {}
+            Err(error) => {
+                tracing::warn!(%error, "a settlement was not taken; the message comes back");
+                gone.push(lease);
+            }
         }
     }
     Ok(gone)

@@ -18,6 +18,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::Shared;
 use super::consent::{self, Permission};
 use super::groups::Groups;
+use super::leases::Tally;
 use super::memory::Reservation;
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
@@ -256,6 +257,13 @@ impl Registry {
             )),
             Some(have) => self.replace(shared, have, group, spec, permission).await,
         }
+    }
+
+    /// Where the work of a group's members is counted: with the subscription that is pulled from it, if there is one.
+    pub(crate) fn tally(&self, group: &Group) -> Arc<Tally> {
+        let table = self.table.read();
+        let pulled = table.values().filter(|subscribed| subscribed.group == *group).find_map(|one| one.pull());
+        pulled.map(|pull| Arc::clone(pull.holder.tally())).unwrap_or_default()
     }
 
     /// Sees that a subscription has `group`: makes one to pull, called as the group, if there is none.

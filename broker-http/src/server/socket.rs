@@ -1,31 +1,45 @@
 //! `GET /topics/{filter}/stream` as a WebSocket: deliveries lent against credit, settled over the
 //! same socket.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::ws::{CloseFrame, Message as Frame, WebSocket, WebSocketUpgrade, close_code};
+use axum::body::Body;
 use axum::response::Response;
-use broker_core::{Delivery, GroupName, StartAt, Subscription, TopicFilter};
+use broker_core::{Delivery, GroupName, Received, StartAt, Subscription, TopicFilter};
+use bytes::Bytes;
+use futures_util::{SinkExt, StreamExt};
+use http::StatusCode;
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use serde_json::json;
 use tokio::time::{Instant, interval, sleep, timeout};
-use tokio_tungstenite::tungstenite::Error as WebSocketError;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::protocol::frame::Frame;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::{CloseCode, Data, OpCode};
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::{Error, Message};
 
 use super::Shared;
 use super::access::Revoked;
-use super::leases::Holder;
+use super::leases::{Holder, LeaseId, Places};
 use super::problem::{Answer, Problem};
 use super::pull::{self, Settlements};
-use super::stream::{Place, copy, join};
+use super::stream::{FRAME_BYTES, Place, copy, join};
+use super::upgrade::Upgrade;
 
-/// Bytes of a frame from the other side.
-const MAX_FRAME: usize = 1 << 20;
+/// Bytes of a message from the other side.
+const MAX_MESSAGE: usize = 1 << 20;
+
+/// Bytes of a fragment that is sent. The socket has a buffer as large as its largest, for as long as it stands.
+const FRAGMENT: usize = 64 << 10;
 
 /// Bytes read from a socket at a time: each has a buffer of that size for as long as it stands.
 const READ: usize = 8 << 10;
 
-/// Deliveries sent in one frame, and lent to one socket, at most.
+/// Deliveries taken in one go, and lent to one socket, at most.
 const AT_ONCE: usize = 64;
 const MAX_LENT: usize = 10_000;
 
@@ -39,12 +53,9 @@ const SILENCE: Duration = Duration::from_secs(45);
 /// How long an ended socket waits for the other side's end.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// How long a frame may take to be written.
-const WRITE: Duration = Duration::from_secs(30);
-
 /// Subscribes, and answers once the subscription stands.
 pub(crate) async fn open(
-    upgrade: WebSocketUpgrade,
+    upgrade: Upgrade,
     shared: Arc<Shared>,
     (place, mut revoked): (Place, Revoked),
     filter: TopicFilter,
@@ -56,17 +67,37 @@ pub(crate) async fn open(
         return Err(Problem::invalid("query parameter timeout: it is longer than zero and 12h at most"));
     }
     let name = group.as_ref().map(GroupName::to_string);
-    let subscription = match group {
+    let (subscription, tally) = match group {
         Some(group) => join(&shared, filter, group, MAX_LENT).await?,
-        None => copy(&shared, &filter, StartAt::New).await?,
+        None => (copy(&shared, &filter, StartAt::New).await?, Arc::default()),
     };
-    let lending = Lending { shared, subscription: Some(subscription), holder: Arc::default(), hold, name, credit: 0 };
-    let upgrade = upgrade.max_message_size(MAX_FRAME).max_frame_size(MAX_FRAME).read_buffer_size(READ);
-    Ok(upgrade.on_upgrade(|socket| async move {
-        lending.run(socket, &mut revoked).await;
-        drop(place);
-    }))
+    let holder = Arc::new(Holder::counted_by(tally));
+    let lending = Lending {
+        shared: Arc::clone(&shared),
+        subscription: Some(subscription),
+        holder,
+        hold,
+        name,
+        credit: 0,
+        untold: VecDeque::new(),
+    };
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    response.headers_mut().extend(upgrade.headers());
+    shared.connections.serve(async move {
+        let _place = place;
+        let Ok(connection) = upgrade.connection.await else { return };
+        let config = WebSocketConfig::default()
+            .max_message_size(Some(MAX_MESSAGE))
+            .max_frame_size(Some(MAX_MESSAGE))
+            .read_buffer_size(READ);
+        let socket = WebSocketStream::from_raw_socket(TokioIo::new(connection), Role::Server, Some(config));
+        lending.run(socket.await, &mut revoked).await;
+    });
+    Ok(response)
 }
+
+type Socket = WebSocketStream<TokioIo<Upgraded>>;
 
 /// One socket: what is lent over it, and what may still be.
 struct Lending {
@@ -77,6 +108,15 @@ struct Lending {
     hold: Duration,
     name: Option<String>,
     credit: usize,
+    /// Lent, and the other side does not know yet.
+    untold: VecDeque<(LeaseId, Received)>,
+}
+
+impl Drop for Lending {
+    /// What is still lent is due again at once.
+    fn drop(&mut self) {
+        self.shared.leases.release_all(&self.holder);
+    }
 }
 
 /// What a frame from the other side says.
@@ -108,39 +148,39 @@ impl Told {
 }
 
 impl Lending {
-    async fn run(mut self, mut socket: WebSocket, revoked: &mut Revoked) {
+    async fn run(mut self, mut socket: Socket, revoked: &mut Revoked) {
         let goodbye = self.serve(&mut socket, revoked).await;
-        // What is still lent is due again at once.
-        self.shared.leases.release_all(&self.holder);
         drop(self);
         // The other side's close frame is answered, and its answer to ours awaited: who ends first would
         // otherwise see a connection that broke (RFC 6455, section 7.1.1).
         let end = async {
             if let Some(frame) = goodbye {
-                let fault = frame.code != close_code::AWAY && frame.code != close_code::POLICY;
-                socket.send(Frame::Close(Some(frame))).await?;
+                let fault = !matches!(frame.code, CloseCode::Away | CloseCode::Policy);
+                socket.send(Message::Close(Some(frame))).await?;
                 if fault {
                     // What follows is not understood: it is left time to be written, and the frame to be read.
                     sleep(FAREWELL).await;
                 }
             }
-            while socket.recv().await.transpose()?.is_some() {}
-            Ok::<_, axum::Error>(())
+            while socket.next().await.transpose()?.is_some() {}
+            Ok::<_, Error>(())
         };
         let _ = timeout(2 * FAREWELL, end).await;
     }
 
     /// Serves until one side ends it; tells what to say at the end, if anybody is there to hear it.
-    async fn serve(&mut self, socket: &mut WebSocket, revoked: &mut Revoked) -> Option<CloseFrame> {
+    async fn serve(&mut self, socket: &mut Socket, revoked: &mut Revoked) -> Option<CloseFrame> {
         let mut ping = interval(PING);
         let mut heard = Instant::now();
         let mut batch = Vec::new();
         let cut = self.shared.connections.closing();
         loop {
             if self.subscription.is_none() && self.holder.leased() == 0 {
-                return Some(goodbye(close_code::AWAY, "the subscription has ended"));
+                return Some(goodbye(CloseCode::Away, "the subscription has ended"));
             }
-            let room = self.credit.min(MAX_LENT.saturating_sub(self.holder.leased())).min(AT_ONCE);
+            // What is lent is told before more is.
+            let room = if self.untold.is_empty() { self.credit } else { 0 };
+            let room = room.min(MAX_LENT.saturating_sub(self.holder.leased())).min(AT_ONCE);
             let places = self.shared.leases.reserve(&self.holder, room, MAX_LENT);
             let room = places.count();
             let receive = async {
@@ -150,26 +190,30 @@ impl Lending {
                 }
             };
             tokio::select! {
-                () = revoked.as_mut() => return Some(goodbye(close_code::POLICY, "this is no longer allowed")),
-                frame = socket.recv() => {
+                () = revoked.as_mut() => return Some(goodbye(CloseCode::Policy, "this is no longer allowed")),
+                message = socket.next() => {
                     drop(places);
                     heard = Instant::now();
-                    match frame {
-                        Some(Ok(Frame::Text(text))) => self.asked(socket, text.as_bytes()).await?,
-                        Some(Ok(Frame::Binary(bytes))) => self.asked(socket, &bytes).await?,
-                        Some(Ok(Frame::Ping(_) | Frame::Pong(_))) => {}
-                        Some(Err(error)) => return fault(error),
-                        Some(Ok(Frame::Close(_))) | None => return None,
+                    match message {
+                        Some(Ok(Message::Text(text))) => self.asked(socket, text.as_bytes()).await?,
+                        Some(Ok(Message::Binary(bytes))) => self.asked(socket, &bytes).await?,
+                        Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => {}
+                        Some(Err(error)) => return fault(&error),
+                        Some(Ok(Message::Close(_))) | None => return None,
                     }
+                }
+                () = self.shared.ledger.answers().turn(), if !self.untold.is_empty() => {
+                    let text = self.tell();
+                    send(socket, text, self.shared.limits().body_timeout).await?;
                 }
                 received = receive => match received {
                     Ok(1..) => {
                         let gap = self.subscription.as_mut().and_then(Subscription::gap);
                         if let Some(gap) = gap {
-                            send(socket, json!({ "gap": { "lost": gap.lost() } }).to_string().into_bytes()).await?;
+                            let text = json!({ "gap": { "lost": gap.lost() } }).to_string().into();
+                            send(socket, text, self.shared.limits().body_timeout).await?;
                         }
-                        let text = self.lend(places, std::mem::take(&mut batch))?;
-                        send(socket, text).await?;
+                        self.lend(places, std::mem::take(&mut batch))?;
                     }
                     Ok(0) => self.subscription = None,
                     Err(error) => {
@@ -182,24 +226,38 @@ impl Lending {
                     if heard.elapsed() > SILENCE {
                         return None;
                     }
-                    timeout(WRITE, socket.send(Frame::Ping(Default::default()))).await.ok()?.ok()?;
+                    let patience = self.shared.limits().body_timeout;
+                    timeout(patience, socket.send(Message::Ping(Bytes::new()))).await.ok()?.ok()?;
                 }
-                () = cut.cancelled() => return Some(goodbye(close_code::AWAY, "the server is shutting down")),
+                () = cut.cancelled() => return Some(goodbye(CloseCode::Away, "the server is shutting down")),
             }
         }
     }
 
-    /// Lends deliveries; the frame that tells of them.
-    fn lend(&mut self, places: super::leases::Places, deliveries: Vec<Delivery>) -> Option<Vec<u8>> {
+    /// Lends deliveries.
+    fn lend(&mut self, places: Places, deliveries: Vec<Delivery>) -> Option<()> {
         self.credit -= deliveries.len().min(self.credit);
         self.shared.metrics.streamed(deliveries.len());
         let events: Vec<_> = deliveries.iter().map(|delivery| delivery.received().clone()).collect();
         let ids = self.shared.leases.grant(places, deliveries, self.hold).ok()?;
-        Some(pull::encode(ids.into_iter().zip(events), self.name.as_deref()))
+        self.untold.extend(ids.into_iter().zip(events));
+        Some(())
+    }
+
+    /// The message that tells of what is lent: of as much as one holds.
+    fn tell(&mut self) -> Bytes {
+        let (mut count, mut bytes) = (0, 0);
+        while bytes < FRAME_BYTES
+            && let Some((_, event)) = self.untold.get(count)
+        {
+            bytes += event.message().size();
+            count += 1;
+        }
+        self.shared.ledger.answer(pull::encode(self.untold.drain(..count), self.name.as_deref()))
     }
 
     /// Takes a frame: adds its credit, settles what it settles.
-    async fn asked(&mut self, socket: &mut WebSocket, frame: &[u8]) -> Option<()> {
+    async fn asked(&mut self, socket: &mut Socket, frame: &[u8]) -> Option<()> {
         let gone = match Told::read(frame) {
             Ok(Told::Credit(credit)) => {
                 self.credit = self.credit.saturating_add(credit);
@@ -215,27 +273,35 @@ impl Lending {
             Ok(gone) => json!({ "gone": gone }),
             Err(problem) => json!({ "error": problem }),
         };
-        send(socket, answer.to_string().into_bytes()).await
+        send(socket, answer.to_string().into(), self.shared.limits().body_timeout).await
     }
 }
 
 /// What to say of what could not be read (RFC 6455, section 7.4.1); to a connection that broke nothing.
-fn fault(error: axum::Error) -> Option<CloseFrame> {
-    match *error.into_inner().downcast::<WebSocketError>().ok()? {
-        WebSocketError::Protocol(_) => Some(goodbye(close_code::PROTOCOL, "this is not the WebSocket protocol")),
-        WebSocketError::Utf8(_) => Some(goodbye(close_code::INVALID, "a text frame is UTF-8")),
-        WebSocketError::Capacity(_) => Some(goodbye(close_code::SIZE, "a frame has 1 MiB at most")),
+fn fault(error: &Error) -> Option<CloseFrame> {
+    match error {
+        Error::Protocol(_) => Some(goodbye(CloseCode::Protocol, "this is not the WebSocket protocol")),
+        Error::Utf8(_) => Some(goodbye(CloseCode::Invalid, "a text frame is UTF-8")),
+        Error::Capacity(_) => Some(goodbye(CloseCode::Size, "a message has 1 MiB at most")),
         _ => None,
     }
 }
 
-fn goodbye(code: u16, reason: &'static str) -> CloseFrame {
+fn goodbye(code: CloseCode, reason: &'static str) -> CloseFrame {
     CloseFrame { code, reason: reason.into() }
 }
 
-/// Writes a frame of JSON; `None` if nobody takes it in time.
-async fn send(socket: &mut WebSocket, json: Vec<u8>) -> Option<()> {
-    // JSON is UTF-8.
-    let text = String::from_utf8(json).ok()?;
-    timeout(WRITE, socket.send(Frame::Text(text.into()))).await.ok()?.ok()
+/// Writes a message of JSON in as many fragments as it takes (RFC 6455, section 5.4); `None` if one waits for its
+/// reader for longer than any answer may. All of it counts as held until its last.
+async fn send(socket: &mut Socket, json: Bytes, patience: Duration) -> Option<()> {
+    let (mut rest, mut kind) = (json, Data::Text);
+    loop {
+        let fragment = rest.split_to(rest.len().min(FRAGMENT));
+        let frame = Frame::message(fragment, OpCode::Data(kind), rest.is_empty());
+        timeout(patience, socket.send(Message::Frame(frame))).await.ok()?.ok()?;
+        if rest.is_empty() {
+            return Some(());
+        }
+        kind = Data::Continue;
+    }
 }

@@ -8,32 +8,33 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use axum::Extension;
 use axum::body::Body;
-use axum::extract::State;
-use axum::extract::ws::WebSocketUpgrade;
-use axum::extract::ws::rejection::WebSocketUpgradeRejection;
+use axum::extract::{Request, State};
 use axum::response::Response;
 use broker_core::{
     Backlog, Delivery, Gap, Group, GroupName, GroupOptions, MessageId, Overflow, StartAt, Subscribe, Subscription,
     TopicFilter,
 };
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Uri, header};
+use http::{HeaderValue, header};
 use http_body::Frame;
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::access::{Action, Caller, Gate, Revoked};
-use super::leases::detach;
+use super::leases::{Tally, detach};
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::query::{Query, name_in_path};
 use super::subscriptions::finish;
+use super::upgrade::Upgrade;
 use super::{Shared, socket};
 use crate::event::{Envelope, json};
 
-/// Messages written in one go.
+/// Messages received in one go.
 const MESSAGES_AT_ONCE: usize = 64;
+
+/// Bytes of messages after which a frame is full: what is encoded and not read yet is there besides them.
+pub(crate) const FRAME_BYTES: usize = 64 << 10;
 
 /// How often a stream on which nothing happens says that it is alive.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
@@ -45,19 +46,11 @@ const MAX_BYTES: u64 = 16 << 20;
 /// Retained events that are looked through for the one a reader saw last.
 const MAX_SEEKING: usize = 20_000;
 
-pub(crate) async fn stream(
-    State(shared): State<Arc<Shared>>,
-    caller: Option<Extension<Caller>>,
-    uri: Uri,
-    headers: HeaderMap,
-    upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
-) -> Answer {
-    let upgrade = match upgrade {
-        Err(rejection) if wants_socket(&headers) => return Err(no_socket(rejection)),
-        upgrade => upgrade.ok(),
-    };
-    let filter = TopicFilter::new(&*name_in_path(&uri)?)?;
-    let mut query = Query::of(&uri);
+pub(crate) async fn stream(State(shared): State<Arc<Shared>>, request: Request) -> Answer {
+    let (mut parts, _) = request.into_parts();
+    let upgrade = Upgrade::of(&mut parts)?;
+    let filter = TopicFilter::new(&*name_in_path(&parts.uri)?)?;
+    let mut query = Query::of(&parts.uri);
     let group = query.parsed::<GroupName>("group")?;
     let hold = if upgrade.is_some() { query.duration("timeout")? } else { None };
     query.finish()?;
@@ -65,24 +58,30 @@ pub(crate) async fn stream(
         return Err(Problem::draining());
     }
     let place = Place::take(&shared)?;
-    let caller = caller.map(|Extension(caller)| caller);
+    let caller = parts.extensions.remove::<Caller>();
     if let Some(upgrade) = upgrade {
         let revoked = Gate::revoked(&shared, caller, &[Action::Subscribe, Action::Settle], filter.clone());
         return socket::open(upgrade, shared, (place, revoked), filter, group, hold).await;
     }
     let revoked = Gate::revoked(&shared, caller, &[Action::Subscribe], filter.clone());
-    let (subscription, seeking) = match (group, headers.get("last-event-id")) {
+    let (subscription, seeking) = match (group, parts.headers.get("last-event-id")) {
         (Some(group), _) => (join(&shared, filter, group, MESSAGES_AT_ONCE * 2).await?, Seeking::No),
-        (None, None) => (copy(&shared, &filter, StartAt::New).await?, Seeking::No),
-        (None, Some(last)) => resume(&shared, &filter, last).await?,
+        (None, None) => ((copy(&shared, &filter, StartAt::New).await?, Arc::default()), Seeking::No),
+        (None, Some(last)) => {
+            let (subscription, seeking) = resume(&shared, &filter, last).await?;
+            ((subscription, Arc::default()), seeking)
+        }
     };
+    let (subscription, tally) = subscription;
     let events = Events {
         subscription,
+        tally,
         written: Vec::new(),
         ready: VecDeque::new(),
         gap: matches!(seeking, Seeking::Missed).then_some(Gap::Unknown),
         seeking,
         greeted: false,
+        turn: None,
         alive: Box::pin(sleep(KEEP_ALIVE)),
         shared: Arc::clone(&shared),
         revoked,
@@ -97,37 +96,14 @@ pub(crate) async fn stream(
     Ok(response)
 }
 
-/// Whether it is a WebSocket that is asked for: clients offer an upgrade to HTTP/2 too, and go on without.
-fn wants_socket(headers: &HeaderMap) -> bool {
-    let offers = headers.get_all(header::UPGRADE).iter().filter_map(|value| value.to_str().ok());
-    offers.flat_map(|value| value.split(',')).any(|offer| offer.trim().eq_ignore_ascii_case("websocket"))
-}
-
-/// What is wrong with the upgrade, and what to send (RFC 6455, section 4.2).
-fn no_socket(rejection: WebSocketUpgradeRejection) -> Problem {
-    use WebSocketUpgradeRejection as Rejection;
-    let why = match &rejection {
-        Rejection::InvalidWebSocketVersionHeader(_) => "send the header sec-websocket-version: 13",
-        Rejection::WebSocketKeyHeaderMissing(_) => "send the header sec-websocket-key, 16 random bytes in base64",
-        Rejection::InvalidConnectionHeader(_) => "send the header connection: upgrade beside upgrade: websocket",
-        Rejection::ConnectionNotUpgradable(_) => "this connection cannot be upgraded; connect by HTTP/1.1",
-        _ => return Problem::invalid(format!("the upgrade to a WebSocket is not well formed: {rejection}")),
-    };
-    let mut problem = Problem::invalid(format!("the upgrade to a WebSocket is not well formed: {why}"));
-    if matches!(rejection, Rejection::InvalidWebSocketVersionHeader(_)) {
-        problem.headers_mut().insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
-    }
-    problem
-}
-
-/// A member of a group. If no subscription has the group, one to pull is made of its name, so that it can
-/// be listed, purged and deleted.
+/// A member of a group, and where its work is counted. If no subscription has the group, one to pull is made of its
+/// name, so that it can be listed, purged and deleted.
 pub(crate) async fn join(
     shared: &Arc<Shared>,
     filter: TopicFilter,
     name: GroupName,
     max_in_flight: usize,
-) -> Answer<Subscription> {
+) -> Answer<(Subscription, Arc<Tally>)> {
     let group = Group::new(name, filter);
     let (making, wanted) = (Arc::clone(shared), group.clone());
     finish(async move {
@@ -137,8 +113,9 @@ pub(crate) async fn join(
         Ok(())
     })
     .await?;
+    let tally = shared.registry.tally(&group);
     let options = Subscribe::group(group.name).with_max_in_flight(max_in_flight)?;
-    Ok(shared.broker.subscribe(&group.filter, options).await?)
+    Ok((shared.broker.subscribe(&group.filter, options).await?, tally))
 }
 
 /// A copy of one's own, from `start` on.
@@ -188,12 +165,15 @@ enum Seeking {
 /// The body: polled when there is room to write, so that what it gave before has been written.
 struct Events {
     subscription: Subscription,
+    tally: Arc<Tally>,
     written: Vec<Delivery>,
     /// Received and not written yet.
     ready: VecDeque<Delivery>,
     seeking: Seeking,
     gap: Option<Gap>,
     greeted: bool,
+    /// Waited for while too much is encoded already.
+    turn: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     alive: Pin<Box<Sleep>>,
     shared: Arc<Shared>,
     revoked: Revoked,
@@ -209,8 +189,10 @@ impl http_body::Body for Events {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, broker_core::Error>>> {
         let this = &mut *self;
-        for delivery in this.written.drain(..) {
-            detach(delivery.ack());
+        if !this.written.is_empty() {
+            this.tally.settle(this.written.len());
+            this.tally.succeed();
+            this.written.drain(..).for_each(|delivery| detach(delivery.ack()));
         }
         if this.revoked.as_mut().poll(cx).is_ready() {
             tracing::info!("a stream ended: its reader is no longer allowed it");
@@ -230,36 +212,58 @@ impl http_body::Body for Events {
                 return frame(encode_gap(gap));
             }
         }
-        if !this.ready.is_empty() {
-            let messages = this.ready.len().min(MESSAGES_AT_ONCE);
-            this.written.extend(this.ready.drain(..messages));
-            return this.write(messages);
-        }
-        match this.subscription.poll_receive(cx, &mut this.written, MESSAGES_AT_ONCE) {
-            Poll::Pending => {
-                ready!(this.alive.as_mut().poll(cx));
-                this.alive.as_mut().reset(Instant::now() + KEEP_ALIVE);
-                frame(b": keep-alive\n\n".to_vec())
+        if this.ready.is_empty() {
+            match this.subscription.poll_receive(cx, &mut this.written, MESSAGES_AT_ONCE) {
+                Poll::Pending => {
+                    ready!(this.alive.as_mut().poll(cx));
+                    this.alive.as_mut().reset(Instant::now() + KEEP_ALIVE);
+                    return frame(b": keep-alive\n\n".to_vec());
+                }
+                Poll::Ready(Ok(0)) => return Poll::Ready(None),
+                Poll::Ready(Err(error)) => {
+                    tracing::debug!(%error, "a stream ended");
+                    return Poll::Ready(None);
+                }
+                Poll::Ready(Ok(count)) => {
+                    this.tally.lend(count);
+                    this.ready.extend(this.written.drain(..));
+                }
             }
-            Poll::Ready(Ok(0)) => Poll::Ready(None),
-            Poll::Ready(Err(error)) => {
-                tracing::debug!(%error, "a stream ended");
-                Poll::Ready(None)
+            if let Some(gap) = this.subscription.gap() {
+                return frame(encode_gap(gap));
             }
-            Poll::Ready(Ok(messages)) => this.write(messages),
         }
+        ready!(this.poll_turn(cx));
+        this.write()
     }
 }
 
 impl Events {
-    /// Encodes what is to be written.
-    fn write<E>(&mut self, messages: usize) -> Poll<Option<Result<Frame<Bytes>, E>>> {
-        self.shared.metrics.streamed(messages);
+    /// Ready when what is to be written may be encoded.
+    fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.turn.is_none() && !self.shared.ledger.answers().has_room() {
+            let outgoing = self.shared.ledger.answers().clone();
+            self.turn = Some(Box::pin(async move { outgoing.turn().await }));
+        }
+        if let Some(turn) = &mut self.turn {
+            ready!(turn.as_mut().poll(cx));
+            self.turn = None;
+        }
+        Poll::Ready(())
+    }
+
+    /// Encodes what is to be written next.
+    fn write<E>(&mut self) -> Poll<Option<Result<Frame<Bytes>, E>>> {
+        let mut text = Vec::with_capacity(self.ready.len() * 256);
+        while text.len() < FRAME_BYTES
+            && let Some(delivery) = self.ready.pop_front()
+        {
+            encode(&delivery, &mut text);
+            self.written.push(delivery);
+        }
+        self.shared.metrics.streamed(self.written.len());
         self.alive.as_mut().reset(Instant::now() + KEEP_ALIVE);
-        let mut text = self.subscription.gap().map(encode_gap).unwrap_or_default();
-        text.reserve(self.written.len() * 256);
-        self.written.iter().for_each(|delivery| encode(delivery, &mut text));
-        frame(text)
+        Poll::Ready(Some(Ok(Frame::data(self.shared.ledger.answer(text)))))
     }
 
     /// Reads what is retained up to the event sought. Never pending: what is retained is there at
@@ -274,12 +278,14 @@ impl Events {
             let found = batch.iter().position(|delivery| delivery.message().id() == id);
             if let Some(at) = found {
                 // Seen already, and everything before it.
+                self.tally.settle(self.ready.len());
                 self.ready.drain(..).chain(batch.drain(..=at)).for_each(|delivery| detach(delivery.ack()));
             }
             // What the past lacks before the event was not for this reader.
             if found.is_some() || gap.is_some_and(|gap| gap.lost().is_some()) {
                 self.gap = gap;
             }
+            self.tally.lend(batch.len());
             self.ready.extend(batch.drain(..));
             if found.is_none() && more {
                 continue;
@@ -290,6 +296,12 @@ impl Events {
             self.seeking = Seeking::No;
             return Poll::Ready(());
         }
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        self.tally.settle(self.ready.len() + self.written.len());
     }
 }
 

@@ -17,7 +17,7 @@ use super::asked::Pending;
 use super::consent::Consent;
 use super::problem::{Answer, Problem};
 use super::publish::json_response;
-use super::pull::{FULL_BYTES, Pull};
+use super::pull::FULL_BYTES;
 use super::query::{Query, name_in_path, no_query};
 use super::registry::{Put, Subscribed};
 use super::{Shared, body};
@@ -195,6 +195,7 @@ pub(crate) async fn dead(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer 
     query.finish()?;
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
     let letters = shared.broker.dead_letters(&subscribed.group, max).await?;
+    shared.ledger.answers().turn().await;
     let mut out = br#"{"dead":["#.to_vec();
     let mut more = false;
     for (index, letter) in letters.iter().enumerate() {
@@ -355,10 +356,10 @@ fn status_view(subscribed: &Subscribed, asked: bool, group: Option<&GroupStatus>
         }
         (None, pull) => json!({
             "lag": lag,
-            "in_flight": pull.map_or(0, |pull| pull.holder.leased()),
+            "in_flight": pull.map_or(0, |pull| pull.holder.tally().lent()),
             "state": if subscribed.is_paused() { "paused" } else { "active" },
             "last_error": last_error,
-            "last_success": pull.and_then(Pull::last_success),
+            "last_success": pull.and_then(|pull| pull.holder.tally().last_success()),
         }),
     };
     if let Some(group) = group {

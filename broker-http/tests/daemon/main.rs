@@ -8,6 +8,8 @@ mod lines;
 mod operation;
 mod overload;
 mod packaging;
+#[cfg(target_os = "linux")]
+mod readers;
 mod resume;
 mod sdks;
 mod support;

@@ -254,7 +254,7 @@ async fn a_stream_of_lines_may_be_zstd() {
     let small = Running::with(broker_http::ServerOptions::new().with_limits(limits)).await;
     let greedy = [0x28, 0xb5, 0x2f, 0xfd, 0, 13 << 3].to_vec();
     let answer = small.send("POST /topics/a", &headers, greedy).await.text();
-    assert!(answer.contains("\"status\":503"), "{answer}");
+    assert!(answer.contains("\"status\":413"), "{answer}");
 }
 
 /// What is wrong with each line of a body, in both forms.

@@ -2,14 +2,18 @@
 
 use futures_util::{SinkExt, StreamExt};
 use serde_json::{Value, json};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 
-use crate::support::{Running, soon};
+use crate::support::{Running, read_until, soon};
+
+/// What a client says first.
+const OPENING: &str = "GET /topics/a/stream HTTP/1.1\r\nhost: localhost\r\nupgrade: websocket\r\nconnection: upgrade\r\n\
+    sec-websocket-version: 13\r\nsec-websocket-key: YWFhYWFhYWFhYWFhYWFhYQ==\r\n\r\n";
 
 struct Socket(WebSocketStream<MaybeTlsStream<TcpStream>>);
 
@@ -197,4 +201,93 @@ async fn an_end_is_said_and_answered() {
     let draining = tokio::spawn(async move { server.drain(std::time::Duration::from_secs(20)).await });
     assert_eq!(ending(&mut socket).await, (Some(1001), true));
     soon(draining).await.unwrap();
+}
+
+/// The server is not drained before: the daemon ends its process next.
+#[tokio::test]
+async fn a_drain_is_over_once_goodbye_is_said() {
+    let running = Running::start().await;
+    let mut sockets = Vec::new();
+    for _ in 0..20 {
+        let mut stream = running.connect().await;
+        stream.write_all(OPENING.as_bytes()).await.unwrap();
+        read_until(&mut stream, "\r\n\r\n").await;
+        sockets.push(stream);
+    }
+    soon(running.server.drain(std::time::Duration::from_secs(20))).await;
+    for socket in sockets {
+        // Nothing else of this thread runs while it reads.
+        let mut socket = socket.into_std().unwrap();
+        socket.set_nonblocking(false).unwrap();
+        socket.set_read_timeout(Some(std::time::Duration::from_secs(5))).unwrap();
+        let mut heard = Vec::new();
+        std::io::Read::read_to_end(&mut socket, &mut heard).unwrap();
+        assert!(memchr::memmem::find(&heard, &1001_u16.to_be_bytes()).is_some(), "{heard:?}");
+    }
+}
+
+/// One large message comes in fragments, and several in several frames.
+#[tokio::test]
+async fn what_is_large_comes_in_parts() {
+    let running = Running::start().await;
+    running.put("q", r#"{"filter":"a"}"#).await;
+    let body = "x".repeat(500_000);
+    for _ in 0..3 {
+        assert_eq!(running.post("/topics/a", &body).await.status, 202);
+    }
+    let mut socket = Socket::open(&running, "/topics/a/stream?group=q").await;
+    socket.say(json!({"credit": 3})).await;
+    let mut leases = Vec::new();
+    for _ in 0..3 {
+        let frame = socket.hear().await.unwrap();
+        let deliveries = frame["deliveries"].as_array().unwrap();
+        assert_eq!(deliveries.len(), 1);
+        assert_eq!(deliveries[0]["event"]["data_base64"].as_str().unwrap().len(), 500_000_usize.div_ceil(3) * 4);
+        leases.push(deliveries[0]["lease"].clone());
+    }
+    // The subscription's numbers are of all who take from it.
+    let status = running.get("/subscriptions/q").await.json()["status"].clone();
+    assert_eq!((&status["in_flight"], &status["last_success"]), (&json!(3), &Value::Null));
+    socket.say(json!({"ack": leases})).await;
+    soon(async {
+        loop {
+            let status = running.get("/subscriptions/q").await.json()["status"].clone();
+            if status["in_flight"] == 0 && status["last_success"].is_string() {
+                break;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+}
+
+/// As it comes over the wire: no fragment is large.
+#[tokio::test]
+async fn fragments_are_bounded() {
+    let running = Running::start().await;
+    running.put("q", r#"{"filter":"a"}"#).await;
+    assert_eq!(running.post("/topics/a", &"x".repeat(500_000)).await.status, 202);
+    let mut stream = running.connect().await;
+    stream.write_all(OPENING.replace("stream", "stream?group=q").as_bytes()).await.unwrap();
+    read_until(&mut stream, "\r\n\r\n").await;
+    stream.write_all(b"\x81\x8c\0\0\0\0{\"credit\":9}").await.unwrap();
+    let mut text = Vec::new();
+    loop {
+        let mut head = [0; 2];
+        soon(stream.read_exact(&mut head)).await.unwrap();
+        let length = match head[1] {
+            126 => u64::from(soon(stream.read_u16()).await.unwrap()),
+            127 => soon(stream.read_u64()).await.unwrap(),
+            length => u64::from(length),
+        };
+        assert!(length <= 64 << 10, "{length}");
+        assert_eq!(head[0] & 0x0f, u8::from(text.is_empty()), "text, then continuations");
+        let begin = text.len();
+        text.resize(begin + length as usize, 0);
+        soon(stream.read_exact(&mut text[begin..])).await.unwrap();
+        if head[0] & 0x80 != 0 {
+            break;
+        }
+    }
+    assert_eq!(serde_json::from_slice::<Value>(&text).unwrap()["deliveries"].as_array().unwrap().len(), 1);
 }

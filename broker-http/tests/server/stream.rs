@@ -64,7 +64,11 @@ async fn what_was_written_to_a_group_is_acked() {
     let text = if head.contains("id: 1") { head } else { read_until(&mut stream, "id: 1").await };
     assert!(text.contains("id: 1"));
     crate::support::soon(async {
-        while running.get("/subscriptions/q").await.json()["status"]["lag"] != 0 {
+        loop {
+            let status = running.get("/subscriptions/q").await.json()["status"].clone();
+            if status["lag"] == 0 && status["in_flight"] == 0 && status["last_success"].is_string() {
+                break;
+            }
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
     })
@@ -172,6 +176,10 @@ async fn an_upgrade_that_is_none_says_what_to_send() {
     let connection = "connection: upgrade, close";
     let reply = ask("GET", &format!("{connection}\r\nsec-websocket-version: 13")).await;
     reply.is_problem(400, "sec-websocket-key");
+    for keys in ["sec-websocket-key: AAAA".to_owned(), format!("{key}\r\n{key}"), format!("{key}A")] {
+        let reply = ask("GET", &format!("{connection}\r\nsec-websocket-version: 13\r\n{keys}")).await;
+        reply.is_problem(400, "16 random bytes");
+    }
     let reply = ask("GET", &format!("{connection}\r\nsec-websocket-version: 8\r\n{key}")).await;
     reply.is_problem(400, "sec-websocket-version: 13");
     assert_eq!(reply.header("sec-websocket-version"), Some("13"));
