@@ -71,7 +71,7 @@ impl MemoryBroker {
         Self(Arc::new(Handle { shared: Shared::new(name, options) }))
     }
 
-    fn shared(&self) -> &Arc<Shared> {
+    pub(super) fn shared(&self) -> &Arc<Shared> {
         &self.0.shared
     }
 }

@@ -109,21 +109,59 @@ impl History {
                 self.entries.push_back((due.map_or(now, |due| now.max(due)), entry));
             }
         }
+        drop(self.trim(retention));
+    }
+
+    /// Brings it within its bounds. What was dropped is the caller's, to be let go of where nobody waits for it.
+    pub(super) fn trim(&mut self, retention: &Retention) -> Vec<Arc<Entry>> {
+        let now = Timestamp::now();
+        let mut gone = Vec::new();
         while self.entries.len() + self.pending.len() > retention.max_messages
             || self.bytes > retention.max_bytes
             || self.total.load(Ordering::Relaxed) > retention.max_total_bytes
             || self.entries.front().is_some_and(|(time, _)| now.since(*time) > retention.max_age)
         {
-            // What nobody could have seen yet goes last.
-            match self.entries.pop_front().or_else(|| self.pending.pop_first().map(|(_, pending)| pending)) {
-                Some((_, oldest)) => {
-                    self.dropped = self.dropped.max(oldest.place());
-                    self.bytes -= taken(&oldest);
-                    self.total.fetch_sub(taken(&oldest), Ordering::Relaxed);
-                }
-                None => return,
+            let Some(oldest) = self.pop() else { break };
+            gone.push(oldest);
+        }
+        gone
+    }
+
+    /// Drops its oldest until they were `bytes` of what `frees` says, after `looks` entries at the latest. If none of so many
+    /// is, they are dropped all the same: they hide what comes after them. Tells those bytes, and what was dropped.
+    pub(super) fn forget(&mut self, bytes: u64, frees: Frees, looks: &mut usize) -> (u64, Vec<Arc<Entry>>) {
+        let (mut freed, mut seen, mut count) = (0, 0, 0);
+        for (_, entry) in self.entries.iter().chain(self.pending.values()).take(*looks) {
+            if freed >= bytes {
+                break;
+            }
+            seen += 1;
+            if frees == Frees::Everything || is_alone(entry) {
+                freed += taken(entry);
+                count = seen;
             }
         }
+        *looks -= seen;
+        if *looks == 0 && freed == 0 {
+            count = seen;
+        }
+        (freed, (0..count).map_while(|_| self.pop()).collect())
+    }
+
+    /// Drops the oldest. What nobody could have seen yet goes last.
+    fn pop(&mut self) -> Option<Arc<Entry>> {
+        let (_, oldest) = self.entries.pop_front().or_else(|| self.pending.pop_first().map(|(_, pending)| pending))?;
+        self.dropped = self.dropped.max(oldest.place());
+        self.bytes -= taken(&oldest);
+        self.total.fetch_sub(taken(&oldest), Ordering::Relaxed);
+        Some(oldest)
+    }
+
+    /// The place of its oldest, and bytes of all it has.
+    pub(super) fn oldest(&self) -> Option<(Place, u64)> {
+        let pending = || self.pending.keys().next().copied();
+        let oldest = self.entries.front().map_or_else(pending, |(_, entry)| entry.place());
+        oldest.map(|place| (place, self.bytes))
     }
 
     /// What is due by `tick` takes its place.
@@ -160,6 +198,21 @@ impl History {
         let mut newest = self.entries.back().into_iter().chain(self.pending.values().next_back());
         newest.all(|(visible, _)| now.since(*visible) > self.max_age)
     }
+}
+
+/// What dropping a retained message counts for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Frees {
+    /// What it takes.
+    Everything,
+    /// That, unless somebody else holds it: it is in a backlog or in flight, or a dead letter is kept.
+    WhatIsAlone,
+}
+
+/// Whether dropping it here frees what it takes.
+fn is_alone(entry: &Arc<Entry>) -> bool {
+    let payload = entry.message.payload();
+    Arc::strong_count(entry) == 1 && (payload.is_empty() || payload.is_unique())
 }
 
 /// Bytes that a retained message takes.
@@ -201,5 +254,42 @@ mod tests {
         assert_eq!(total.load(Ordering::Relaxed), 650);
         drop(two);
         assert_eq!(total.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn what_is_forgotten_frees_what_nobody_else_holds() {
+        let total = Arc::new(AtomicU64::new(0));
+        let retention = Retention::messages(100);
+        let mut history = History::new(&total);
+        let entries: Vec<_> = (0..6).map(|_| entry(300)).collect();
+        entries.iter().for_each(|entry| history.push(Arc::clone(entry), &retention, 0));
+        let mut looks = 100;
+        // All of it is in a backlog: it stays.
+        let (freed, gone) = history.forget(300, Frees::WhatIsAlone, &mut looks);
+        assert!(freed == 0 && gone.is_empty());
+        assert_eq!((history.entries.len(), looks), (6, 94));
+        // The first and the last are; what stands between goes, and what is before it.
+        let (first, last, payload) =
+            (Arc::clone(&entries[0]), Arc::clone(&entries[5]), entries[4].message.payload().clone());
+        drop(entries);
+        let (freed, gone) = history.forget(u64::MAX, Frees::WhatIsAlone, &mut looks);
+        assert_eq!((freed, gone.len(), history.entries.len(), looks), (900, 4, 2, 88));
+        assert!(Arc::ptr_eq(&gone[0], &first));
+        drop((payload, last));
+        // No more than is asked for.
+        assert_eq!(history.forget(1, Frees::WhatIsAlone, &mut looks).0, 300);
+        assert_eq!((history.entries.len(), total.load(Ordering::Relaxed)), (1, 300));
+    }
+
+    #[test]
+    fn what_is_held_elsewhere_hides_nothing_for_ever() {
+        let mut history = History::new(&Arc::default());
+        let retention = Retention::messages(100);
+        let held: Vec<_> = (0..5).map(|_| entry(300)).collect();
+        held.iter().for_each(|entry| history.push(Arc::clone(entry), &retention, 0));
+        history.push(entry(300), &retention, 0);
+        let looks = |history: &mut History| history.forget(300, Frees::WhatIsAlone, &mut 2).0;
+        assert_eq!([looks(&mut history), looks(&mut history), looks(&mut history)], [0, 0, 300]);
+        assert!(history.entries.is_empty());
     }
 }

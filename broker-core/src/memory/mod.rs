@@ -7,13 +7,15 @@
 //! numbers (`log::expiry`, `group::expiry`). A topic knows the logs it is appended to and the
 //! publishes that wait for room (`topics`).
 //!
-//! Locks are taken in this order and no other: registry, topic, group, log.
+//! Locks are taken in this order and no other: registry, topic, group, log. What topics retain yields where
+//! somebody needs its memory (`forget`).
 
 mod batch;
 mod broker;
 mod clock;
 mod dedup;
 mod entry;
+mod forget;
 mod group;
 mod history;
 mod keep;
@@ -66,6 +68,8 @@ struct Shared {
     keeps: Keeps,
     /// Keys that all topics remember.
     keys: Arc<AllKeys>,
+    /// How much topics retain now; whether they do at all, the options say.
+    retention: RwLock<Option<Retention>>,
     /// Bytes that all topics retain.
     retained: Arc<AtomicU64>,
     /// Messages that topics retained so far.
@@ -90,6 +94,7 @@ impl Shared {
             registry: Mutex::default(),
             keeps: Keeps::new(options.max_dead_letters, options.max_dead_letter_bytes),
             keys: AllKeys::new(),
+            retention: RwLock::new(options.retention.clone()),
             retained: Arc::default(),
             sequence: AtomicU64::new(0),
             progress: Notify::new(),

@@ -44,6 +44,11 @@ impl Shared {
         self.registry.lock().topic(name, self.clock.tick())
     }
 
+    /// The topic called `name`, if it was used.
+    pub(super) fn known_topic(&self, name: &Topic) -> Option<Arc<TopicState>> {
+        self.registry.lock().topics.get(name).map(Arc::clone)
+    }
+
     /// Joins a group or makes it, whichever it is; tells whether it was made. Without a name it is
     /// always made.
     pub(super) fn group(

@@ -17,7 +17,7 @@ use super::Shared;
 use super::dedup::Window;
 use super::entry::{Entry, Place};
 use super::group::{Group, Roused};
-use super::history::History;
+use super::history::{Frees, History, Retention};
 use super::log::{Log, LogState, Room, Wake};
 use super::run::MAX_SEGMENT;
 use crate::{
@@ -117,6 +117,25 @@ impl TopicState {
     /// The highest place of all that was ever retained.
     pub(super) fn highest_place(&self) -> Option<Place> {
         self.state.lock().history.as_ref().and_then(|history| history.highest())
+    }
+
+    /// The place of the oldest it retains, and bytes of all it retains.
+    pub(super) fn oldest_retained(&self) -> Option<(Place, u64)> {
+        self.state.lock().history.as_ref().and_then(|history| history.oldest())
+    }
+
+    /// Forgets the oldest it retains, as [`History::forget`] does; tells the bytes of what `frees` says.
+    pub(super) fn forget(&self, bytes: u64, frees: Frees, looks: &mut usize) -> u64 {
+        let forget = |history: &mut Box<History>| history.forget(bytes, frees, looks);
+        let forgotten = self.state.lock().history.as_mut().map(forget);
+        // What was forgotten goes now, with nothing locked.
+        forgotten.map_or(0, |(freed, _)| freed)
+    }
+
+    /// Brings what it retains within its bounds.
+    pub(super) fn trim(&self, retention: &Retention) {
+        let gone = self.state.lock().history.as_mut().map(|history| history.trim(retention));
+        drop(gone);
     }
 
     /// Whether nothing would be lost if the topic were forgotten until it is named again.
@@ -470,8 +489,8 @@ impl Inner {
             window.remember(key, until, receipt.clone());
             after.look |= shared.keys.want_look(shared.clock.tick());
         }
-        if let Some(retention) = &shared.options.retention
-            && let Some(entry) = retained
+        if let Some(entry) = retained
+            && let Some(retention) = &*shared.retention.read()
         {
             self.history.get_or_insert_with(|| Box::new(History::new(&shared.retained))).push(
                 entry,
