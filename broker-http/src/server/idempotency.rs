@@ -66,8 +66,11 @@ impl Key {
         // The draft has a quoted string; many senders leave the quotes out.
         let text = value.to_str().unwrap_or_default();
         let text = text.strip_prefix('"').and_then(|text| text.strip_suffix('"')).unwrap_or(text);
-        if text.is_empty() || text.len() > 255 || values.next().is_some() {
-            return Err(Problem::invalid("idempotency-key: it is one value of 1 to 255 visible ASCII characters"));
+        let half_quoted = text.starts_with('"') || text.ends_with('"') && !text.ends_with("\\\"");
+        if text.is_empty() || text.len() > 255 || half_quoted || values.next().is_some() {
+            return Err(Problem::invalid(
+                "idempotency-key: it is one value of 1 to 255 visible ASCII characters, in quotes or without",
+            ));
         }
         let mut hash = Sha256::new();
         for part in [caller.map_or("", Caller::name), topic, text] {

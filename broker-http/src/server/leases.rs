@@ -149,14 +149,14 @@ impl Leases {
         self.max.store(max, Ordering::Relaxed);
     }
 
-    /// Leases held in all.
-    pub(crate) fn held(&self) -> usize {
-        self.held.load(Ordering::Acquire)
+    /// Deliveries lent in all.
+    pub(crate) fn lent(&self) -> usize {
+        self.table.lock().held.len()
     }
 
-    /// Whether the table is full.
+    /// Whether the table is full, with the places that are kept.
     pub(crate) fn is_full(&self) -> bool {
-        self.held() >= self.max.load(Ordering::Relaxed)
+        self.held.load(Ordering::Acquire) >= self.max.load(Ordering::Relaxed)
     }
 
     /// Keeps up to `wanted` places free, of the table's and of the `allowed` ones of the holder.
@@ -293,7 +293,7 @@ impl Drop for Leases {
 
 impl fmt::Debug for Leases {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Leases").field("held", &self.held()).finish_non_exhaustive()
+        f.debug_struct("Leases").field("lent", &self.lent()).finish_non_exhaustive()
     }
 }
 

@@ -62,7 +62,7 @@ pub(crate) async fn metrics(State(shared): State<Arc<Shared>>, uri: Uri) -> Answ
     let gauges = Gauges {
         connections: shared.connections.open(),
         subscriptions: shared.registry.len(),
-        leases: shared.leases.held(),
+        leases: shared.leases.lent(),
         streams: shared.streams.load(std::sync::atomic::Ordering::Acquire),
         topics: shared.publishers.len(),
         memory: usize::try_from(shared.ledger.held()).unwrap_or(usize::MAX),

@@ -128,6 +128,9 @@ pub(crate) struct Watched<S> {
     closing: Closing,
 }
 
+/// Bytes read while looking for the end, at most; beyond them it is not looked for.
+const AHEAD_BYTES: usize = 16 << 10;
+
 /// How far a slow end is.
 #[derive(Debug)]
 enum Closing {
@@ -168,22 +171,27 @@ impl<S: AsyncRead + Unpin> Watched<S> {
     /// Looks whether the other side has closed, where that ends the request at work: the parser does not
     /// read before it is answered.
     fn check_end(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        if !self.wire.fleeting.load(Ordering::Relaxed) || self.wire.is_http2() || !self.ahead.0.is_empty() {
+        if !self.wire.fleeting.load(Ordering::Relaxed) || self.wire.is_http2() {
             return Ok(());
         }
-        let mut piece = [0; 512];
-        let mut piece = ReadBuf::new(&mut piece);
-        match Pin::new(&mut self.stream).poll_read(cx, &mut piece) {
-            Poll::Pending => Ok(()),
-            Poll::Ready(Ok(())) if !piece.filled().is_empty() => {
-                self.wire.hear(piece.filled());
-                self.ahead = (piece.filled().to_vec(), 0);
-                // Somebody may wait for them.
-                cx.waker().wake_by_ref();
-                Ok(())
+        // The end is behind what was sent before it.
+        while self.ahead.0.len() < AHEAD_BYTES {
+            let mut piece = [0; 512];
+            let mut piece = ReadBuf::new(&mut piece);
+            match Pin::new(&mut self.stream).poll_read(cx, &mut piece) {
+                Poll::Pending => break,
+                Poll::Ready(Ok(())) if !piece.filled().is_empty() => {
+                    self.wire.hear(piece.filled());
+                    self.ahead.0.extend_from_slice(piece.filled());
+                    // Somebody may wait for them.
+                    cx.waker().wake_by_ref();
+                }
+                Poll::Ready(read) => {
+                    return read.and(Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the other side left")));
+                }
             }
-            Poll::Ready(read) => read.and(Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the other side left"))),
         }
+        Ok(())
     }
 }
 

@@ -81,6 +81,7 @@ async fn what_is_wrong_is_named() {
         ("POST /topics/a", "content-type: application/cloudevents+json", "JSON"),
         ("POST /topics/a", "content-type: application/cloudevents-batch+json", "array"),
         ("POST /topics/a", "idempotency-key: ", "idempotency-key"),
+        ("POST /topics/a", "idempotency-key: \"half", "in quotes or without"),
     ] {
         let (name, value) = header.split_once(": ").unwrap();
         running.send(request, &[(name, value)], "not json").await.is_problem(400, detail);

@@ -126,6 +126,28 @@ async fn a_puller_that_goes_away_while_it_waits_loses_nothing() {
     assert_eq!((leases.len(), leases[0].attempt), (1, 1));
 }
 
+/// The end is behind the next request, which nobody reads before the pull is answered.
+#[tokio::test]
+async fn a_puller_that_leaves_behind_a_pipelined_request_loses_nothing() {
+    let running = with(r#"{"filter":"a","timeout":"30s"}"#).await;
+    let mut stream = running.connect().await;
+    let pull = "POST /subscriptions/q/pull?wait=30s HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n";
+    let next = format!("GET /healthz?{} HTTP/1.1\r\nhost: localhost\r\n\r\n", "x".repeat(700));
+    for said in [pull, &next] {
+        stream.write_all(said.as_bytes()).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    drop(stream);
+    soon(async {
+        while !running.get("/metrics").await.text().contains("broker_connections 1\n") {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    running.post("/topics/a?id=1", "x").await;
+    assert_eq!(running.pull("q", "wait=20s").await[0].attempt, 1);
+}
+
 #[tokio::test]
 async fn several_pullers_split_the_messages() {
     let running = with(r#"{"filter":"a","max_in_flight":1000}"#).await;
