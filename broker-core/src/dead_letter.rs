@@ -60,6 +60,11 @@ impl DeadLetter {
         message.headers().get(REASON).is_some()
     }
 
+    /// Whether `message` is a dead letter of `topic`.
+    pub(crate) fn is_from(message: &Message, topic: &Topic) -> bool {
+        Self::is_dead(message) && message.headers().get_str(TOPIC) == Some(topic.as_str())
+    }
+
     /// The message to publish to the dead-letter topic: the original with the story in its
     /// headers. Its delivery time and expiry are over; neither must keep it from being read.
     pub fn into_message(self) -> Message {

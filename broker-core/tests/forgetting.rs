@@ -2,9 +2,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use broker_core::*;
+use bytes::Bytes;
 use tokio::time::timeout;
 
 fn topic(name: &str) -> Topic {
@@ -111,4 +113,38 @@ async fn other_bounds_hold_at_once() {
     assert_eq!(retained(&broker, "a").await.0.len(), 2);
     let error = MemoryBroker::new().set_retention(Retention::messages(1)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unsupported);
+}
+
+/// A payload that others can tell to be held.
+struct Held {
+    _count: Arc<()>,
+}
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        b"x"
+    }
+}
+
+#[tokio::test]
+async fn dead_letters_of_a_topic_are_forgotten_with_it() {
+    let broker = retaining(Retention::messages(100));
+    let group = Subscribe::group(GroupName::new("g").unwrap())
+        .with_options(GroupOptions::new().with_dead_letter(topic("dead")));
+    let mut reader = broker.subscribe(&"a".parse().unwrap(), group).await.unwrap();
+    let held = Arc::new(());
+    let message = Message::new(Bytes::from_owner(Held { _count: Arc::clone(&held) }));
+    broker.publish(&topic("a"), message).await.unwrap();
+    reader.next().await.unwrap().unwrap().reject("no").await.unwrap();
+    let group = Group::new(GroupName::new("g").unwrap(), "a".parse().unwrap());
+    assert_eq!(broker.purge_dead_letters(&group).await.unwrap(), 1);
+    // It is retained where it was published, and among the dead.
+    assert_eq!(retained(&broker, "dead").await.0.len(), 1);
+    while broker.forget(Some(&topic("a")), u64::MAX) > 0 {}
+    assert_eq!(Arc::strong_count(&held), 1);
+    assert_eq!(retained(&broker, "dead").await.0.len(), 0);
+    // Others' are not.
+    publish(&broker, &["dead"], 1).await;
+    assert_eq!(broker.forget(Some(&topic("a")), 1), 0);
+    assert_eq!(retained(&broker, "dead").await.0.len(), 1);
 }

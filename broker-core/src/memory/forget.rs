@@ -47,8 +47,8 @@ impl MemoryBroker {
 
     /// Forgets messages that are retained, of `topic` or of all, the oldest first, until `bytes` are free that they took
     /// (as of [`Message::memory_size`](crate::Message::memory_size)); tells how many are, which may be fewer. What is also in a
-    /// backlog, in flight or kept as a dead letter frees nothing, and stays retained unless something newer goes.
-    /// Of all topics, each forgets its share. A group made later is told of it as of what was over a bound.
+    /// backlog or in flight frees nothing, and stays retained unless something newer goes. Of all topics, each forgets its
+    /// share; a topic that has nothing to forget has its dead letters forgotten, which are retained elsewhere. A group made later is told of it as of what was over a bound.
     ///
     /// It takes a few milliseconds at most: it goes through 16,384 messages, and when none of them frees anything, forgets some of
     /// those, so that the next call gets further.
@@ -69,15 +69,30 @@ impl MemoryBroker {
         let mut looks = MAX_LOOKS;
         match topic.map(|topic| shared.known_topic(topic)) {
             None => shared.forget_shares(bytes, Frees::WhatIsAlone, &mut looks),
-            Some(topic) => topic.map_or(0, |topic| topic.forget(bytes, Frees::WhatIsAlone, &mut looks)),
+            Some(topic) => topic.map_or(0, |topic| {
+                let freed = topic.forget(bytes, Frees::WhatIsAlone, &mut looks);
+                if freed > 0 { freed } else { shared.forget_letters(&topic.topic, bytes, &mut looks) }
+            }),
         }
     }
 }
 
 impl Shared {
+    /// Has whichever topics retain them forget dead letters of `topic`; tells how many bytes they were.
+    fn forget_letters(&self, topic: &Topic, bytes: u64, looks: &mut usize) -> u64 {
+        let mut freed = 0;
+        for dead in self.all_topics().iter().filter(|dead| dead.retains_letters()) {
+            if freed >= bytes {
+                break;
+            }
+            freed += dead.forget(bytes - freed, Frees::LettersOf(topic), looks);
+        }
+        freed
+    }
+
     /// Has every topic forget its share of `bytes`, and where that was not enough, whichever has more. Tells how many it
     /// were.
-    fn forget_shares(&self, bytes: u64, frees: Frees, looks: &mut usize) -> u64 {
+    fn forget_shares(&self, bytes: u64, frees: Frees<'_>, looks: &mut usize) -> u64 {
         let total = u128::from(self.retained.load(Ordering::Relaxed));
         if total == 0 || bytes == 0 {
             return 0;

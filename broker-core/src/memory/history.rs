@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::entry::{Entry, Place};
-use crate::Timestamp;
+use crate::{DeadLetter, Timestamp, Topic};
 
 /// How much of its past every topic retains, so that a group can start earlier than now. The first
 /// bound that is reached counts. By default a broker retains nothing.
@@ -75,6 +75,8 @@ pub(super) struct History {
     /// a reader of both that goes on after an earlier place misses something.
     dropped: Option<Place>,
     bytes: u64,
+    /// How many of them are dead letters.
+    letters: usize,
     max_age: Duration,
     /// Bytes that all topics retain.
     total: Arc<AtomicU64>,
@@ -90,13 +92,14 @@ impl History {
     /// One that is counted in `total`.
     pub(super) fn new(total: &Arc<AtomicU64>) -> Self {
         let (entries, pending) = (VecDeque::new(), BTreeMap::new());
-        Self { entries, pending, dropped: None, bytes: 0, max_age: Duration::MAX, total: Arc::clone(total) }
+        Self { entries, pending, dropped: None, bytes: 0, letters: 0, max_age: Duration::MAX, total: Arc::clone(total) }
     }
 
     /// Adds a message at its place; `tick` is the present, at or after that of a message not delayed.
     pub(super) fn push(&mut self, entry: Arc<Entry>, retention: &Retention, tick: u64) {
         let now = Timestamp::now();
         self.bytes += taken(&entry);
+        self.letters += usize::from(DeadLetter::is_dead(&entry.message));
         self.total.fetch_add(taken(&entry), Ordering::Relaxed);
         self.max_age = retention.max_age;
         match (entry.place(), entry.message.deliver_at()) {
@@ -129,14 +132,14 @@ impl History {
 
     /// Drops its oldest until they were `bytes` of what `frees` says, after `looks` entries at the latest. If none of so many
     /// is, they are dropped all the same: they hide what comes after them. Tells those bytes, and what was dropped.
-    pub(super) fn forget(&mut self, bytes: u64, frees: Frees, looks: &mut usize) -> (u64, Vec<Arc<Entry>>) {
+    pub(super) fn forget(&mut self, bytes: u64, frees: Frees<'_>, looks: &mut usize) -> (u64, Vec<Arc<Entry>>) {
         let (mut freed, mut seen, mut count) = (0, 0, 0);
         for (_, entry) in self.entries.iter().chain(self.pending.values()).take(*looks) {
             if freed >= bytes {
                 break;
             }
             seen += 1;
-            if frees == Frees::Everything || is_alone(entry) {
+            if frees.counts(entry) {
                 freed += taken(entry);
                 count = seen;
             }
@@ -153,8 +156,14 @@ impl History {
         let (_, oldest) = self.entries.pop_front().or_else(|| self.pending.pop_first().map(|(_, pending)| pending))?;
         self.dropped = self.dropped.max(oldest.place());
         self.bytes -= taken(&oldest);
+        self.letters -= usize::from(DeadLetter::is_dead(&oldest.message));
         self.total.fetch_sub(taken(&oldest), Ordering::Relaxed);
         Some(oldest)
+    }
+
+    /// Whether any of it is a dead letter.
+    pub(super) fn has_letters(&self) -> bool {
+        self.letters > 0
     }
 
     /// The place of its oldest, and bytes of all it has.
@@ -200,19 +209,26 @@ impl History {
     }
 }
 
-/// What dropping a retained message counts for.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Frees {
-    /// What it takes.
+/// Which retained messages free what they take.
+#[derive(Clone, Copy)]
+pub(super) enum Frees<'a> {
+    /// All.
     Everything,
-    /// That, unless somebody else holds it: it is in a backlog or in flight, or a dead letter is kept.
+    /// Those that are in no backlog and not in flight.
     WhatIsAlone,
+    /// Of those, dead letters that were published to this topic: they share its messages' payloads.
+    LettersOf(&'a Topic),
 }
 
-/// Whether dropping it here frees what it takes.
-fn is_alone(entry: &Arc<Entry>) -> bool {
-    let payload = entry.message.payload();
-    Arc::strong_count(entry) == 1 && (payload.is_empty() || payload.is_unique())
+impl Frees<'_> {
+    fn counts(self, entry: &Arc<Entry>) -> bool {
+        let alone = || Arc::strong_count(entry) == 1;
+        match self {
+            Self::Everything => true,
+            Self::WhatIsAlone => alone(),
+            Self::LettersOf(topic) => alone() && DeadLetter::is_from(&entry.message, topic),
+        }
+    }
 }
 
 /// Bytes that a retained message takes.
@@ -269,13 +285,12 @@ mod tests {
         assert!(freed == 0 && gone.is_empty());
         assert_eq!((history.entries.len(), looks), (6, 94));
         // The first and the last are; what stands between goes, and what is before it.
-        let (first, last, payload) =
-            (Arc::clone(&entries[0]), Arc::clone(&entries[5]), entries[4].message.payload().clone());
+        let (first, held) = (Arc::clone(&entries[0]), [Arc::clone(&entries[4]), Arc::clone(&entries[5])]);
         drop(entries);
         let (freed, gone) = history.forget(u64::MAX, Frees::WhatIsAlone, &mut looks);
         assert_eq!((freed, gone.len(), history.entries.len(), looks), (900, 4, 2, 88));
         assert!(Arc::ptr_eq(&gone[0], &first));
-        drop((payload, last));
+        drop(held);
         // No more than is asked for.
         assert_eq!(history.forget(1, Frees::WhatIsAlone, &mut looks).0, 300);
         assert_eq!((history.entries.len(), total.load(Ordering::Relaxed)), (1, 300));

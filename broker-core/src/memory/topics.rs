@@ -124,8 +124,13 @@ impl TopicState {
         self.state.lock().history.as_ref().and_then(|history| history.oldest())
     }
 
+    /// Whether any of what it retains is a dead letter.
+    pub(super) fn retains_letters(&self) -> bool {
+        self.state.lock().history.as_ref().is_some_and(|history| history.has_letters())
+    }
+
     /// Forgets the oldest it retains, as [`History::forget`] does; tells the bytes of what `frees` says.
-    pub(super) fn forget(&self, bytes: u64, frees: Frees, looks: &mut usize) -> u64 {
+    pub(super) fn forget(&self, bytes: u64, frees: Frees<'_>, looks: &mut usize) -> u64 {
         let forget = |history: &mut Box<History>| history.forget(bytes, frees, looks);
         let forgotten = self.state.lock().history.as_mut().map(forget);
         // What was forgotten goes now, with nothing locked.
