@@ -10,7 +10,7 @@ use broker_core::{Error, ErrorKind, Message, Topic};
 use bytes::Bytes;
 use http::StatusCode;
 
-use super::memory::{Ledger, RETRY_AFTER, at_bound};
+use super::memory::{Ledger, RETRY_AFTER, Vain, at_bound};
 use super::metrics::Refusal;
 use super::problem::Problem;
 
@@ -22,8 +22,10 @@ pub(crate) fn cost(message: &Message) -> u64 {
 /// What the messages of one topic hold.
 #[derive(Debug)]
 pub(crate) struct Account {
+    topic: Topic,
     books: Ledger,
     held: AtomicU64,
+    vain: Vain,
 }
 
 /// What is at its bound.
@@ -68,8 +70,8 @@ impl Full {
 }
 
 impl Account {
-    pub(crate) fn new(books: &Ledger) -> Arc<Self> {
-        Arc::new(Self { books: books.clone(), held: AtomicU64::new(0) })
+    pub(crate) fn new(books: &Ledger, topic: &Topic) -> Arc<Self> {
+        Arc::new(Self { topic: topic.clone(), books: books.clone(), held: AtomicU64::new(0), vain: Vain::default() })
     }
 
     pub(crate) fn held(&self) -> u64 {
@@ -78,11 +80,25 @@ impl Account {
 
     /// Refuses publishers, before their body is read, where the topic or all of them together are at their bound.
     pub(crate) fn check(&self, own: Option<u64>) -> Result<(), Full> {
-        let (topic_max, max) = (self.max(own), self.books.max());
-        if self.held() >= topic_max {
-            return Err(Full::Topic(topic_max));
+        let max = self.max(own);
+        if self.held() >= max && !(self.make_room(1, max) && self.held() < max) {
+            return Err(Full::Topic(max));
         }
-        if self.books.held() < max { Ok(()) } else { Err(Full::All(max)) }
+        self.books.check().map_err(Full::All)
+    }
+
+    /// Has the topic's history go; tells whether it holds nothing any more.
+    pub(crate) fn forget(&self) -> bool {
+        self.books.make_room(Some(&self.topic), &self.vain, 0, || self.held()) && self.held() == 0
+    }
+
+    /// Has the topic's history yield to so many bytes.
+    fn make_room(&self, bytes: u64, max: u64) -> bool {
+        let missing = || match self.held() {
+            0 => 0,
+            held => held.saturating_add(bytes).saturating_sub(max),
+        };
+        self.books.make_room(Some(&self.topic), &self.vain, max, missing)
     }
 
     /// The topic's bound: `own`, or that of every topic.
@@ -125,17 +141,27 @@ impl Account {
         full
     }
 
-    /// Takes the bytes of so many messages, unless a bound would be passed. A topic that holds nothing has room for
-    /// any one message.
+    /// Takes the bytes of so many messages, unless a bound would be passed; history yields to them. A topic that holds
+    /// nothing has room for any one message.
     fn take(&self, bytes: u64, messages: usize, own: Option<u64>, covered: u64) -> Result<(), Full> {
         let max = self.max(own);
+        let took = || self.try_take(bytes, messages, max);
+        if !(took() || self.make_room(bytes, max) && took()) {
+            return Err(Full::Topic(max));
+        }
+        self.books.take(bytes, covered).map_err(|max| {
+            self.held.fetch_sub(bytes, Ordering::Relaxed);
+            Full::All(max)
+        })
+    }
+
+    fn try_take(&self, bytes: u64, messages: usize, max: u64) -> bool {
         let before = self.held.fetch_add(bytes, Ordering::Relaxed);
         let passed = (before > 0 || messages > 1) && before.saturating_add(bytes) > max;
-        let taken = if passed { Err(Full::Topic(max)) } else { self.books.take(bytes, covered).map_err(Full::All) };
-        if taken.is_err() {
+        if passed {
             self.held.fetch_sub(bytes, Ordering::Relaxed);
         }
-        taken
+        !passed
     }
 }
 
@@ -200,10 +226,14 @@ mod tests {
         cost(&Message::new("")) + bytes
     }
 
+    fn account(ledger: &Ledger) -> Arc<Account> {
+        Account::new(ledger, &Topic::new("a").unwrap())
+    }
+
     #[test]
     fn a_charge_ends_with_the_last_copy() {
         let ledger = Ledger::new(1_000, 600);
-        let account = Account::new(&ledger);
+        let account = account(&ledger);
         let mut message = Message::new("12345678").with_key("k");
         account.charge(&mut message, None, 0).unwrap();
         assert_eq!((account.held(), ledger.held()), (cost_of(9), cost_of(9)));
@@ -218,7 +248,7 @@ mod tests {
     #[test]
     fn what_has_no_payload_is_charged_too() {
         let ledger = Ledger::new(10_000, 10_000);
-        let account = Account::new(&ledger);
+        let account = account(&ledger);
         let keyed = Message::tombstone().with_key("key").with_header("large", vec![0; 1_000]).unwrap();
         for message in [keyed, Message::tombstone(), Message::new("")] {
             let mut charged = message.clone();
@@ -238,7 +268,7 @@ mod tests {
     #[test]
     fn publishers_are_refused_at_a_bound() {
         let ledger = Ledger::new(1_000, 300);
-        let account = Account::new(&ledger);
+        let account = account(&ledger);
         account.check(None).unwrap();
         let mut all = ledger.room();
         all.grow(1_000).unwrap();
@@ -254,7 +284,7 @@ mod tests {
     #[test]
     fn who_came_in_below_a_bound_is_held_to_it_when_charged() {
         let ledger = Ledger::new(3_000, 1_000);
-        let (account, other) = (Account::new(&ledger), Account::new(&ledger));
+        let (account, other) = (account(&ledger), account(&ledger));
         let message = |bytes| Message::new(vec![0; bytes]);
         let mut first = message(700);
         account.charge(&mut first, None, 0).unwrap();

@@ -57,10 +57,11 @@ pub struct Limits {
     /// Subscriptions.
     pub subscriptions: usize,
     /// Topics in use: those whose messages are held somewhere, and those lately published to.
+    /// At it those are forgotten that hold nothing, or nothing but what is only retained.
     pub topics: usize,
     /// Bytes that messages published through this server and the bodies of its requests may hold,
-    /// counted with what each message takes besides; at it publishers are refused, and whoever
-    /// takes messages out goes on. Half of it is what deliveries of a broker elsewhere (RabbitMQ,
+    /// counted with what each message takes besides; at it what the topics of `memory:` only retain
+    /// is forgotten, then publishers are refused, and whoever takes messages out goes on. Half of it is what deliveries of a broker elsewhere (RabbitMQ,
     /// Kafka) may take from there to their settlement: then a subscription takes one at a time. What
     /// others publish to `memory:` in this process is bounded by its groups' backlogs.
     pub memory_bytes: u64,

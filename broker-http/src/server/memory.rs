@@ -1,12 +1,16 @@
 //! What messages and bodies hold in memory, for the whole server: the books that everything is counted in.
+//!
+//! Nobody is refused for what is only history: at a bound, what the topics of a broker in this process retain yields first.
 
-use std::sync::Arc;
+use std::any::Any;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
-use broker_core::ErrorKind;
+use broker_core::{Broker, ErrorKind, MemoryBroker, Topic};
 use bytes::Bytes;
 use http::StatusCode;
+use parking_lot::Mutex;
 
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
@@ -14,6 +18,9 @@ use crate::outgoing::Outgoing;
 
 /// How long a refused publisher is told to wait.
 pub(super) const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// The part of a bound that history frees at least when it yields, so that it is asked seldom.
+const AT_ONCE: u64 = 64;
 
 /// The books of a server.
 #[derive(Clone, Debug)]
@@ -33,7 +40,16 @@ struct Books {
     /// Since when milliseconds are counted, and when a look for what has expired may be next.
     since: Instant,
     look: AtomicU64,
+    /// The broker whose topics retain what is counted here. It holds the messages, and they the books.
+    broker: OnceLock<Weak<dyn Broker>>,
+    /// Held by who has history yield, with how often it did.
+    yielded: Mutex<u64>,
+    vain: Vain,
 }
+
+/// Until when, in milliseconds of the books, no history need be asked to yield: none could when it was last.
+#[derive(Debug, Default)]
+pub(super) struct Vain(AtomicU64);
 
 impl Ledger {
     pub(crate) fn new(max: u64, topic_max: u64) -> Self {
@@ -46,19 +62,74 @@ impl Ledger {
             topic_max: AtomicU64::new(topic_max),
             since: Instant::now(),
             look: AtomicU64::new(0),
+            broker: OnceLock::new(),
+            yielded: Mutex::new(0),
+            vain: Vain::default(),
         }))
+    }
+
+    /// From now on the history of this broker's topics yields, if it is one in this process.
+    pub(crate) fn retained_by(&self, broker: &Arc<dyn Broker>) {
+        let _ = self.0.broker.set(Arc::downgrade(broker));
+    }
+
+    fn millis(&self) -> u64 {
+        u64::try_from(self.0.since.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Whether history was asked in vain a moment ago.
+    pub(super) fn is_vain(&self, vain: &Vain) -> bool {
+        self.millis() < vain.0.load(Ordering::Relaxed)
+    }
+
+    /// It was now. Who is refused is told to come again when this is over.
+    pub(super) fn set_vain(&self, vain: &Vain) {
+        vain.0.store(self.millis().saturating_add(RETRY_AFTER.as_millis() as u64), Ordering::Relaxed);
+    }
+
+    /// So many bytes are `missing` at the bound `max`, of `topic` or of all: has what is retained yield. Tells whether that
+    /// may have made room.
+    pub(super) fn make_room(&self, topic: Option<&Topic>, vain: &Vain, max: u64, missing: impl Fn() -> u64) -> bool {
+        if self.is_vain(vain) {
+            return false;
+        }
+        let Some(broker) = self.0.broker.get().and_then(Weak::upgrade) else { return false };
+        let broker: &dyn Any = &*broker;
+        let Some(broker) = broker.downcast_ref::<MemoryBroker>() else { return false };
+        // One at a time, so that many who are refused at once take no more than is missing.
+        let mut yielded = self.0.yielded.lock();
+        let missing = missing();
+        if missing == 0 {
+            return true;
+        }
+        let freed = broker.forget(topic, missing.max(max / AT_ONCE));
+        if freed == 0 {
+            self.set_vain(vain);
+            return false;
+        }
+        *yielded += 1;
+        if yielded.is_power_of_two() {
+            let of = topic.map_or("all topics", Topic::as_str);
+            tracing::warn!(
+                of,
+                bytes = freed,
+                times = *yielded,
+                "a bound is reached: the oldest messages that were only retained for who comes later were forgotten"
+            );
+        }
+        true
     }
 
     /// A publisher was refused. Tells whether it is time to look for messages that have expired: a broker in
     /// this process lets go of them when it is asked for its numbers.
     pub(crate) fn want_look(&self) -> bool {
-        let now = u64::try_from(self.0.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let now = self.millis();
         let look = self.0.look.load(Ordering::Relaxed);
         let next = now.saturating_add(RETRY_AFTER.as_millis() as u64);
         look <= now && self.0.look.compare_exchange(look, next, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
-    /// From now on these bounds; what is held stays.
+    /// From now on these bounds; what is held stays, but for history, which yields to who publishes.
     pub(crate) fn set(&self, max: u64, topic_max: u64) {
         self.0.max.store(max, Ordering::Relaxed);
         self.0.answers.set_max(share(max));
@@ -96,12 +167,40 @@ impl Ledger {
         self.0.topic_max.load(Ordering::Relaxed)
     }
 
-    /// Takes so many bytes, `covered` of which are counted already.
+    /// Takes so many bytes, `covered` of which are counted already. History yields to them.
     ///
     /// # Errors
     ///
     /// The bound, if they would pass it.
     pub(super) fn take(&self, bytes: u64, covered: u64) -> Result<(), u64> {
+        let missing = || self.held().saturating_add(bytes).saturating_sub(self.max().saturating_add(covered));
+        self.try_take(bytes, covered).or_else(|max| {
+            // Nothing makes room for what is larger than all there is.
+            let fits = bytes <= max.saturating_add(covered);
+            if fits && self.make_room(None, &self.0.vain, max, missing) {
+                self.try_take(bytes, covered)
+            } else {
+                Err(max)
+            }
+        })
+    }
+
+    /// Whether there is room for any more.
+    ///
+    /// # Errors
+    ///
+    /// The bound, if there is none.
+    pub(super) fn check(&self) -> Result<(), u64> {
+        let missing = || (self.held() + 1).saturating_sub(self.max());
+        let max = self.max();
+        if missing() == 0 || self.make_room(None, &self.0.vain, max, missing) && missing() == 0 {
+            Ok(())
+        } else {
+            Err(max)
+        }
+    }
+
+    fn try_take(&self, bytes: u64, covered: u64) -> Result<(), u64> {
         let max = self.max();
         let held = self.0.held.fetch_add(bytes, Ordering::Relaxed) + self.0.encoded();
         if held.saturating_add(bytes) > max.saturating_add(covered) {

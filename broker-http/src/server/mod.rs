@@ -152,6 +152,7 @@ impl Server {
         let limits = options.limits().within();
         let ledger = Ledger::new(limits.memory_bytes, limits.topic_memory_bytes);
         let given = broker;
+        ledger.retained_by(&given);
         let broker = Metered::over(Arc::clone(&given), &ledger);
         let shared = Arc::new_cyclic(|shared| Shared {
             gate: Gate::new(options.access()),

@@ -3,16 +3,20 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use broker_core::{Broker, Message, Publisher, PublisherOptions, Result, Timestamp, Topic};
 use parking_lot::{Mutex, RwLock};
 use rustc_hash::FxHashMap;
 
 use super::charge::{Account, Full};
-use super::memory::Ledger;
+use super::memory::{Ledger, Vain};
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::topics::{Bounds, Topics};
+
+/// How long a publisher waits at most while topics are looked for that need not be known.
+const FORGETTING: Duration = Duration::from_millis(10);
 
 /// The handles, and with them the topics known: those lately published to.
 #[derive(Debug)]
@@ -22,6 +26,7 @@ pub(crate) struct Publishers {
     ledger: Ledger,
     topics: RwLock<Topics>,
     kept: RwLock<FxHashMap<Box<str>, Arc<Published>>>,
+    vain: Vain,
 }
 
 /// One topic published to.
@@ -53,7 +58,14 @@ impl TopicSummary {
 
 impl Publishers {
     pub(crate) fn new(broker: Arc<dyn Broker>, max: usize, ledger: Ledger, topics: Topics) -> Self {
-        Self { broker, max: AtomicUsize::new(max), ledger, topics: RwLock::new(topics), kept: RwLock::default() }
+        Self {
+            broker,
+            max: AtomicUsize::new(max),
+            ledger,
+            topics: RwLock::new(topics),
+            kept: RwLock::default(),
+            vain: Vain::default(),
+        }
     }
 
     /// The handle for `topic`.
@@ -72,13 +84,22 @@ impl Publishers {
             routed: std::sync::OnceLock::new(),
             count: AtomicU64::new(0),
             last: AtomicI64::new(Timestamp::now().as_millis()),
-            account: Account::new(&self.ledger),
+            account: Account::new(&self.ledger, &name),
             bounds: Mutex::new(bounds),
         });
+        let full = |kept: &FxHashMap<Box<str>, Arc<Published>>| kept.len() >= self.max() && !kept.contains_key(topic);
         let mut kept = self.kept.write();
-        if kept.len() >= self.max() && !kept.contains_key(topic) {
+        if full(&kept) {
             forget_oldest(&mut kept);
-            if kept.len() >= self.max() {
+        }
+        if full(&kept) {
+            drop(kept);
+            self.forget_history();
+            kept = self.kept.write();
+            if full(&kept) {
+                forget_oldest(&mut kept);
+            }
+            if full(&kept) {
                 return Err(Problem::too_many(format!(
                     "there are {} topics with messages, which is the most; have those taken out first",
                     self.max()
@@ -87,6 +108,21 @@ impl Publishers {
             }
         }
         Ok(Arc::clone(kept.entry(topic.into()).or_insert(published)))
+    }
+
+    /// Has topics published to the longest ago let go of what they only retain, until a sixteenth of all may be forgotten.
+    fn forget_history(&self) {
+        if self.ledger.is_vain(&self.vain) {
+            return;
+        }
+        let end = Instant::now() + FORGETTING;
+        let mut topics: Vec<_> = self.kept.read().values().map(Arc::clone).collect();
+        topics.sort_by_cached_key(|topic| topic.last.load(Ordering::Relaxed));
+        let wanted = topics.len() / 16 + 1;
+        let forgotten = topics.iter().take_while(|_| Instant::now() < end).filter(|topic| topic.account.forget());
+        if forgotten.take(wanted).count() == 0 {
+            self.ledger.set_vain(&self.vain);
+        }
     }
 
     /// From now on so many topics.

@@ -7,11 +7,12 @@ mod listen;
 mod suggest;
 mod table;
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use broker_core::{GroupName, format_duration, parse_duration};
+use broker_core::{Broker, GroupName, MemoryBroker, format_duration, parse_duration};
 use broker_http::push::Guard;
 use broker_http::{Access, Identity, Limits, PushTls, ServerOptions, SubscriptionSpec, TlsFiles, Topics};
 
@@ -24,7 +25,8 @@ pub(crate) use table::markdown;
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
     pub(crate) listen: String,
-    pub(crate) broker: String,
+    broker: String,
+    retained: Retained,
     pub(crate) dev: bool,
     pub(crate) insecure: bool,
     pub(crate) drain: Duration,
@@ -60,6 +62,13 @@ const RETAINED: [(&str, &str); 2] = [("retain", "10000"), ("retain_age", "10m")]
 
 /// Bytes of it of a topic at most.
 const RETAINED_BYTES: u64 = 16 << 20;
+
+/// Bytes that history takes at most where the broker's URL does not say so itself: a quarter of what messages may hold.
+#[derive(Clone, Copy, Debug)]
+struct Retained {
+    of_topic: u64,
+    of_all: u64,
+}
 
 /// How long a shutdown may be told to wait.
 const MAX_DRAIN: Duration = Duration::from_secs(24 * 3600);
@@ -97,11 +106,8 @@ impl Config {
         let limits = file.limits.apply()?;
         let config = Self {
             listen: args.listen.or(file.listen).unwrap_or_else(|| "127.0.0.1:2757".to_owned()),
-            broker: retaining(
-                args.broker.or(file.broker).unwrap_or_else(|| "memory:".to_owned()),
-                &limits,
-                file.topics.iter().filter_map(|rule| rule.memory_bytes),
-            ),
+            broker: args.broker.or(file.broker).unwrap_or_else(|| "memory:".to_owned()),
+            retained: Retained::within(&limits, file.topics.iter().filter_map(|rule| rule.memory_bytes)),
             dev: args.dev || file.dev.unwrap_or(false),
             insecure: args.insecure || file.insecure.unwrap_or(false),
             drain,
@@ -128,6 +134,25 @@ impl Config {
         };
         listen::check(&config.listen, config.tls.is_some())?;
         Ok(config)
+    }
+
+    /// The broker's URL; if it is a broker in this process that retains, with what its topics retain at most.
+    pub(crate) fn broker_url(&self) -> String {
+        self.retained.applied(&self.broker)
+    }
+
+    /// How much the topics of this broker retain from now on, if it is one in this process.
+    pub(crate) fn set_retention(&self, broker: &dyn Broker) -> Result<(), String> {
+        let broker: &dyn Any = broker;
+        let Some(memory) = broker.downcast_ref::<MemoryBroker>() else { return Ok(()) };
+        let Some(mut retention) = memory.retention() else { return Ok(()) };
+        if !says(&self.broker, "retain_bytes") {
+            retention.max_bytes = self.retained.of_topic;
+        }
+        if !says(&self.broker, "retain_total_bytes") {
+            retention.max_total_bytes = self.retained.of_all;
+        }
+        memory.set_retention(retention).map_err(said)
     }
 
     /// Who may do what.
@@ -339,28 +364,33 @@ fn push_tls(files: &FilePush) -> Result<PushTls, String> {
     Ok(tls)
 }
 
-/// The broker's URL; if it is a broker in this process that retains, with what its topics retain at most: a quarter of the bytes that
-/// messages may hold, over all and of each topic, so that history keeps no publisher out.
-fn retaining(url: String, limits: &Limits, topics: impl Iterator<Item = u64>) -> String {
-    if !url.starts_with("memory:") {
-        return url;
+/// Whether a URL has a parameter.
+fn says(url: &str, name: &str) -> bool {
+    let query = url.split_once('?').map_or("", |(_, query)| query);
+    query.split('&').any(|pair| pair.split('=').next() == Some(name))
+}
+
+impl Retained {
+    /// A quarter of the bytes that messages may hold, over all and of each topic, so that history seldom has to yield.
+    fn within(limits: &Limits, topics: impl Iterator<Item = u64>) -> Self {
+        let of_topic = topics.fold(limits.topic_memory_bytes, u64::min) / 4;
+        Self { of_topic: of_topic.min(RETAINED_BYTES), of_all: limits.memory_bytes / 4 }
     }
-    let said = url.split_once('?').map_or("", |(_, query)| query).to_owned();
-    let says = |name: &str| said.split('&').any(|pair| pair.split('=').next() == Some(name));
-    let of_topic = topics.fold(limits.topic_memory_bytes, u64::min) / 4;
-    let bounds = [
-        ("retain_bytes", of_topic.min(RETAINED_BYTES).to_string()),
-        ("retain_total_bytes", (limits.memory_bytes / 4).to_string()),
-    ];
-    let silent = url == "memory:";
-    if !silent && !["retain", "retain_age", "retain_bytes", "retain_total_bytes"].into_iter().any(says) {
-        return url;
+
+    /// The URL of a broker, with these bounds if its topics retain anything.
+    fn applied(self, url: &str) -> String {
+        let silent = url == "memory:";
+        let retains = ["retain", "retain_age", "retain_bytes", "retain_total_bytes"].iter().any(|name| says(url, name));
+        if !url.starts_with("memory:") || !silent && !retains {
+            return url.to_owned();
+        }
+        let bounds = [("retain_bytes", self.of_topic.to_string()), ("retain_total_bytes", self.of_all.to_string())];
+        let retained = RETAINED.into_iter().filter(|_| silent).map(|(name, value)| (name, value.to_owned()));
+        retained.chain(bounds).filter(|(name, _)| !says(url, name)).fold(url.to_owned(), |url, (name, value)| {
+            let separator = if url.contains('?') { '&' } else { '?' };
+            format!("{url}{separator}{name}={value}")
+        })
     }
-    let retained = RETAINED.into_iter().filter(|_| silent).map(|(name, value)| (name, value.to_owned()));
-    retained.chain(bounds).filter(|(name, _)| !says(name)).fold(url, |url, (name, value)| {
-        let separator = if url.contains('?') { '&' } else { '?' };
-        format!("{url}{separator}{name}={value}")
-    })
 }
 
 #[cfg(test)]
@@ -386,7 +416,7 @@ mod tests {
         assert_eq!((found.listen.as_str(), found.drain.as_secs(), found.log.as_str()), ("b:2", 5, "info"));
         let found = config("", &[]).unwrap();
         assert_eq!(
-            (found.listen.as_str(), found.drain.as_secs(), found.broker.as_str()),
+            (found.listen.as_str(), found.drain.as_secs(), found.broker_url().as_str()),
             (
                 "127.0.0.1:2757",
                 20,
@@ -397,7 +427,7 @@ mod tests {
 
     #[test]
     fn history_takes_a_quarter_of_what_messages_may_hold() {
-        let broker = |text: &str| config(text, &[]).unwrap().broker;
+        let broker = |text: &str| config(text, &[]).unwrap().broker_url();
         for (text, expected) in [
             ("broker = \"kafka://a:1\"", "kafka://a:1"),
             ("broker = \"memory:a\"", "memory:a"),
@@ -486,5 +516,8 @@ mod tests {
             config("listen = \"a:2\"\nlog = \"info\"\nlimits = {leases = 1}\nlog_format = \"json\"", &[]).unwrap();
         assert_eq!(before.fixed_differences(&after), ["listen", "log_format"]);
         assert!(before.fixed_differences(&before).is_empty());
+        // What follows from limits is taken up with them.
+        let fewer = config("listen = \"a:1\"\nlimits = {memory_bytes = 4000}", &[]).unwrap();
+        assert!(before.fixed_differences(&fewer).is_empty());
     }
 }

@@ -133,7 +133,7 @@ pub(crate) fn check(args: Args) -> ExitCode {
         config.check_subscriptions()?;
         logging::check(&config.log)?;
         config.otlp.as_ref().map_or(Ok(()), traces::check)?;
-        connectors().open(&config.broker).map_err(|error| error.message().to_owned())?;
+        connectors().open(&config.broker_url()).map_err(|error| error.message().to_owned())?;
         config.tls.clone().map(Tls::load).transpose().map_err(|error| error.message().to_owned())?;
         Ok(config)
     });
@@ -170,7 +170,7 @@ async fn serve(args: Args) -> Result<ExitCode, String> {
     let loopback = listener.is_loopback();
     config.check_reach(loopback)?;
     let development = config.is_development(loopback);
-    let broker = connectors().open(&config.broker).map_err(|error| error.message().to_owned())?;
+    let broker = connectors().open(&config.broker_url()).map_err(|error| error.message().to_owned())?;
     let connected = tokio::select! {
         connected = broker.connect() => connected,
         signal = signals.end() => {
@@ -321,6 +321,9 @@ impl Running {
             told.push_str(&format!("; development mode is {now}"));
         }
         self.config.take_up(config);
+        if let Err(why) = self.config.set_retention(&**self.server.broker()) {
+            told.push_str(&format!("; {why}"));
+        }
         Ok(told)
     }
 }
