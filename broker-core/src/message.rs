@@ -145,6 +145,8 @@ const OVERHEAD: usize = 256;
 
 /// What a header takes besides its bytes, about: an empty one is two handles on shared bytes.
 const HEADER_OVERHEAD: usize = 96;
+/// Of a text of its own: the allocation and what counts its owners.
+const TEXT_OVERHEAD: usize = 32;
 
 impl Message {
     /// A message with this payload, a new id and the present as its timestamp.
@@ -365,16 +367,24 @@ impl Message {
         self.payload().len() + self.key.as_ref().map_or(0, Bytes::len) + self.headers.size()
     }
 
-    /// Bytes that it takes in memory while it waits, about: its [`size`](Self::size), 256 for itself and 96 for each
-    /// header. For bounds that keep a process within its memory.
+    /// Bytes that it takes in memory while it waits, about: its [`size`](Self::size), what an id of its own, its content
+    /// type and its deduplication key have, 256 for itself, 96 for each header and 32 for each of those. For bounds that
+    /// keep a process within its memory.
     ///
     /// ```
     /// use broker_core::Message;
     /// assert_eq!(Message::new("1234").with_header("n", "v")?.memory_size(), 4 + 256 + 2 + 96);
+    /// assert_eq!(Message::new("").with_content_type("text/csv")?.memory_size(), 256 + 8 + 32);
     /// # Ok::<(), broker_core::Error>(())
     /// ```
     pub fn memory_size(&self) -> usize {
-        self.size() + OVERHEAD + self.headers.len() * HEADER_OVERHEAD
+        let id = match &self.id.0 {
+            Repr::Uuid(..) => None,
+            Repr::Text(text) => Some(text.len()),
+        };
+        let texts = [id, self.content_type().map(str::len), self.dedup_key().map(str::len)];
+        let texts: usize = texts.into_iter().flatten().map(|text| text + TEXT_OVERHEAD).sum();
+        self.size() + texts + OVERHEAD + self.headers.len() * HEADER_OVERHEAD
     }
 }
 

@@ -14,6 +14,7 @@ use http_body_util::BodyExt;
 use tokio::time::{Instant, timeout_at};
 
 use super::Shared;
+use super::access::Caller;
 use super::inflate::{Encoding, inflate};
 use super::limits::Limits;
 use super::memory::Reservation;
@@ -34,8 +35,9 @@ pub(crate) async fn collect(
     body: Body,
     limit: usize,
     shared: &Shared,
+    caller: Option<&Caller>,
 ) -> Answer<(Bytes, Reservation)> {
-    collect_on(headers, body, limit, shared, shared.ledger.room()).await
+    collect_on(headers, body, limit, shared, shared.ledger.room().of(caller.map(Caller::bodies))).await
 }
 
 /// Reads a request's JSON; it is taken at the bound of memory too, since it may be what makes room.
@@ -43,8 +45,14 @@ pub(crate) async fn collect(
 /// # Errors
 ///
 /// As of [`collect`], but 503.
-pub(crate) async fn collect_json(headers: &HeaderMap, body: Body, shared: &Shared) -> Answer<(Bytes, Reservation)> {
-    collect_on(headers, body, shared.limits().json_body_bytes, shared, shared.ledger.grant()).await
+pub(crate) async fn collect_json(
+    headers: &HeaderMap,
+    body: Body,
+    shared: &Shared,
+    caller: Option<&Caller>,
+) -> Answer<(Bytes, Reservation)> {
+    let reservation = shared.ledger.grant().of(caller.map(Caller::bodies));
+    collect_on(headers, body, shared.limits().json_body_bytes, shared, reservation).await
 }
 
 async fn collect_on(
@@ -60,7 +68,7 @@ async fn collect_on(
     if announced > limit as u64 {
         return Err(too_large(limit, announced));
     }
-    reservation.reach(announced)?;
+    reservation.expect(announced)?;
     let bytes = read(body, limit, &limits, &mut reservation).await?;
     match encoding {
         None if bytes.len() <= COPIED_BYTES => Ok((Bytes::copy_from_slice(&bytes), reservation)),
@@ -157,8 +165,9 @@ pub(crate) async fn json<T: serde::de::DeserializeOwned>(
     headers: &HeaderMap,
     body: Body,
     shared: &Shared,
+    caller: Option<&Caller>,
 ) -> Answer<Option<T>> {
-    let (bytes, _reservation) = collect_json(headers, body, shared).await?;
+    let (bytes, _reservation) = collect_json(headers, body, shared, caller).await?;
     read_json(&bytes)
 }
 

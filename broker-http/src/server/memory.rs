@@ -216,13 +216,13 @@ impl Ledger {
 
     /// Room for what is about to be read: none yet, and as much as there is.
     pub(crate) fn room(&self) -> Reservation {
-        Reservation { books: self.clone(), bytes: 0, bounded: true }
+        Reservation { books: self.clone(), bytes: 0, bounded: true, share: None }
     }
 
     /// Room for what makes room, or mends what keeps it taken: settlements, subscriptions, redrives. They are small,
     /// and count, and are never refused.
     pub(crate) fn grant(&self) -> Reservation {
-        Reservation { books: self.clone(), bytes: 0, bounded: false }
+        Reservation { books: self.clone(), bytes: 0, bounded: false, share: None }
     }
 
     /// What is encoded of messages for whoever asked.
@@ -259,17 +259,67 @@ pub(crate) struct Reservation {
     bytes: u64,
     /// Whether it is refused at the bound.
     bounded: bool,
+    share: Option<Share>,
+}
+
+/// What the bodies of one identity hold that are under way: no identity keeps the others out by sending slowly.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Share(Arc<AtomicU64>);
+
+/// What one identity may hold so, of all that may be held.
+fn own_share(max: u64) -> u64 {
+    (max / 8).max(1)
 }
 
 impl Reservation {
+    /// Counts it as a part of what its sender may hold.
+    pub(crate) fn of(mut self, share: Option<Share>) -> Self {
+        self.share = share;
+        self
+    }
+
+    /// What is announced is not there yet, and does not count: but where there is no room for it, nobody need send it.
+    ///
+    /// # Errors
+    ///
+    /// As of [`grow`](Self::grow).
+    pub(crate) fn expect(&mut self, bytes: u64) -> Answer<()> {
+        self.grow(bytes)?;
+        self.shrink(self.bytes - bytes);
+        Ok(())
+    }
+
     /// Room for more.
     ///
     /// # Errors
     ///
-    /// 503 if there is none, 413 where there never is so much.
+    /// 503 if there is none, 413 where there never is so much, 429 where its sender holds too much already.
     pub(crate) fn grow(&mut self, bytes: u64) -> Answer<()> {
+        if let Some(Share(held)) = &self.share {
+            let most = own_share(self.books.max());
+            let before = held.fetch_add(bytes, Ordering::Relaxed);
+            // One body alone may be as large as any.
+            if before > self.bytes && before.saturating_add(bytes) > most {
+                held.fetch_sub(bytes, Ordering::Relaxed);
+                return Err(Problem::too_many(format!(
+                    "bodies of this identity that are under way hold {most} bytes, which is the most; finish some first"
+                ))
+                .retry_after(RETRY_AFTER)
+                .counted(Refusal::Bodies));
+            }
+        }
+        self.take(bytes).inspect_err(|_| {
+            if let Some(Share(held)) = &self.share {
+                held.fetch_sub(bytes, Ordering::Relaxed);
+            }
+        })?;
+        self.bytes += bytes;
+        Ok(())
+    }
+
+    fn take(&self, bytes: u64) -> Answer<()> {
         if !self.bounded {
-            self.add(bytes);
+            self.books.0.held.fetch_add(bytes, Ordering::Relaxed);
             return Ok(());
         }
         self.books.take(bytes, 0).map_err(|max| {
@@ -281,14 +331,15 @@ impl Reservation {
             Problem::new(StatusCode::SERVICE_UNAVAILABLE, ErrorKind::Unavailable, at_bound(max))
                 .retry_after(RETRY_AFTER)
                 .counted(Refusal::Memory)
-        })?;
-        self.bytes += bytes;
-        Ok(())
+        })
     }
 
     /// The same of what is never refused.
     pub(crate) fn add(&mut self, bytes: u64) {
         self.books.0.held.fetch_add(bytes, Ordering::Relaxed);
+        if let Some(Share(held)) = &self.share {
+            held.fetch_add(bytes, Ordering::Relaxed);
+        }
         self.bytes += bytes;
     }
 
@@ -298,8 +349,12 @@ impl Reservation {
 
     /// Gives back what is beyond so many bytes.
     pub(crate) fn shrink(&mut self, bytes: u64) {
-        self.books.give_back(self.bytes.saturating_sub(bytes));
-        self.bytes = self.bytes.min(bytes);
+        let beyond = self.bytes.saturating_sub(bytes);
+        self.books.give_back(beyond);
+        if let Some(Share(held)) = &self.share {
+            held.fetch_sub(beyond, Ordering::Relaxed);
+        }
+        self.bytes -= beyond;
     }
 
     /// Room for so much altogether.
@@ -310,7 +365,7 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        self.books.give_back(self.bytes);
+        self.shrink(0);
     }
 }
 
@@ -336,6 +391,31 @@ mod tests {
         ledger.grant().grow(1).unwrap();
         drop(one);
         assert_eq!(ledger.held(), 0);
+    }
+
+    #[test]
+    fn one_sender_does_not_take_the_room_of_all() {
+        let ledger = Ledger::new(800, 800);
+        let share = Share::default();
+        // One body is as large as any; beside it there is no second one.
+        let mut large = ledger.room().of(Some(share.clone()));
+        large.grow(300).unwrap();
+        large.grow(100).unwrap();
+        let problem = ledger.grant().of(Some(share.clone())).grow(1).unwrap_err();
+        assert_eq!((problem.status(), ledger.held()), (StatusCode::TOO_MANY_REQUESTS, 400));
+        ledger.room().of(Some(Share::default())).grow(100).unwrap();
+        drop(large);
+        let mut small: Vec<_> = (0..4).map(|_| ledger.room().of(Some(share.clone()))).collect();
+        small.iter_mut().for_each(|body| body.grow(25).unwrap());
+        assert_eq!(small[0].grow(1).unwrap_err().status(), StatusCode::TOO_MANY_REQUESTS);
+        small[1].shrink(24);
+        small[0].grow(1).unwrap();
+        // What is announced counts when it is there.
+        drop(small);
+        let mut announced = ledger.room().of(Some(share.clone()));
+        announced.expect(800).unwrap();
+        assert_eq!((ledger.held(), announced.expect(801).unwrap_err().status().as_u16()), (0, 413));
+        assert_eq!((ledger.held(), share.0.load(Ordering::Relaxed)), (0, 0));
     }
 
     #[test]

@@ -43,6 +43,7 @@ pub(crate) enum Refusal {
     Leases,
     Memory,
     TopicMemory,
+    Bodies,
     Idempotency,
     Draining,
     TooMany,
@@ -50,7 +51,7 @@ pub(crate) enum Refusal {
 }
 
 impl Refusal {
-    const ALL: [(Self, &'static str); 26] = [
+    const ALL: [(Self, &'static str); 27] = [
         (Self::Unauthenticated, "unauthenticated"),
         (Self::Forbidden, "forbidden"),
         (Self::Attempts, "attempts"),
@@ -73,6 +74,7 @@ impl Refusal {
         (Self::Leases, "leases"),
         (Self::Memory, "memory"),
         (Self::TopicMemory, "topic_memory"),
+        (Self::Bodies, "bodies"),
         (Self::Idempotency, "idempotency"),
         (Self::Draining, "draining"),
         (Self::TooMany, "too_many"),

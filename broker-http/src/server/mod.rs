@@ -42,6 +42,7 @@ mod subscriptions;
 // Watching.
 mod metrics;
 mod ops;
+mod ready;
 
 mod options;
 mod routes;
@@ -83,6 +84,7 @@ use metered::Metered;
 use metrics::Metrics;
 use problem::{Answer, Problem};
 use publishers::Publishers;
+use ready::Readiness;
 use registry::Registry;
 use state::StateFile;
 
@@ -128,6 +130,7 @@ pub(crate) struct Shared {
     pub(crate) idempotency: Answers,
     pub(crate) registry: Registry,
     pub(crate) asked: Asked,
+    readiness: Readiness,
     /// Standing subscriptions whose endpoints are asked at a time.
     pub(crate) asking: Semaphore,
     pub(crate) leases: Arc<Leases>,
@@ -162,6 +165,7 @@ impl Server {
             idempotency: Answers::new(limits.idempotency_bytes),
             registry: Registry::default(),
             asked: Asked::default(),
+            readiness: Readiness::default(),
             asking: Semaphore::new(consent::MAX_ASKING),
             leases: Leases::new(limits.leases),
             streams: Arc::default(),

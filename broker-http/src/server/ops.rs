@@ -2,17 +2,17 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Request, State};
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use broker_core::Error;
 use http::{HeaderValue, StatusCode, Uri, header};
 use serde_json::json;
 
 use super::Shared;
 use super::metrics::Gauges;
 use super::problem::{Answer, Problem};
+use super::publish::json_response;
 use super::query::{Query, no_query};
-use super::subscriptions::{DEFAULT_PAGE, MAX_PAGE, respond};
+use super::subscriptions::{DEFAULT_PAGE, MAX_PAGE};
 
 /// The OpenAPI document; a test compares it with the routes.
 pub(crate) const OPENAPI: &str = include_str!("openapi.json");
@@ -21,39 +21,6 @@ pub(crate) const OPENAPI: &str = include_str!("openapi.json");
 pub(crate) async fn healthz(uri: Uri) -> Answer<&'static str> {
     no_query(&uri)?;
     Ok("ok\n")
-}
-
-/// `GET /readyz`: it takes requests, and so does the broker behind it; says what that one can do, and to admins
-/// where it is and what is wrong with it.
-pub(crate) async fn readyz(State(shared): State<Arc<Shared>>, request: Request) -> Response {
-    if let Err(problem) = no_query(request.uri()) {
-        return problem.into_response();
-    }
-    if shared.is_draining() {
-        return Problem::draining().into_response();
-    }
-    let is_admin = shared.gate.is_admin(request.extensions().get(), request.headers());
-    let (state, problem) = match shared.broker.status().await {
-        Ok(status) if matches!(status.state, broker_core::State::Active) => {
-            let mut ready = json!({ "status": "ready", "capabilities": shared.broker.capabilities() });
-            if let Some(fields) = ready.as_object_mut().filter(|_| is_admin) {
-                fields.insert("broker".to_owned(), status.name.into());
-            }
-            return respond(StatusCode::OK, &ready);
-        }
-        Ok(status) => {
-            let error = status.last_error.map(|error| format!(": {error}")).unwrap_or_default();
-            let state = serde_json::to_value(status.state).unwrap_or_default();
-            let state = state.as_str().unwrap_or("not active").to_owned();
-            let told = Problem::from(Error::unavailable(format!("the broker {} is {state}{error}", status.name)));
-            (state, told)
-        }
-        Err(error) => ("out of reach".to_owned(), Problem::from(error)),
-    };
-    if is_admin {
-        return problem.into_response();
-    }
-    Problem::from(Error::unavailable(format!("not ready: the broker is {state}"))).into_response()
 }
 
 /// `GET /metrics`
@@ -92,9 +59,11 @@ pub(crate) async fn topics(State(shared): State<Arc<Shared>>, uri: Uri) -> Answe
     let limit = query.number("limit", 1..=MAX_PAGE)?.unwrap_or(DEFAULT_PAGE);
     let after = query.text("next")?;
     query.finish()?;
+    shared.ledger.answers().turn().await;
     let (topics, more) = shared.publishers.list(after.as_deref(), limit);
     let next = topics.last().filter(|_| more).map(|last| last.name().to_owned());
-    Ok(respond(StatusCode::OK, &json!({ "topics": topics, "next": next })))
+    let topics = json!({ "topics": topics, "next": next }).to_string().into_bytes();
+    Ok(json_response(StatusCode::OK, shared.ledger.answer(topics)))
 }
 
 /// Any other path.

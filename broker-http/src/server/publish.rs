@@ -92,7 +92,7 @@ async fn answer(shared: &Arc<Shared>, prepared: Prepared, parts: &http::request:
         Format::Structured => limits.message_body_bytes * 2,
         Format::Single => limits.message_body_bytes,
     };
-    let (body, reservation) = body::collect(headers, body, limit, shared).await?;
+    let (body, reservation) = body::collect(headers, body, limit, shared, prepared.caller.as_ref()).await?;
     let mut prepared = prepared;
     let Some(key) = prepared.key.take() else {
         return publish_body(shared, &prepared, headers, body, reservation.bytes()).await;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use broker_core::{
@@ -16,6 +17,7 @@ use serde::Deserialize;
 use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::{Instant, timeout_at};
 
+use super::access::Caller;
 use super::leases::{Holder, LeaseId, Leases, detach};
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
@@ -334,13 +336,19 @@ struct Extend {
 }
 
 /// `POST /subscriptions/{name}/settle`
-pub(crate) async fn settle(State(shared): State<Arc<Shared>>, uri: Uri, headers: HeaderMap, body: Body) -> Answer {
+pub(crate) async fn settle(
+    State(shared): State<Arc<Shared>>,
+    caller: Option<Extension<Caller>>,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Body,
+) -> Answer {
     super::query::no_query(&uri)?;
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
     let pull = pulled(&subscribed)?;
     // Who settles is alive, whether it has room to pull or not.
     *pull.last.lock() = Instant::now();
-    let settlements: Settlements = body::json(&headers, body, &shared)
+    let settlements: Settlements = body::json(&headers, body, &shared, caller.as_deref())
         .await?
         .ok_or_else(|| Problem::invalid("a body is expected, as in {\"ack\": [\"lease\"]}"))?;
     let gone = settle_all(&shared.leases, &pull.holder, settlements).await?;

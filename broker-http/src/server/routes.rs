@@ -13,7 +13,7 @@ use http::{Method, StatusCode, Uri, header};
 
 use super::access::Caller;
 use super::problem::{Answer, Problem};
-use super::{Shared, asked, ops, origin, publish, pull, stream, subscriptions};
+use super::{Shared, asked, ops, origin, publish, pull, ready, stream, subscriptions};
 
 /// Every route of the interface.
 pub(crate) fn router(shared: &Arc<Shared>) -> Router {
@@ -46,7 +46,7 @@ fn routes() -> Vec<(&'static str, MethodRouter<Arc<Shared>>)> {
         ("/subscriptions/{name}/settle", post(pull::settle)),
         ("/consent/{name}", get(asked::consent).post(asked::consent)),
         ("/healthz", get(ops::healthz)),
-        ("/readyz", get(ops::readyz)),
+        ("/readyz", get(ready::readyz)),
         ("/metrics", get(ops::metrics)),
         ("/openapi.json", get(ops::openapi)),
     ]

@@ -52,7 +52,7 @@ pub(crate) async fn put(
 ) -> Answer {
     no_query(&uri)?;
     let name = GroupName::new(&*name_in_path(&uri)?)?;
-    let (json, reservation) = body::collect_json(&headers, body, &shared).await?;
+    let (json, reservation) = body::collect_json(&headers, body, &shared, caller.as_deref()).await?;
     if json.len() > SPEC_BYTES {
         return Err(Problem::too_large(format!("a subscription's settings have {SPEC_BYTES} bytes of JSON at most")));
     }
@@ -100,7 +100,9 @@ pub(crate) async fn get(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
 
 async fn show(shared: &Shared, subscribed: &Subscribed) -> Answer {
     let status = shared.broker.status().await?;
-    Ok(respond(StatusCode::OK, &view(shared, subscribed, Some(&status))))
+    shared.ledger.answers().turn().await;
+    let view = view(shared, subscribed, Some(&status)).to_string().into_bytes();
+    Ok(json_response(StatusCode::OK, shared.ledger.answer(view)))
 }
 
 /// `DELETE /subscriptions/{name}`
@@ -130,8 +132,23 @@ pub(crate) async fn list(State(shared): State<Arc<Shared>>, caller: Option<Exten
     let seen = |subscribed: &&Arc<Subscribed>| {
         caller.as_ref().is_none_or(|Extension(caller)| caller.may_see(&subscribed.spec.filter))
     };
-    let page: Vec<_> = page.iter().filter(seen).map(|subscribed| view(&shared, subscribed, Some(&status))).collect();
-    Ok(respond(StatusCode::OK, &json!({ "subscriptions": page, "next": next })))
+    shared.ledger.answers().turn().await;
+    let mut out = br#"{"subscriptions":["#.to_vec();
+    let mut last = None;
+    for subscribed in page.iter().filter(seen) {
+        if last.is_some() {
+            out.push(b',');
+        }
+        out.extend_from_slice(view(&shared, subscribed, Some(&status)).to_string().as_bytes());
+        last = Some(subscribed);
+        if out.len() >= FULL_BYTES {
+            break;
+        }
+    }
+    // A page that is full before its end goes on behind what it has.
+    let next = last.filter(|_| out.len() >= FULL_BYTES).map(|last| last.name.to_string()).or(next);
+    out.extend_from_slice(format!(r#"],"next":{}}}"#, json!(next)).as_bytes());
+    Ok(json_response(StatusCode::OK, shared.ledger.answer(out)))
 }
 
 /// `POST /subscriptions/{name}/pause`
@@ -179,9 +196,11 @@ pub(crate) async fn test(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer 
 pub(crate) async fn attempts(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
     no_query(&uri)?;
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
+    shared.ledger.answers().turn().await;
     let attempts: Vec<_> =
         subscribed.push().map(|push| push.attempts().iter().map(attempt_view).collect()).unwrap_or_default();
-    Ok(respond(StatusCode::OK, &json!({ "attempts": attempts })))
+    let attempts = json!({ "attempts": attempts }).to_string().into_bytes();
+    Ok(json_response(StatusCode::OK, shared.ledger.answer(attempts)))
 }
 
 fn attempt_view(attempt: &crate::push::Attempt) -> Value {
@@ -269,10 +288,17 @@ impl Redrive {
 }
 
 /// `POST /subscriptions/{name}/redrive`
-pub(crate) async fn redrive(State(shared): State<Arc<Shared>>, uri: Uri, headers: HeaderMap, body: Body) -> Answer {
+pub(crate) async fn redrive(
+    State(shared): State<Arc<Shared>>,
+    caller: Option<Extension<Caller>>,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Body,
+) -> Answer {
     no_query(&uri)?;
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
-    let (max, rate) = body::json::<Redrive>(&headers, body, &shared).await?.unwrap_or_default().bounds()?;
+    let (max, rate) =
+        body::json::<Redrive>(&headers, body, &shared, caller.as_deref()).await?.unwrap_or_default().bounds()?;
     let redriven = match rate {
         None => shared.broker.redrive(&subscribed.group, max).await?,
         Some(rate) => {

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use broker_http::{Limits, ServerOptions};
+use broker_http::{Access, Action, Identity, Limits, ServerOptions, TokenHash};
 use bytes::Bytes;
 use http::Request;
 use serde_json::json;
@@ -770,4 +770,92 @@ async fn a_slow_reader_that_gets_on_is_not_cut() {
     events.await;
     assert_eq!(read, running.get("/openapi.json").await.body.len());
     assert_eq!(refused(&running, "answer_timeout").await, 0);
+}
+
+/// What is announced and never sent keeps nobody out.
+#[tokio::test]
+async fn bodies_count_as_they_come() {
+    let running = limited(|limits| {
+        (limits.memory_bytes, limits.topic_memory_bytes) = (1 << 20, 1 << 20);
+    })
+    .await;
+    running.put("q", r#"{"filter":"a"}"#).await;
+    let mut silent = Vec::new();
+    for path in ["topics/b", "subscriptions/q/settle"].repeat(20) {
+        let mut stream = running.connect().await;
+        let head = format!("POST /{path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 200000\r\n\r\n{{");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        silent.push(stream);
+    }
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(running.post("/topics/a", &"x".repeat(100_000)).await.status, 202);
+    let metrics = running.get("/metrics").await.text();
+    let held = metrics.lines().find_map(|line| line.strip_prefix("broker_memory_bytes ")).unwrap();
+    assert!(held.parse::<u64>().unwrap() < 200_000, "{held}");
+}
+
+/// What an identity has sent of bodies that never end is bounded by itself.
+#[tokio::test]
+async fn no_identity_takes_the_memory_of_all_by_sending_slowly() {
+    let mut limits = Limits::default();
+    (limits.memory_bytes, limits.topic_memory_bytes) = (1 << 20, 1 << 20);
+    let identity = |name: &str| {
+        let identity = Identity::new(name).unwrap().with_token(TokenHash::of(name));
+        identity.allowing([Action::Publish, Action::Settle, Action::Admin], [">".parse().unwrap()])
+    };
+    let access = Access::new([identity("slow"), identity("good")]).unwrap();
+    let running = Running::with(ServerOptions::new().with_limits(limits).with_access(access)).await;
+    let good = [("authorization", "Bearer good")];
+    assert_eq!(running.send("PUT /subscriptions/q", &good, r#"{"filter":"a"}"#).await.status, 201);
+    let mut begun = Vec::new();
+    for path in ["topics/b", "subscriptions/q/settle"].repeat(10) {
+        let mut stream = running.connect().await;
+        let head = format!(
+            "POST /{path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer slow\r\ncontent-length: 200000\r\n\r\n{{"
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        stream.write_all(&[b' '; 100_000]).await.unwrap();
+        begun.push(stream);
+    }
+    let line = "broker_refused_total{reason=\"bodies\"} ";
+    soon(async {
+        loop {
+            let metrics = running.send("GET /metrics", &good, "").await.text();
+            let refused = metrics.lines().find_map(|have| have.strip_prefix(line)).unwrap().parse::<u32>().unwrap();
+            if refused >= 10 {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    let answer = running.send("POST /topics/a", &good, "x".repeat(200_000)).await;
+    assert_eq!(answer.status, 202, "{}", answer.text());
+}
+
+/// A page of much ends early, and goes on where it ended.
+#[tokio::test]
+async fn a_page_of_large_subscriptions_is_cut() {
+    let running = Running::start().await;
+    let values: Vec<_> = (0..200).map(|number| json!({"prefix": {"type": format!("{number:0250}")}})).collect();
+    let spec = json!({"filter": "a", "filters": [{"any": values}]}).to_string();
+    for number in 0..170 {
+        assert_eq!(running.put(&format!("s{number:03}"), &spec).await.status, 201);
+    }
+    let (mut seen, mut next, mut pages) = (Vec::new(), String::new(), 0);
+    loop {
+        let reply = running.get(&format!("/subscriptions?limit=1000{next}")).await;
+        assert!(reply.text().len() < 9 << 20);
+        let page = reply.json();
+        let names =
+            page["subscriptions"].as_array().unwrap().iter().map(|one| one["name"].as_str().unwrap().to_owned());
+        seen.extend(names);
+        pages += 1;
+        match page["next"].as_str() {
+            Some(name) => next = format!("&next={name}"),
+            None => break,
+        }
+    }
+    assert_eq!((seen.len(), pages), (170, 2));
+    assert!(seen.is_sorted());
 }

@@ -20,6 +20,7 @@ use subtle::ConditionallySelectable;
 use tokio::sync::watch;
 
 use super::Shared;
+use super::memory::Share;
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::wire::Wire;
@@ -55,6 +56,8 @@ pub struct Access {
 pub(crate) struct Known {
     identity: Identity,
     bucket: Option<Arc<Bucket>>,
+    /// What its bodies hold that are under way.
+    bodies: Share,
 }
 
 impl Access {
@@ -83,7 +86,7 @@ impl Access {
                 }
             }
             let bucket = identity.rate.map(|rate| Arc::new(Bucket::new(rate, identity.burst)));
-            known.push(Arc::new(Known { identity, bucket }));
+            known.push(Arc::new(Known { identity, bucket, bodies: Share::default() }));
         }
         Ok(Self { known })
     }
@@ -97,7 +100,9 @@ impl Access {
         };
         let known = |new: &Arc<Known>| {
             let bucket = bucket(new).or_else(|| new.bucket.clone());
-            Arc::new(Known { identity: new.identity.clone(), bucket })
+            let old = before.known.iter().find(|old| old.identity.name == new.identity.name);
+            let bodies = old.map_or(&new.bodies, |old| &old.bodies).clone();
+            Arc::new(Known { identity: new.identity.clone(), bucket, bodies })
         };
         Self { known: self.known.iter().map(known).collect() }
     }
@@ -163,6 +168,11 @@ impl Caller {
 
     pub(crate) fn name(&self) -> &str {
         &self.known.identity.name
+    }
+
+    /// What its bodies hold that are under way.
+    pub(crate) fn bodies(&self) -> Share {
+        self.known.bodies.clone()
     }
 
     pub(crate) fn may(&self, action: Action, filter: &TopicFilter) -> bool {
