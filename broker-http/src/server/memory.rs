@@ -98,21 +98,29 @@ impl Ledger {
         let Some(broker) = broker.downcast_ref::<MemoryBroker>() else { return false };
         // One at a time, so that many who are refused at once take no more than is missing.
         let mut yielded = self.0.yielded.lock();
-        let missing = missing();
-        if missing == 0 {
-            return true;
+        let mut bytes = 0;
+        // Mostly the first part is enough. What a dead letter shares is free with its last copy only.
+        for part in 0..=AT_ONCE.ilog2() {
+            let missing = missing();
+            if missing == 0 {
+                break;
+            }
+            let freed = broker.forget(topic, missing.max((max / AT_ONCE) << part));
+            if freed == 0 {
+                self.set_vain(vain);
+                break;
+            }
+            bytes += freed;
         }
-        let freed = broker.forget(topic, missing.max(max / AT_ONCE));
-        if freed == 0 {
-            self.set_vain(vain);
-            return false;
+        if bytes == 0 {
+            return missing() == 0;
         }
         *yielded += 1;
         if yielded.is_power_of_two() {
             let of = topic.map_or("all topics", Topic::as_str);
             tracing::warn!(
                 of,
-                bytes = freed,
+                bytes,
                 times = *yielded,
                 "a bound is reached: the oldest messages that were only retained for who comes later were forgotten"
             );

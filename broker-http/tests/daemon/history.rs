@@ -189,3 +189,32 @@ async fn topics_that_only_retain_make_room_for_others() {
     let pulled = daemon.json("POST /subscriptions/q/pull?max=100&wait=10s", "").await;
     assert_eq!(pulled["deliveries"].as_array().map(Vec::len), Some(1), "{pulled}");
 }
+
+/// They share their payloads with the topic that they were published to, and are charged to it.
+#[tokio::test]
+async fn dead_letters_that_only_a_dead_letter_topic_retains_keep_nobody_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = write(
+        &folder.path().join("broker.toml"),
+        "broker = \"memory:?retain_bytes=100000000\"\nlimits = {topic_memory_bytes = 500000}",
+    );
+    let daemon = Daemon::start(&["--config", &config]).await;
+    assert_eq!(daemon.send("PUT /subscriptions/q", r#"{"filter":"a","dead_letter":"dead"}"#).await.0, 201);
+    let taken = daemon.publish("a", 20).await;
+    let pulled = daemon.json("POST /subscriptions/q/pull?max=100&wait=10s", "").await;
+    let leases = pulled["deliveries"].as_array().unwrap_or_else(|| panic!("{pulled}")).iter();
+    let rejected: Vec<_> = leases.map(|delivery| serde_json::json!({ "lease": delivery["lease"] })).collect();
+    assert_eq!(rejected.len(), taken);
+    let settle = serde_json::json!({ "reject": rejected }).to_string();
+    assert_eq!(daemon.json("POST /subscriptions/q/settle", &settle).await["gone"], Value::Array(Vec::new()));
+    assert_eq!(daemon.resumed("dead", "a-0").await, "id: a-1", "they are retained");
+    assert_eq!(daemon.json("DELETE /subscriptions/q/dead", "").await["purged"], taken);
+    assert_eq!(daemon.send("DELETE /subscriptions/q", "").await.0, 204);
+    soon(async {
+        while daemon.publish("a", 1).await == 0 {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    assert_eq!(daemon.publish("a", 20).await, 20);
+}
