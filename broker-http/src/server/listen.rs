@@ -28,12 +28,13 @@ use tower_service::Service as _;
 
 use super::accept::{Accept, Accepted, Accepting};
 use super::access::{Peer, Presented};
+use super::activity::{Activity, Busy, Waits};
 use super::limits::Limits;
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
-use super::rest::{Received, Rest};
+use super::rest::Received;
 use super::tls::Tls;
-use super::wire::{Socket, Watched, Wire};
+use super::wire::{Socket, Watched};
 use super::{Shared, publish, routes};
 
 /// What is written to a connection over the limit, without reading from it: a sender that sees it
@@ -399,82 +400,6 @@ fn refusal(error: &(dyn std::error::Error + 'static)) -> Option<Refusal> {
         source = error.source();
     }
     None
-}
-
-/// Whether anything happens on a connection.
-#[derive(Debug)]
-struct Activity {
-    active: AtomicUsize,
-    begun: AtomicUsize,
-    /// Bodies over HTTP/2 of which a piece is there that nobody has taken.
-    offered: AtomicUsize,
-    /// Pieces taken.
-    taken: AtomicUsize,
-    wire: Arc<Wire>,
-    /// What was left of a request's body.
-    rest: Arc<Rest<Incoming>>,
-}
-
-impl Default for Activity {
-    fn default() -> Self {
-        let wire = Arc::<Wire>::default();
-        Self {
-            active: AtomicUsize::default(),
-            begun: AtomicUsize::default(),
-            offered: AtomicUsize::default(),
-            taken: AtomicUsize::default(),
-            rest: Arc::new(Rest::new(Arc::clone(&wire))),
-            wire,
-        }
-    }
-}
-
-/// How far answers have come that wait for their reader.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Waits {
-    /// The socket takes nothing: bytes it took before.
-    Socket(usize),
-    /// No stream has room: pieces taken before.
-    Streams(usize),
-}
-
-impl Activity {
-    /// Changes while requests come; over HTTP/1 also while an answer is being read, where over HTTP/2
-    /// answers to pings are written.
-    fn life(&self) -> (usize, usize) {
-        let written = if self.wire.is_http2() { 0 } else { self.wire.written() };
-        (self.begun.load(Ordering::Acquire), written)
-    }
-
-    /// Whether an answer waits for its reader.
-    fn waits(&self) -> Option<Waits> {
-        if self.wire.is_blocked() {
-            Some(Waits::Socket(self.wire.written()))
-        } else if self.offered.load(Ordering::Acquire) > 0 {
-            Some(Waits::Streams(self.taken.load(Ordering::Acquire)))
-        } else {
-            None
-        }
-    }
-}
-
-/// A request at work, until its answer is written.
-struct Busy(Arc<Activity>);
-
-impl Busy {
-    fn begin(activity: &Arc<Activity>) -> Self {
-        activity.active.fetch_add(1, Ordering::AcqRel);
-        activity.begun.fetch_add(1, Ordering::AcqRel);
-        activity.wire.forget();
-        Self(Arc::clone(activity))
-    }
-}
-
-impl Drop for Busy {
-    fn drop(&mut self) {
-        self.0.wire.forget();
-        self.0.active.fetch_sub(1, Ordering::AcqRel);
-    }
 }
 
 /// The body of an answer; its request is at work until it ends.

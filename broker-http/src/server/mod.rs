@@ -3,6 +3,7 @@
 // What a request meets first.
 mod accept;
 mod access;
+mod activity;
 pub(crate) mod body;
 mod charge;
 mod frames;
