@@ -1,18 +1,28 @@
 //! Whether anything happens on a connection: the requests at work on it, and how its answers get on.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use hyper::body::Incoming;
+use tokio::task::AbortHandle;
 
 use super::rest::Rest;
 use super::wire::Wire;
 
+/// The connection ends for another's sake: a request that begins from then on comes too late.
+const GAVE_WAY: usize = 1 << (usize::BITS - 1);
+
 /// What happens on a connection.
 #[derive(Debug)]
 pub(crate) struct Activity {
-    /// Requests at work.
-    pub(crate) active: AtomicUsize,
+    /// Requests at work, and [`GAVE_WAY`].
+    active: AtomicUsize,
+    opened: Instant,
+    /// Microseconds from then to when no request was at work any more.
+    quiet: AtomicU64,
+    /// Ends the connection at once.
+    task: OnceLock<AbortHandle>,
     /// Requests begun.
     pub(crate) begun: AtomicUsize,
     /// Bodies over HTTP/2 of which a piece is there that nobody has taken.
@@ -29,6 +39,9 @@ impl Default for Activity {
         let wire = Arc::<Wire>::default();
         Self {
             active: AtomicUsize::default(),
+            opened: Instant::now(),
+            quiet: AtomicU64::default(),
+            task: OnceLock::new(),
             begun: AtomicUsize::default(),
             offered: AtomicUsize::default(),
             taken: AtomicUsize::default(),
@@ -53,6 +66,40 @@ impl Activity {
     pub(crate) fn life(&self) -> (usize, usize) {
         let written = if self.wire.is_http2() { 0 } else { self.wire.written() };
         (self.begun.load(Ordering::Acquire), written)
+    }
+
+    /// Whether a request is at work.
+    pub(crate) fn is_active(&self) -> bool {
+        self.active.load(Ordering::Acquire) > 0
+    }
+
+    /// The task that ends with the connection; before it is known the connection does not give way.
+    pub(crate) fn served_by(&self, task: AbortHandle) {
+        let _ = self.task.set(task);
+    }
+
+    /// Since when it has been at no request, if it may give way: nothing said yet, a head or a handshake begun, or idle.
+    /// An answer that is still to be read belongs to its request.
+    pub(crate) fn quiet_since(&self) -> Option<Instant> {
+        let answers = self.wire.is_blocked() && self.begun.load(Ordering::Acquire) > 0;
+        if self.is_active() || answers || self.task.get().is_none() {
+            return None;
+        }
+        Some(self.opened + Duration::from_micros(self.quiet.load(Ordering::Acquire)))
+    }
+
+    /// Ends the connection for another's sake, unless a request is at work: none is cut for it.
+    pub(crate) fn give_way(&self) -> bool {
+        let Some(task) = self.task.get() else { return false };
+        let gives_way = self.active.compare_exchange(0, GAVE_WAY, Ordering::AcqRel, Ordering::Acquire).is_ok();
+        if gives_way {
+            task.abort();
+        }
+        gives_way
+    }
+
+    pub(crate) fn has_given_way(&self) -> bool {
+        self.active.load(Ordering::Acquire) & GAVE_WAY != 0
     }
 
     /// Whether an answer waits for its reader.
@@ -82,6 +129,8 @@ impl Busy {
 impl Drop for Busy {
     fn drop(&mut self) {
         self.0.wire.forget();
+        let quiet = u64::try_from(self.0.opened.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.0.quiet.store(quiet, Ordering::Release);
         self.0.active.fetch_sub(1, Ordering::AcqRel);
     }
 }

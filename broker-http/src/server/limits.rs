@@ -22,8 +22,10 @@ use broker_core::{Error, Result, format_duration};
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Limits {
-    /// Connections at a time; one more is answered 503 and closed. With TLS it is closed without a word: a
-    /// handshake would cost what the bound is to save.
+    /// Connections at a time. For one more another gives way that is at no request, idle or with nothing but a begun
+    /// head or handshake, the one that has been so longest: of the address (of IPv6, the /64) that holds most, if
+    /// that holds two more than the newcomer's at least. A request is never cut for it. Where nobody gives way, one
+    /// more is answered 503 and closed, with TLS without a word: a handshake would cost what the bound is to save.
     pub connections: usize,
     /// Requests at a time on one HTTP/2 connection.
     pub streams_per_connection: u32,

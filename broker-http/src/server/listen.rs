@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -31,6 +31,7 @@ use super::access::{Peer, Presented};
 use super::activity::{Activity, Busy, Waits};
 use super::limits::Limits;
 use super::metrics::Refusal;
+use super::places::{Place, Places};
 use super::problem::{Answer, Problem};
 use super::rest::Received;
 use super::tls::Tls;
@@ -51,7 +52,7 @@ pub(crate) struct Connections {
     /// Ends every connection at once, after `closing`.
     cut: CancellationToken,
     tasks: TaskTracker,
-    open: Arc<AtomicUsize>,
+    places: Places,
     /// Places for telling a connection that it is one too many.
     refusing: Arc<Semaphore>,
 }
@@ -65,7 +66,7 @@ impl Connections {
             closing: CancellationToken::new(),
             cut: CancellationToken::new(),
             tasks: TaskTracker::new(),
-            open: Arc::default(),
+            places: Places::default(),
             refusing: Arc::new(Semaphore::new(REFUSED_AT_ONCE)),
         }
     }
@@ -92,9 +93,13 @@ impl Connections {
                 limits = shared.limits.load_full();
                 builder = Arc::new(make_builder(&limits));
             }
-            match Place::take(&self.open, limits.connections) {
-                Some(place) => {
-                    let activity = Arc::<Activity>::default();
+            let activity = Arc::<Activity>::default();
+            match self.places.take(address, limits.connections, &activity) {
+                Some((place, gave_way)) => {
+                    if gave_way {
+                        shared.metrics.refused(Refusal::GaveWay);
+                        tracing::debug!(peer = ?address, "a quiet connection gave way to this one");
+                    }
                     let wire = Arc::clone(&activity.wire);
                     let connection = Connection {
                         builder: Arc::clone(&builder),
@@ -108,11 +113,13 @@ impl Connections {
                         peer: Peer { address, certificate: None, wire },
                         _place: place,
                     };
-                    let stream = Socket::new(stream, Arc::clone(&connection.activity.wire));
-                    match &tls {
+                    let activity = Arc::clone(&connection.activity);
+                    let stream = Socket::new(stream, Arc::clone(&activity.wire));
+                    let task = match &tls {
                         None => self.tasks.spawn(connection.serve(stream)),
                         Some(tls) => self.tasks.spawn(connection.serve_tls(stream, tls.clone())),
                     };
+                    activity.served_by(task.abort_handle());
                 }
                 None => {
                     shared.metrics.connection_refused();
@@ -160,23 +167,6 @@ impl Drop for Connections {
     fn drop(&mut self) {
         self.closing.cancel();
         self.cut.cancel();
-    }
-}
-
-/// A connection's place among all that may be open; given back when dropped.
-struct Place(Arc<AtomicUsize>);
-
-impl Place {
-    fn take(open: &Arc<AtomicUsize>, max: usize) -> Option<Self> {
-        let place = Self(Arc::clone(open));
-        // Dropped, it is given back.
-        (open.fetch_add(1, Ordering::AcqRel) < max).then_some(place)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -270,6 +260,10 @@ impl Connection {
             let body = Received::new(body, version, &parts.headers, &active.rest);
             let request = Request::from_parts(parts, Body::new(body));
             async move {
+                if busy.0.has_given_way() {
+                    // The connection is about to end: nothing of the request is done.
+                    return std::future::pending().await;
+                }
                 let mut response = answer(Arc::clone(&shared), router, request).await;
                 let activity = &busy.0;
                 activity.wire.answer();
@@ -318,7 +312,7 @@ impl Connection {
                         return;
                     }
                     let life = activity.life();
-                    let active = activity.active.load(Ordering::Acquire) > 0;
+                    let active = activity.is_active();
                     if !active || life != seen {
                         still = now;
                     } else if now - still >= self.patience {
@@ -524,7 +518,7 @@ mod tests {
             closing: CancellationToken::new(),
             cut: CancellationToken::new(),
             peer: Peer::default(),
-            _place: Place::take(&Arc::default(), 1).unwrap(),
+            _place: Places::default().take(None, 1, &Arc::default()).unwrap().0,
         };
         let (ours, theirs) = tokio::io::duplex(64 << 10);
         tokio::spawn(async move {

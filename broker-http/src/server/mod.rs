@@ -13,6 +13,7 @@ mod listen;
 mod memory;
 mod metered;
 mod origin;
+mod places;
 pub(crate) mod problem;
 mod query;
 mod rest;

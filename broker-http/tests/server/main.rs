@@ -12,6 +12,7 @@ mod idempotency;
 mod lifecycle;
 mod limits;
 mod metrics;
+mod places;
 mod publish;
 mod pull;
 mod socket;

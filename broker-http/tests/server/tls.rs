@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use broker_core::MemoryBroker;
 use broker_http::push::Guard;
-use broker_http::{Access, Action, Identity, PushTls, Server, ServerOptions, Tls, TlsFiles};
+use broker_http::{Access, Action, Identity, Limits, PushTls, Server, ServerOptions, Tls, TlsFiles};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -116,6 +116,37 @@ async fn a_client_certificate_is_an_identity() {
     let _ = soon(plain.read_to_end(&mut answer)).await;
     assert!(!answer.starts_with(b"HTTP/"), "{answer:?}");
     assert_eq!(soon(ask(address, &nobody, "GET /healthz")).await.unwrap().status, 200);
+}
+
+/// A handshake that gets nowhere holds a place as little as a connection that says nothing.
+#[tokio::test]
+async fn handshakes_give_way_to_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let servers = authority();
+    write(folder.path(), &servers, "localhost");
+    let files = TlsFiles::new(folder.path().join("cert.pem"), folder.path().join("key.pem"));
+    let mut limits = Limits::default();
+    limits.connections = 4;
+    let options = ServerOptions::new().with_development(true).with_limits(limits);
+    let server = Server::new(Arc::new(MemoryBroker::new()), options);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move { server.serve_tls(listener, Tls::load(files).unwrap()).await });
+    let mut flood = Vec::new();
+    // Nothing, or a handshake's record of 256 bytes begun.
+    for said in [&b""[..], &[22, 3, 1, 1, 0], b"", &[22, 3, 1, 1, 0]] {
+        let mut stream = crate::places::connect_from("127.0.0.9", address).await;
+        stream.write_all(said).await.unwrap();
+        flood.push(stream);
+    }
+    let guest = client(&servers, None);
+    let mut first = guest
+        .connect(ServerName::try_from("localhost").unwrap(), TcpStream::connect(address).await.unwrap())
+        .await
+        .unwrap();
+    say(&mut first, "GET /healthz", "ok\n").await;
+    assert_eq!(soon(ask(address, &guest, "GET /healthz")).await.unwrap().status, 200);
+    say(&mut first, "GET /metrics", "reason=\"gave_way\"} 2\n").await;
 }
 
 /// Sends a request over a connection that stays, and reads until `end` has come.

@@ -30,6 +30,7 @@ pub use identity::{Action, Allow, Identity};
 use need::Need;
 use rate::Bucket;
 use throttle::Throttle;
+pub(crate) use throttle::network;
 pub use token::{Token, TokenHash};
 
 /// The identities of a server. Without any, whoever reaches it may do everything; with one or more,
