@@ -286,15 +286,13 @@ impl Reservation {
         self
     }
 
-    /// What is announced is not there yet, and does not count: but where there is no room for it, nobody need send it.
+    /// What is announced is not there yet: it neither counts nor has history yield. But what could never fit is not waited for.
     ///
     /// # Errors
     ///
-    /// As of [`grow`](Self::grow).
-    pub(crate) fn expect(&mut self, bytes: u64) -> Answer<()> {
-        self.grow(bytes)?;
-        self.shrink(self.bytes - bytes);
-        Ok(())
+    /// 413.
+    pub(crate) fn expect(&self, bytes: u64) -> Answer<()> {
+        if self.bounded && bytes > self.books.max() { Err(never(self.books.max())) } else { Ok(()) }
     }
 
     /// Room for more.
@@ -332,9 +330,7 @@ impl Reservation {
         }
         self.books.take(bytes, 0).map_err(|max| {
             if self.bytes.saturating_add(bytes) > max {
-                return Problem::too_large(format!(
-                    "it takes more than the {max} bytes that all messages here may hold together; send less at a time"
-                ));
+                return never(max);
             }
             Problem::new(StatusCode::SERVICE_UNAVAILABLE, ErrorKind::Unavailable, at_bound(max))
                 .retry_after(RETRY_AFTER)
@@ -375,6 +371,13 @@ impl Drop for Reservation {
     fn drop(&mut self) {
         self.shrink(0);
     }
+}
+
+/// What is said of more than there ever is.
+fn never(max: u64) -> Problem {
+    Problem::too_large(format!(
+        "it takes more than the {max} bytes that all messages here may hold together; send less at a time"
+    ))
 }
 
 /// What is said at the bound.
@@ -420,7 +423,7 @@ mod tests {
         small[0].grow(1).unwrap();
         // What is announced counts when it is there.
         drop(small);
-        let mut announced = ledger.room().of(Some(share.clone()));
+        let announced = ledger.room().of(Some(share.clone()));
         announced.expect(800).unwrap();
         assert_eq!((ledger.held(), announced.expect(801).unwrap_err().status().as_u16()), (0, 413));
         assert_eq!((ledger.held(), share.0.load(Ordering::Relaxed)), (0, 0));
