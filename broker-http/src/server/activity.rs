@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use http::HeaderMap;
 use hyper::body::Incoming;
 use tokio::task::AbortHandle;
 
@@ -25,6 +26,8 @@ pub(crate) struct Activity {
     task: OnceLock<AbortHandle>,
     /// Requests begun.
     pub(crate) begun: AtomicUsize,
+    /// Bytes of the heads of requests at work over HTTP/2.
+    heads: AtomicUsize,
     /// Bodies over HTTP/2 of which a piece is there that nobody has taken.
     pub(crate) offered: AtomicUsize,
     /// Pieces taken.
@@ -43,6 +46,7 @@ impl Default for Activity {
             quiet: AtomicU64::default(),
             task: OnceLock::new(),
             begun: AtomicUsize::default(),
+            heads: AtomicUsize::default(),
             offered: AtomicUsize::default(),
             taken: AtomicUsize::default(),
             rest: Arc::new(Rest::new(Arc::clone(&wire))),
@@ -132,5 +136,36 @@ impl Drop for Busy {
         let quiet = u64::try_from(self.0.opened.elapsed().as_micros()).unwrap_or(u64::MAX);
         self.0.quiet.store(quiet, Ordering::Release);
         self.0.active.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// What a header takes besides its name and value (RFC 9113, section 10.5.1).
+const HEADER: usize = 32;
+
+/// The head of a request over HTTP/2, until the request is answered: many are at work on a connection.
+pub(crate) struct Head {
+    activity: Arc<Activity>,
+    bytes: usize,
+    /// All of the connection, with this one.
+    all: usize,
+}
+
+impl Head {
+    pub(crate) fn begin(activity: &Arc<Activity>, uri: usize, headers: &HeaderMap) -> Self {
+        let fields = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + HEADER);
+        let bytes = uri + fields.sum::<usize>();
+        let all = activity.heads.fetch_add(bytes, Ordering::AcqRel) + bytes;
+        Self { activity: Arc::clone(activity), bytes, all }
+    }
+
+    /// Bytes of the connection's heads when this one came.
+    pub(crate) fn all(&self) -> usize {
+        self.all
+    }
+}
+
+impl Drop for Head {
+    fn drop(&mut self) {
+        self.activity.heads.fetch_sub(self.bytes, Ordering::AcqRel);
     }
 }

@@ -31,7 +31,8 @@ pub struct Limits {
     pub streams_per_connection: u32,
     /// Headers of a request.
     pub headers: usize,
-    /// Bytes of a request's line and headers together.
+    /// Bytes of a request's line and headers together. Those of all requests at work on one HTTP/2 connection have
+    /// 16 times as many; one more is answered 503.
     pub header_bytes: usize,
     /// Bytes of a request's path and query.
     pub uri_bytes: usize,

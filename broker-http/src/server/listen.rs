@@ -28,7 +28,7 @@ use tower_service::Service as _;
 
 use super::accept::{Accept, Accepted, Accepting};
 use super::access::{Peer, Presented};
-use super::activity::{Activity, Busy, Waits};
+use super::activity::{Activity, Busy, Head, Waits};
 use super::limits::Limits;
 use super::metrics::Refusal;
 use super::places::{Place, Places};
@@ -257,6 +257,10 @@ impl Connection {
             active.wire.set_fleeting(routes::waits(request.uri()));
             let (shared, router, version) = (Arc::clone(&shared), router.clone(), request.version());
             let (parts, body) = request.into_parts();
+            let head = (version == Version::HTTP_2).then(|| {
+                let uri = parts.uri.path_and_query().map_or(0, |path| path.as_str().len());
+                Head::begin(&active, uri, &parts.headers)
+            });
             let body = Received::new(body, version, &parts.headers, &active.rest);
             let request = Request::from_parts(parts, Body::new(body));
             async move {
@@ -264,7 +268,16 @@ impl Connection {
                     // The connection is about to end: nothing of the request is done.
                     return std::future::pending().await;
                 }
-                let mut response = answer(Arc::clone(&shared), router, request).await;
+                let mut response = match head.as_ref().and_then(|head| check_heads(head, &shared.limits()).err()) {
+                    None => answer(Arc::clone(&shared), router, request).await,
+                    Some(problem) => {
+                        drop(request);
+                        let response = problem.into_response();
+                        shared.metrics.answered(&response);
+                        response
+                    }
+                };
+                drop(head);
                 let activity = &busy.0;
                 activity.wire.answer();
                 if response.body().size_hint().exact().is_some() {
@@ -377,6 +390,20 @@ fn check_headers<B>(request: &Request<B>, max: usize) -> Answer<()> {
     let detail = format!("the request has {count} headers, and {max} are the most");
     let status = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
     Err(Problem::new(status, ErrorKind::TooLarge, detail).counted(Refusal::HeadTooLarge))
+}
+
+/// Times [`Limits::header_bytes`] that the heads of one connection's requests may take together.
+const HEADS: usize = 16;
+
+/// Over HTTP/2 requests wait side by side, each with its head.
+fn check_heads(head: &Head, limits: &Limits) -> Answer<()> {
+    let most = limits.header_bytes.saturating_mul(HEADS);
+    if head.all() <= most {
+        return Ok(());
+    }
+    let detail = format!("the requests at work on this connection have {most} bytes of headers at most");
+    let problem = Problem::new(StatusCode::SERVICE_UNAVAILABLE, ErrorKind::Unavailable, detail);
+    Err(problem.retry_after(Duration::from_secs(1)).counted(Refusal::ConnectionHeaders))
 }
 
 /// What the parser of HTTP/1.1 refused.

@@ -38,6 +38,7 @@ pub(crate) enum Refusal {
     GaveWay,
     Descriptors,
     ConnectionStreams,
+    ConnectionHeaders,
     Streams,
     Subscriptions,
     Topics,
@@ -52,7 +53,7 @@ pub(crate) enum Refusal {
 }
 
 impl Refusal {
-    const ALL: [(Self, &'static str); 28] = [
+    const ALL: [(Self, &'static str); 29] = [
         (Self::Unauthenticated, "unauthenticated"),
         (Self::Forbidden, "forbidden"),
         (Self::Attempts, "attempts"),
@@ -70,6 +71,7 @@ impl Refusal {
         (Self::GaveWay, "gave_way"),
         (Self::Descriptors, "descriptors"),
         (Self::ConnectionStreams, "connection_streams"),
+        (Self::ConnectionHeaders, "connection_headers"),
         (Self::Streams, "streams"),
         (Self::Subscriptions, "subscriptions"),
         (Self::Topics, "topics"),

@@ -584,6 +584,43 @@ async fn streams_beyond_those_of_a_connection_are_refused_and_counted() {
 }
 
 #[tokio::test]
+async fn headers_of_requests_that_wait_on_one_connection_are_bounded_together() {
+    let running = limited(|limits| limits.header_bytes = 8 << 10).await;
+    let mut send = h2(&running).await;
+    let large = |method: &str| {
+        let mut request = get("/topics/a");
+        *request.method_mut() = method.parse().unwrap();
+        request.headers_mut().insert("x-large", "v".repeat(6 << 10).parse().unwrap());
+        request
+    };
+    // 16 times 8 KiB have room for 20 or 21 heads of 6 KiB and something.
+    let mut waiting = Vec::new();
+    for _ in 0..30 {
+        send = send.ready().await.unwrap();
+        waiting.push(send.send_request(large("POST"), false).unwrap());
+    }
+    refused_at_last(&running, "connection_headers", 9).await;
+    // Others are served, and so is who has had his answer.
+    let reply = running.send("POST /topics/a", &[("x-large", &"v".repeat(6 << 10))], "x").await;
+    assert_eq!(reply.status, 202);
+    let mut statuses = Vec::new();
+    for (answer, mut body) in waiting {
+        // Nobody waits for the body of what was refused.
+        let _ = body.send_data(Bytes::from_static(b"x"), true);
+        statuses.push(soon(answer).await.unwrap().status().as_u16());
+    }
+    let taken = statuses.iter().take_while(|status| **status == 202).count();
+    assert!((20..=21).contains(&taken) && statuses[taken..].iter().all(|status| *status == 503), "{statuses:?}");
+    for _ in 0..30 {
+        send = send.ready().await.unwrap();
+        let (answer, mut body) = send.send_request(large("POST"), false).unwrap();
+        body.send_data(Bytes::from_static(b"x"), true).unwrap();
+        assert_eq!(soon(answer).await.unwrap().status(), 202);
+    }
+    assert_eq!(refused(&running, "connection_headers").await, 30 - taken as u64);
+}
+
+#[tokio::test]
 async fn a_flood_of_continuations_is_cut_off() {
     // A head that never ends (CVE-2024-27316 and its kin).
     let running = Running::start().await;
