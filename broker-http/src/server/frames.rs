@@ -91,6 +91,54 @@ impl Frames {
     }
 }
 
+/// Bytes that a connection of HTTP/2 begins with (RFC 9113, 3.4).
+const PREFACE: usize = 24;
+const CONTINUATION: u8 = 9;
+const END_HEADERS: u8 = 4;
+
+/// Follows the frames that are read, to tell whether one has begun and is not whole, or a head goes on in the next.
+#[derive(Debug, Default)]
+pub(crate) struct Heard {
+    /// Bytes of the preface.
+    preface: usize,
+    /// As much of a frame's head as there is.
+    head: [u8; HEAD],
+    have: usize,
+    /// Bytes of a payload to come.
+    rest: usize,
+    /// A head without an end.
+    open: bool,
+}
+
+impl Heard {
+    pub(crate) fn read(&mut self, mut bytes: &[u8]) {
+        let preface = bytes.len().min(PREFACE - self.preface);
+        self.preface += preface;
+        bytes = bytes.get(preface..).unwrap_or_default();
+        while !bytes.is_empty() {
+            let rest = self.rest.min(bytes.len());
+            self.rest -= rest;
+            bytes = bytes.get(rest..).unwrap_or_default();
+            for byte in self.head.iter_mut().skip(self.have) {
+                let Some((first, rest)) = bytes.split_first() else { return };
+                (*byte, bytes) = (*first, rest);
+                self.have += 1;
+            }
+            let [l0, l1, l2, kind, flags, ..] = self.head;
+            self.rest = u32::from_be_bytes([0, l0, l1, l2]) as usize;
+            self.have = 0;
+            if kind == HEADERS || kind == CONTINUATION {
+                self.open = flags & END_HEADERS == 0;
+            }
+        }
+    }
+
+    pub(crate) fn has_begun(&self) -> bool {
+        let preface = (1..PREFACE).contains(&self.preface);
+        preface || self.have > 0 || self.rest > 0 || self.open
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -98,6 +146,29 @@ mod tests {
     fn frame(kind: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
         let length = (payload.len() as u32).to_be_bytes();
         [&length[1..], &[kind, 0], &stream.to_be_bytes(), payload].concat()
+    }
+
+    #[test]
+    fn what_is_begun_is_known_however_the_bytes_are_cut() {
+        let mut end = frame(CONTINUATION, 1, &[0x82; 300]);
+        end[4] = END_HEADERS;
+        let all = [
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), false),
+            (frame(4, 0, &[]), false),
+            (frame(6, 0, &[HEADERS; 8]), false),
+            (frame(HEADERS, 1, &[0x82; 20]), true),
+            (end, false),
+        ];
+        for size in 1..=64 {
+            let mut heard = Heard::default();
+            for (bytes, open) in &all {
+                let (last, most) = bytes.split_last().unwrap();
+                most.chunks(size).for_each(|piece| heard.read(piece));
+                assert!(heard.has_begun(), "{size} bytes at a time: {bytes:?}");
+                heard.read(&[*last]);
+                assert_eq!(heard.has_begun(), *open, "{size} bytes at a time: {bytes:?}");
+            }
+        }
     }
 
     #[test]

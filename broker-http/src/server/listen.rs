@@ -170,6 +170,9 @@ impl Drop for Connections {
     }
 }
 
+/// How long the other side has for its end, once a connection has ended for its silence.
+const FAREWELL: Duration = Duration::from_secs(1);
+
 /// The parser's own bound of headers, which costs nothing.
 const USUAL_HEADERS: usize = 100;
 
@@ -299,6 +302,7 @@ impl Connection {
         let (mut seen, mut quiet) = (activity.life(), Instant::now());
         let mut waits: Option<(Waits, Instant)> = None;
         let mut still = quiet;
+        let mut idle = self.idle;
         loop {
             tokio::select! {
                 biased;
@@ -334,20 +338,26 @@ impl Connection {
                     }
                     if active || life != seen {
                         (seen, quiet) = (life, now);
-                    } else if now - quiet >= self.idle {
+                    } else if now - quiet >= idle {
                         if closing {
                             return;
                         }
                         (closing, quiet) = (true, now);
+                        idle = period.min(FAREWELL);
                         // What has begun a head and stands still is told so; what is idle just ends.
                         if activity.wire.end_late() {
                             self.shared.metrics.refused(Refusal::HeadTimeout);
                         } else {
+                            if activity.wire.is_amid_frame() {
+                                // HTTP/2 says goodbye, and would wait for the rest of the frame.
+                                self.shared.metrics.refused(Refusal::HeadTimeout);
+                                idle = Duration::ZERO;
+                            }
                             serving.as_mut().graceful_shutdown();
                         }
                     }
                     // Not later than the time is up where nothing has happened since the last look.
-                    let up = (quiet + self.idle).max(now + Duration::from_millis(1));
+                    let up = (quiet + idle).max(now + Duration::from_millis(1));
                     look.as_mut().reset((now + period).min(up));
                 }
             }
@@ -562,6 +572,9 @@ mod tests {
         (begin.elapsed().as_secs_f64(), said)
     }
 
+    /// HEADERS of `:method: GET`, without END_HEADERS.
+    const HEAD: &[u8] = &[0, 0, 1, 1, 0, 0, 0, 0, 1, 0x82];
+
     #[tokio::test(start_paused = true)]
     async fn headers_have_the_whole_of_their_time() {
         // A fresh connection, with nothing said and with half a head.
@@ -571,6 +584,15 @@ mod tests {
             let (after, heard) = end(&mut stream).await;
             assert!((10.0..10.1).contains(&after), "{said:?}: {after}");
             assert!(heard.starts_with(answer) && heard.is_empty() == answer.is_empty(), "{heard}");
+        }
+        // Over HTTP/2: half a preface, half a frame, and a head without an end.
+        let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+        for said in [&preface[..10], &[&preface[..], b"\0\0"].concat(), &[&preface[..], HEAD].concat()] {
+            let mut stream = connect();
+            stream.write_all(said).await.unwrap();
+            let (begin, mut heard) = (Instant::now(), Vec::new());
+            stream.read_to_end(&mut heard).await.unwrap();
+            assert!((10.0..10.1).contains(&begin.elapsed().as_secs_f64()), "{said:?}: {:?}", begin.elapsed());
         }
         // A head that is done within its time, however late.
         let mut stream = connect();

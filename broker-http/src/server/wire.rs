@@ -12,7 +12,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
 
-use super::frames::Frames;
+use super::frames::{Frames, Heard};
 use super::{Shared, rest};
 
 /// What is written where a head does not arrive in time.
@@ -29,6 +29,8 @@ pub(crate) struct Wire {
     late: AtomicBool,
     /// How many bytes of `PRI` the connection began with; HTTP/2's preface does, no method of ours.
     preface: AtomicU8,
+    /// Over HTTP/2: a frame or a head has begun and is not whole.
+    begun: AtomicBool,
     /// Requests answered.
     answered: AtomicUsize,
     /// Bytes the socket has taken, around the numbers' end.
@@ -54,6 +56,11 @@ impl Wire {
     /// A request was answered.
     pub(crate) fn answer(&self) {
         self.answered.fetch_add(1, Ordering::Release);
+    }
+
+    /// Whether part of a head, or of another frame, stands still over HTTP/2.
+    pub(crate) fn is_amid_frame(&self) -> bool {
+        self.begun.load(Ordering::Relaxed)
     }
 
     /// Ends a connection on which part of a head stands still; false if nothing was begun, or not in
@@ -121,6 +128,7 @@ pub(crate) struct Watched<S> {
     /// Who counts what HTTP/2 refuses.
     shared: Arc<Shared>,
     frames: Frames,
+    heard: Heard,
     /// Bytes of [`HEAD_TOO_SLOW`] written.
     told: usize,
     /// Bytes read while looking for the end, and how many of them were taken.
@@ -147,6 +155,7 @@ impl<S> Watched<S> {
             wire,
             shared,
             frames: Frames::default(),
+            heard: Heard::default(),
             told: 0,
             ahead: Default::default(),
             closing: Closing::Not,
@@ -219,7 +228,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Watched<S> {
         }
         let before = buf.filled().len();
         ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
-        this.wire.hear(buf.filled().get(before..).unwrap_or_default());
+        let bytes = buf.filled().get(before..).unwrap_or_default();
+        this.wire.hear(bytes);
+        // Not HTTP/2 as soon as it is known not to be.
+        if this.wire.preface.load(Ordering::Relaxed) != OTHER {
+            this.heard.read(bytes);
+            this.wire.begun.store(this.wire.is_http2() && this.heard.has_begun(), Ordering::Relaxed);
+        }
         Poll::Ready(Ok(()))
     }
 }

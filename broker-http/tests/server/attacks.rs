@@ -55,6 +55,21 @@ async fn slow_heads_are_told_408() {
 }
 
 #[tokio::test]
+async fn slow_heads_over_http_2_are_cut_and_counted() {
+    let running = limited(|limits| limits.header_timeout = Duration::from_millis(300)).await;
+    let begin = [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &frame(4, 0, 0, &[])].concat();
+    // Half a preface, half a frame, a head without END_HEADERS; and an idle connection, which is no slow head.
+    let head = frame(1, 1, 1, &[0x82]);
+    for said in [&begin[..10], &[&begin[..], &head[..5]].concat(), &[&begin[..], &head].concat(), &begin] {
+        let mut stream = running.connect().await;
+        stream.write_all(said).await.unwrap();
+        let _ = soon(stream.read_to_end(&mut Vec::new())).await;
+    }
+    refused_at_last(&running, "head_timeout", 3).await;
+    assert_eq!(refused(&running, "head_timeout").await, 3);
+}
+
+#[tokio::test]
 async fn a_head_drop_by_drop_is_no_way_around_it() {
     let running = limited(|limits| limits.header_timeout = Duration::from_millis(300)).await;
     let mut stream = running.connect().await;
