@@ -311,6 +311,13 @@ pub(crate) struct Settlements {
     extend: Vec<Extend>,
 }
 
+impl Settlements {
+    /// Leases named.
+    pub(crate) fn len(&self) -> usize {
+        self.ack.len() + self.retry.len() + self.reject.len() + self.release.len() + self.extend.len()
+    }
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Retry {

@@ -25,6 +25,7 @@ use tokio_tungstenite::tungstenite::{Error, Message};
 use super::Shared;
 use super::access::Revoked;
 use super::leases::{Holder, LeaseId, Places};
+use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::pull::{self, Settlements};
 use super::stream::{FRAME_BYTES, Place, copy, join};
@@ -49,6 +50,11 @@ const DEFAULT_HOLD: Duration = Duration::from_secs(30);
 /// How often the other side is asked whether it is there, and how long it may be silent.
 const PING: Duration = Duration::from_secs(15);
 const SILENCE: Duration = Duration::from_secs(45);
+
+/// Frames that say nothing of what is lent (pings, credit, what cannot be read, leases that are gone): so many at
+/// once, so many a second besides, and two for each delivery lent.
+const CHATTER: f64 = 1_000.0;
+const CHATTER_A_SECOND: f64 = 100.0;
 
 /// How long an ended socket waits for the other side's end.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -80,6 +86,7 @@ pub(crate) async fn open(
         name,
         credit: 0,
         untold: VecDeque::new(),
+        chatter: Chatter::new(Instant::now()),
     };
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
@@ -110,6 +117,7 @@ struct Lending {
     credit: usize,
     /// Lent, and the other side does not know yet.
     untold: VecDeque<(LeaseId, Received)>,
+    chatter: Chatter,
 }
 
 impl Drop for Lending {
@@ -194,12 +202,16 @@ impl Lending {
                 message = socket.next() => {
                     drop(places);
                     heard = Instant::now();
-                    match message {
+                    let settles = match message {
                         Some(Ok(Message::Text(text))) => self.asked(socket, text.as_bytes()).await?,
                         Some(Ok(Message::Binary(bytes))) => self.asked(socket, &bytes).await?,
-                        Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => {}
+                        Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => false,
                         Some(Err(error)) => return fault(&error),
                         Some(Ok(Message::Close(_))) | None => return None,
+                    };
+                    if !settles && !self.chatter.may_go_on(heard) {
+                        self.shared.metrics.refused(Refusal::Flood);
+                        return Some(goodbye(CloseCode::Policy, "too many frames that settle nothing"));
                     }
                 }
                 () = self.shared.ledger.answers().turn(), if !self.untold.is_empty() => {
@@ -237,6 +249,7 @@ impl Lending {
     /// Lends deliveries.
     fn lend(&mut self, places: Places, deliveries: Vec<Delivery>) -> Option<()> {
         self.credit -= deliveries.len().min(self.credit);
+        self.chatter.earn(deliveries.len());
         self.shared.metrics.streamed(deliveries.len());
         let events: Vec<_> = deliveries.iter().map(|delivery| delivery.received().clone()).collect();
         let ids = self.shared.leases.grant(places, deliveries, self.hold).ok()?;
@@ -256,24 +269,50 @@ impl Lending {
         self.shared.ledger.answer(pull::encode(self.untold.drain(..count), self.name.as_deref()))
     }
 
-    /// Takes a frame: adds its credit, settles what it settles.
-    async fn asked(&mut self, socket: &mut Socket, frame: &[u8]) -> Option<()> {
-        let gone = match Told::read(frame) {
+    /// Takes a frame: adds its credit, settles what it settles; tells whether that was something.
+    async fn asked(&mut self, socket: &mut Socket, frame: &[u8]) -> Option<bool> {
+        let (named, gone) = match Told::read(frame) {
             Ok(Told::Credit(credit)) => {
                 self.credit = self.credit.saturating_add(credit);
-                return Some(());
+                return Some(false);
             }
             Ok(Told::Settlements(settlements)) => {
-                pull::settle_all(&self.shared.leases, &self.holder, settlements).await
+                (settlements.len(), pull::settle_all(&self.shared.leases, &self.holder, settlements).await)
             }
-            Err(problem) => Err(problem),
+            Err(problem) => (0, Err(problem)),
         };
-        let answer = match gone {
-            Ok(gone) if gone.is_empty() => return Some(()),
-            Ok(gone) => json!({ "gone": gone }),
-            Err(problem) => json!({ "error": problem }),
+        let (settles, answer) = match gone {
+            Ok(gone) if gone.is_empty() => return Some(named > 0),
+            Ok(gone) => (gone.len() < named, json!({ "gone": gone })),
+            Err(problem) => (false, json!({ "error": problem })),
         };
-        send(socket, answer.to_string().into(), self.shared.limits().body_timeout).await
+        send(socket, answer.to_string().into(), self.shared.limits().body_timeout).await?;
+        Some(settles)
+    }
+}
+
+/// How many frames may still come that settle nothing.
+struct Chatter {
+    left: f64,
+    at: Instant,
+}
+
+impl Chatter {
+    fn new(now: Instant) -> Self {
+        Self { left: CHATTER, at: now }
+    }
+
+    /// Deliveries were lent: for each credit is given anew, and its lease may have ended when it is settled.
+    fn earn(&mut self, deliveries: usize) {
+        self.left = (self.left + 2.0 * deliveries as f64).min(CHATTER + 2.0 * MAX_LENT as f64);
+    }
+
+    /// One more has come.
+    fn may_go_on(&mut self, now: Instant) -> bool {
+        let since = now.saturating_duration_since(std::mem::replace(&mut self.at, now)).as_secs_f64();
+        let refilled = (self.left + since * CHATTER_A_SECOND).min(CHATTER);
+        self.left = self.left.max(refilled) - 1.0;
+        self.left >= 0.0
     }
 }
 

@@ -291,3 +291,60 @@ async fn fragments_are_bounded() {
     }
     assert_eq!(serde_json::from_slice::<Value>(&text).unwrap()["deliveries"].as_array().unwrap().len(), 1);
 }
+
+/// The code that a socket is closed with, which sends these as fast as it can.
+async fn closed_with(mut socket: Socket, frames: impl Iterator<Item = Message>) -> Option<CloseCode> {
+    let (mut write, mut read) = (&mut socket.0).split();
+    let flooding = async {
+        for frame in frames {
+            if write.send(frame).await.is_err() {
+                break;
+            }
+        }
+        std::future::pending::<()>().await;
+    };
+    let closing = async {
+        loop {
+            match read.next().await {
+                Some(Ok(Message::Close(frame))) => return frame.map(|frame| frame.code),
+                Some(Ok(_)) => {}
+                _ => return None,
+            }
+        }
+    };
+    soon(async {
+        tokio::select! { code = closing => code, () = flooding => None }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_flood_of_frames_that_settle_nothing_ends_its_socket() {
+    let running = Running::start().await;
+    running.put("q", r#"{"filter":"a","max_in_flight":5000}"#).await;
+    let floods = [
+        Message::Ping("x".into()),
+        Message::text(r#"{"credit":0}"#),
+        Message::text("{}"),
+        Message::text(r#"{"ack":["gone"]}"#),
+        Message::text("what?"),
+    ];
+    for (number, frame) in floods.into_iter().enumerate() {
+        let socket = Socket::open(&running, "/topics/a/stream?group=q").await;
+        let code = closed_with(socket, std::iter::repeat_n(frame.clone(), 100_000)).await;
+        assert_eq!(code, Some(CloseCode::Policy), "{frame:?}");
+        let metrics = running.get("/metrics").await.text();
+        assert!(metrics.contains(&format!("refused_total{{reason=\"flood\"}} {}\n", number + 1)), "{metrics}");
+    }
+    // Who is lent much says much.
+    let lines: String = (0..3_000).map(|number| format!("{{\"payload\":{number}}}\n")).collect();
+    running.send("POST /topics/a", &[("content-type", "application/x-ndjson")], lines).await;
+    let mut socket = Socket::open(&running, "/topics/a/stream?group=q").await;
+    socket.say(json!({"credit": 3_000})).await;
+    for delivery in socket.deliveries(3_000).await {
+        socket.say(json!({"credit": 1})).await;
+        socket.say(json!({"ack": [delivery["lease"]]})).await;
+    }
+    socket.say(json!({"ack": ["gone"]})).await;
+    assert_eq!(socket.hear().await.unwrap()["gone"], json!(["gone"]));
+}
