@@ -308,19 +308,32 @@ impl GroupOptions {
     ///
     /// [`Conflict`](crate::ErrorKind::Conflict), naming the option that differs.
     pub fn check_joins(&self, group: &Group, settings: &GroupSettings) -> Result<()> {
-        let differs = |name: &str, differs: bool| {
-            if !differs {
-                return Ok(());
-            }
-            Err(Error::conflict(format!(
-                "group {group} exists with another {name}: ask for what it has, leave {name} out, or delete the group first"
-            )))
-        };
-        differs("start", self.start.as_ref().is_some_and(|start| *start != settings.start))?;
-        differs("ordered", self.ordered.is_some_and(|ordered| ordered != settings.ordered))?;
-        differs("backlog", self.backlog.is_some_and(|backlog| backlog != settings.backlog))?;
-        differs("retry", self.retry.is_some_and(|retry| retry != settings.retry))?;
-        differs("dead_letter", self.dead_letter.is_some() && self.dead_letter != settings.dead_letter)
+        let Some(name) = self.differs_from(settings) else { return Ok(()) };
+        Err(Error::conflict(format!(
+            "group {group} exists with another {name}: ask for what it has, leave {name} out, or delete the group first"
+        )))
+    }
+
+    /// The first option that is asked for and is another in `settings`; what is left out is no different.
+    ///
+    /// ```
+    /// use broker_core::GroupOptions;
+    ///
+    /// let settings = GroupOptions::new().with_ordered(true).resolve(None)?;
+    /// assert_eq!(GroupOptions::new().with_ordered(false).differs_from(&settings), Some("ordered"));
+    /// assert_eq!(GroupOptions::new().differs_from(&settings), None);
+    /// # Ok::<(), broker_core::Error>(())
+    /// ```
+    pub fn differs_from(&self, settings: &GroupSettings) -> Option<&'static str> {
+        [
+            ("start", self.start.as_ref().is_some_and(|start| *start != settings.start)),
+            ("ordered", self.ordered.is_some_and(|ordered| ordered != settings.ordered)),
+            ("backlog", self.backlog.is_some_and(|backlog| backlog != settings.backlog)),
+            ("retry", self.retry.is_some_and(|retry| retry != settings.retry)),
+            ("dead_letter", self.dead_letter.is_some() && self.dead_letter != settings.dead_letter),
+        ]
+        .into_iter()
+        .find_map(|(name, differs)| differs.then_some(name))
     }
 }
 

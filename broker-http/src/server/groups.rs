@@ -60,7 +60,7 @@ impl Groups {
                 settings
             }
             None => {
-                let settings = with_defaults(broker, asked.clone()).resolve(Some(&group.name))?;
+                let settings = Self::first(broker, group, spec)?;
                 ensure(broker, group, asked).await?;
                 settings
             }
@@ -77,7 +77,7 @@ impl Groups {
         let asked = if joined.subscriptions > 1 {
             asked(spec)
         } else {
-            let defaults = with_defaults(broker, asked(spec)).resolve(Some(&group.name))?;
+            let defaults = Self::first(broker, group, spec)?;
             let mut all = GroupOptions::new()
                 .with_ordered(defaults.ordered)
                 .with_backlog(defaults.backlog)
@@ -122,6 +122,20 @@ impl Groups {
             groups.remove(group);
         }
         last
+    }
+
+    /// What a group would be set up with by the first subscription to it.
+    ///
+    /// # Errors
+    ///
+    /// That it names what no group may have.
+    pub(crate) fn first(broker: &dyn Broker, group: &Group, spec: &SubscriptionSpec) -> Result<GroupSettings> {
+        with_defaults(broker, asked(spec)).resolve(Some(&group.name))
+    }
+
+    /// The first option in which a subscription differs from a group with these settings.
+    pub(crate) fn difference(spec: &SubscriptionSpec, settings: &GroupSettings) -> Option<&'static str> {
+        asked(spec).differs_from(settings)
     }
 
     /// What a group was set up with.

@@ -249,12 +249,13 @@ impl Server {
         Err(broker_core::Error::invalid(failed.join("; ")))
     }
 
-    /// Checks what [`set_subscriptions`](Self::set_subscriptions) could not do: change the filter, the group
-    /// or the start of a subscription that stands.
+    /// Checks that the subscriptions which these options declare could be set, now and at the next start: that none would
+    /// change the filter, the group or the start of one that stands, that those of one group want the same of it, and that
+    /// they are no more than the options' limit. The broker is not asked, so that this is good before it is connected, too.
     ///
     /// # Errors
     ///
-    /// [`Invalid`](broker_core::ErrorKind::Invalid), naming the first.
+    /// [`Invalid`](broker_core::ErrorKind::Invalid), naming the first that could not.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> broker_core::Result<()> {
@@ -267,18 +268,19 @@ impl Server {
     /// let declared = |filter: &str| -> broker_core::Result<_> {
     ///     Ok(BTreeMap::from([(GroupName::new("billing")?, SubscriptionSpec::new(filter.parse()?))]))
     /// };
+    /// let options = |filter: &str| -> broker_core::Result<_> {
+    ///     Ok(ServerOptions::new().with_subscriptions(declared(filter)?))
+    /// };
     /// server.set_subscriptions(&declared("orders.>")?).await?;
-    /// assert!(server.check_subscriptions(&declared("orders.>")?).is_ok());
-    /// assert!(server.check_subscriptions(&declared("invoices.>")?).is_err());
+    /// assert!(server.check_options(&options("orders.>")?).is_ok());
+    /// assert!(server.check_options(&options("invoices.>")?).is_err());
     /// # Ok(()) }
     /// ```
-    pub fn check_subscriptions(&self, subscriptions: &BTreeMap<GroupName, SubscriptionSpec>) -> Result<()> {
-        subscriptions.iter().try_for_each(|(name, spec)| {
-            self.shared
-                .registry
-                .check_declared(name, spec)
-                .map_err(|problem| broker_core::Error::invalid(format!("subscription {name}: {}", problem.detail())))
-        })
+    pub fn check_options(&self, options: &ServerOptions) -> Result<()> {
+        let Shared { registry, given, .. } = &*self.shared;
+        registry
+            .check_declared(&**given, options.subscriptions(), options.limits().subscriptions)
+            .map_err(|problem| broker_core::Error::invalid(problem.detail()))
     }
 
     /// Replaces what is declared of topics: the next publish is held to it.

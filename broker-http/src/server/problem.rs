@@ -110,6 +110,12 @@ impl Problem {
         self.refusal.or_else(|| Refusal::of(self.status))
     }
 
+    /// Says what it is about.
+    pub(crate) fn context(mut self, about: impl std::fmt::Display) -> Self {
+        self.detail = format!("{about}: {}", self.detail);
+        self
+    }
+
     pub(crate) fn detail(&self) -> &str {
         &self.detail
     }

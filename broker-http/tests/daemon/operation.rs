@@ -223,11 +223,88 @@ async fn a_configuration_is_checked_without_serving() {
         ("allowed_origins = [\"app.example.com\"]", "allowed_origins"),
         ("[limits]\nheaders = 9223372036854775807", "limits.headers"),
         ("[subscriptions.q]\nfilter = \"a\"\nendpoint = \"http://10.0.0.1/\"", "subscriptions.q: endpoint"),
+        ("listen = \"256.0.0.1:1\"", "HOST:PORT"),
     ] {
         let (code, said) = run(&["check-config", "--config", &write(&path, text)]).await;
         assert_eq!(code, Some(1), "{text}: {said}");
         assert!(said.contains(named) && !said.contains("hunter2"), "{text}: {said}");
     }
+}
+
+/// What `serve` would not start with, `check-config` refuses in the same words, and a reload leaves alone.
+#[tokio::test]
+async fn checking_serving_and_reloading_refuse_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("broker.toml");
+    let config = write(&path, "[subscriptions.q]\nfilter = \"a\"\n");
+    let mut daemon = Daemon::start(&["--config", &config]).await;
+    let two = |one: &str, other: &str| {
+        format!("[subscriptions.q]\nfilter = \"a\"\n{one}\n[subscriptions.r]\nfilter = \"a\"\ngroup = \"q\"\n{other}\n")
+    };
+    let beside = "not what subscription q has";
+    for (text, named) in [
+        (two("[limits]\nsubscriptions = 1", ""), "2 subscriptions are declared, and limits.subscriptions is 1"),
+        (two("", "ordered = true"), beside),
+        (two("backlog = { max_messages = 5 }", "backlog = { max_messages = 6 }"), beside),
+        (two("", "backlog = { overflow = \"drop_oldest\" }"), beside),
+        (two("retry = { max_attempts = 3 }", "retry = { max_attempts = 4 }"), beside),
+        (two("dead_letter = \"x\"", "dead_letter = \"y\""), beside),
+        (two("", "start = \"earliest\""), beside),
+    ] {
+        write(&path, &text);
+        for args in [&["check-config", "--config", &config][..], &["--listen", "127.0.0.1:0", "--config", &config]] {
+            let (code, said) = run(args).await;
+            assert_eq!(code, Some(1), "{args:?} {text}: {said}");
+            assert!(said.contains(named), "{args:?} {text}: {said}");
+        }
+        daemon.signal("-HUP");
+        let said = daemon.says("broker-http: ").await;
+        assert!(said.contains(named) && said.contains("stays as it was"), "{text}: {said}");
+        assert_eq!(daemon.send("GET /subscriptions/r", "").await.0, 404, "{text}");
+    }
+    // What agrees, or says nothing of it, stands.
+    for other in ["", "backlog = { max_messages = 5 }\nretry = { max_attempts = 3 }\nstart = \"new\""] {
+        write(&path, &two("backlog = { max_messages = 5 }\nretry = { max_attempts = 3 }", other));
+        assert_eq!(run(&["check-config", "--config", &config]).await.0, Some(0), "{other}");
+        daemon.signal("-HUP");
+        let said = daemon.says("broker-http: ").await;
+        assert!(said.contains("reloaded: 0 identities, 2 subscriptions declared\n"), "{said}");
+    }
+
+    let state = format!("state = {:?}", folder.path().to_str().unwrap());
+    write(&path, &state);
+    for args in [&["check-config", "--config", &config][..], &["--listen", "127.0.0.1:0", "--config", &config]] {
+        let (code, said) = run(args).await;
+        assert!(code == Some(1) && said.contains("is no file"), "{args:?}: {said}");
+    }
+}
+
+/// Those made over the interface count, too: at the next start they are there before the declared ones.
+#[tokio::test]
+async fn a_reload_goes_with_what_was_made_over_the_interface() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("broker.toml");
+    let config = write(&path, "");
+    let mut daemon = Daemon::start(&["--config", &config]).await;
+    let own = r#"{"filter":"a","group":"g","retry":{"max_attempts":3}}"#;
+    assert_eq!(daemon.send("PUT /subscriptions/own", own).await.0, 201);
+    let declared = "[subscriptions.r]\nfilter = \"a\"\ngroup = \"g\"\n";
+    for (text, named) in [
+        (
+            format!("[limits]\nsubscriptions = 1\n{declared}"),
+            "1 subscriptions are declared beside 1 made over the interface",
+        ),
+        (format!("{declared}retry = {{ max_attempts = 4 }}"), "subscription r: retry is not what subscription own has"),
+    ] {
+        write(&path, &text);
+        daemon.signal("-HUP");
+        let said = daemon.says("broker-http: ").await;
+        assert!(said.contains(named) && said.contains("stays as it was"), "{text}: {said}");
+    }
+    write(&path, declared);
+    daemon.signal("-HUP");
+    let said = daemon.says("broker-http: ").await;
+    assert!(said.contains("reloaded: 0 identities, 1 subscriptions declared\n"), "{said}");
 }
 
 #[tokio::test]

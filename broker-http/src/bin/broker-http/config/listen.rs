@@ -15,7 +15,8 @@ pub(super) fn check(listen: &str, tls: bool) -> Result<(), String> {
         }
         return Ok(());
     }
-    let is_host = |host: &str| !host.is_empty() && !host.contains([':', '/', ' ']);
+    // What ends like an address of version 4 has to be one.
+    let is_host = |host: &str| !host.contains([':', '/', ' ']) && url::Host::parse(host).is_ok();
     let named = listen.rsplit_once(':').is_some_and(|(host, port)| is_host(host) && port.parse::<u16>().is_ok());
     if named || listen.parse::<SocketAddr>().is_ok() {
         return Ok(());
@@ -55,7 +56,19 @@ mod tests {
             check(listen, false).unwrap();
             assert_eq!(loopback(listen), reach, "{listen}");
         }
-        for bad in ["", ":1", "2757", "127.0.0.1", "::1:", "a b:1", "host:x", "host:65536", "http://host:1", "unix:"] {
+        for bad in [
+            "",
+            ":1",
+            "2757",
+            "127.0.0.1",
+            "::1:",
+            "a b:1",
+            "host:x",
+            "host:65536",
+            "http://host:1",
+            "unix:",
+            "256.0.0.1:1",
+        ] {
             assert!(check(bad, false).is_err(), "{bad}");
         }
     }

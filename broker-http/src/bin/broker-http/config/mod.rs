@@ -193,31 +193,16 @@ impl Config {
         Ok(())
     }
 
-    /// Refuses declared subscriptions that could not be made together. Those that stand may be more than a limit allows now.
-    pub(crate) fn check_subscriptions(&self) -> Result<(), String> {
-        let (declared, most) = (self.subscriptions.len(), self.limits.subscriptions);
-        if declared > most {
-            return Err(format!("{declared} subscriptions are declared, and limits.subscriptions is {most}"));
+    /// Refuses a state file that is none.
+    pub(crate) fn check_state(&self) -> Result<(), String> {
+        match self.state.as_deref() {
+            Some(path) if path.exists() && !path.is_file() => Err(format!("state: {} is no file", path.display())),
+            _ => Ok(()),
         }
-        // In this process the first one makes the group; elsewhere it may stand already.
-        let made = self.broker.starts_with("memory:").then_some(false);
-        let mut groups = BTreeMap::new();
-        for (name, spec) in &self.subscriptions {
-            let group = (spec.group.as_ref().unwrap_or(name), spec.filter.to_string());
-            let (first, ordered) = *groups.entry(group).or_insert((name, spec.ordered.or(made)));
-            if let (Some(one), Some(other)) = (ordered, spec.ordered)
-                && one != other
-            {
-                return Err(format!(
-                    "subscriptions.{name}: ordered is {other}, and {one} in subscriptions.{first}, which is of the same group"
-                ));
-            }
-        }
-        Ok(())
     }
 
     /// Refuses a state file where nothing could be written.
-    pub(crate) fn check_state(&self) -> Result<(), String> {
+    pub(crate) fn check_state_folder(&self) -> Result<(), String> {
         match self.state.as_deref().and_then(Path::parent) {
             Some(folder) if !folder.as_os_str().is_empty() && !folder.is_dir() => {
                 Err(format!("state: there is no folder {}", folder.display()))
@@ -453,20 +438,6 @@ mod tests {
         ] {
             assert_eq!(broker(text), expected, "{text}");
         }
-    }
-
-    #[test]
-    fn subscriptions_that_could_not_stand_together_are_refused() {
-        let declare = |text: &str| config(text, &[]).unwrap().check_subscriptions();
-        let (one, other) =
-            ("[subscriptions.a]\nfilter = \"x\"\n", "[subscriptions.b]\nfilter = \"x\"\ngroup = \"a\"\n");
-        declare(&format!("{one}{other}")).unwrap();
-        let many = declare(&format!("limits = {{subscriptions = 1}}\n{one}{other}")).unwrap_err();
-        assert!(many.contains("limits.subscriptions is 1"), "{many}");
-        let differ = declare(&format!("{one}{other}ordered = true")).unwrap_err();
-        assert!(differ.contains("subscriptions.b: ordered is true, and false in subscriptions.a"), "{differ}");
-        // Elsewhere the group may stand already, with what the first one does not say.
-        declare(&format!("broker = \"kafka://a:1\"\n{one}{other}ordered = true")).unwrap();
     }
 
     #[test]

@@ -128,12 +128,13 @@ pub(crate) async fn run(args: Args) -> ExitCode {
 /// `broker-http check-config`: everything that can be known without listening or connecting.
 pub(crate) fn check(args: Args) -> ExitCode {
     let checked = Config::merge(args).and_then(|config| {
-        config.options()?;
+        let options = config.options()?;
         config.check_alone()?;
-        config.check_subscriptions()?;
+        config.check_state()?;
         logging::check(&config.log)?;
         config.otlp.as_ref().map_or(Ok(()), traces::check)?;
-        connectors().open(&config.broker_url()).map_err(|error| error.message().to_owned())?;
+        let broker = connectors().open(&config.broker_url()).map_err(|error| error.message().to_owned())?;
+        Server::new(broker, options.clone()).check_options(&options).map_err(|error| error.message().to_owned())?;
         config.tls.clone().map(Tls::load).transpose().map_err(|error| error.message().to_owned())?;
         Ok(config)
     });
@@ -141,7 +142,7 @@ pub(crate) fn check(args: Args) -> ExitCode {
         Ok(config) => {
             crate::output::print(&format!("the configuration is good: {}\n", config.summary()));
             // It may be for another machine, or systemd makes the folder at the start.
-            if let Err(why) = config.check_state() {
+            if let Err(why) = config.check_state_folder() {
                 say!("broker-http: {why} here; it has to be there where it is served");
             }
             ExitCode::SUCCESS
@@ -163,8 +164,8 @@ async fn serve(args: Args) -> Result<ExitCode, String> {
     let mut signals = Signals::new().map_err(|error| format!("cannot listen for signals: {error}"))?;
     let tls = config.tls.clone().map(Tls::load).transpose().map_err(|error| error.message().to_owned())?;
     let access = config.access()?;
-    config.check_subscriptions()?;
     config.check_state()?;
+    config.check_state_folder()?;
     let listener = Listener::bind(&config.listen).await?;
     let _file = listener.file();
     let loopback = listener.is_loopback();
@@ -180,7 +181,9 @@ async fn serve(args: Args) -> Result<ExitCode, String> {
     };
     connected.map_err(|error| format!("cannot connect to the broker {}: {error}", broker.name()))?;
     let traces = Traces::start(config.otlp.as_ref())?;
-    let server = Server::new(broker, traces.of(config.options()?.with_development(development)));
+    let options = traces.of(config.options()?.with_development(development));
+    let server = Server::new(broker, options.clone());
+    server.check_options(&options).map_err(|error| error.message().to_owned())?;
     let restored = tokio::select! {
         restored = server.restore() => restored,
         signal = signals.end() => {
@@ -289,7 +292,7 @@ impl Running {
         let options = config.options()?.with_development(development);
         logging::check(&config.log)?;
         config.check_endpoints(development)?;
-        self.server.check_subscriptions(&config.subscriptions).map_err(|error| error.message().to_owned())?;
+        self.server.check_options(&options).map_err(|error| error.message().to_owned())?;
         if config.is_open() && !self.config.is_open() && !self.config.insecure {
             return Err(
                 "no identity is left, so that everybody could publish and subscribe; restart it if that is meant"
