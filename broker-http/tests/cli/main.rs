@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use broker_core::{Broker, MemoryBroker, Message, Subscribe, Subscription, TopicFilter};
-use broker_http::{Server, ServerOptions};
+use broker_http::{Access, Action, Identity, Server, ServerOptions, TokenHash};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::net::TcpListener;
@@ -25,7 +25,11 @@ struct Daemon {
 
 impl Daemon {
     async fn start() -> Self {
-        let server = Server::new(Arc::new(MemoryBroker::new()), ServerOptions::new().with_development(true));
+        Self::with(ServerOptions::new().with_development(true)).await
+    }
+
+    async fn with(options: ServerOptions) -> Self {
+        let server = Server::new(Arc::new(MemoryBroker::new()), options);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let serving = server.clone();
@@ -36,7 +40,10 @@ impl Daemon {
     fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_broker-http"));
         command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-        command.env_remove("RUST_LOG").env("BROKER_URL", format!("http://hunter2@{}", self.address));
+        command
+            .env_remove("RUST_LOG")
+            .env_remove("BROKER_TOKEN")
+            .env("BROKER_URL", format!("http://hunter2@{}", self.address));
         command
     }
 
@@ -201,6 +208,28 @@ async fn what_fails_is_told_and_seen_in_the_exit_status() {
     let nobody = daemon.run(&["pub", "t", "x", "--broker", "http://127.0.0.1:1"], b"").await;
     assert_eq!(nobody.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&nobody.stderr).contains("is the daemon running"));
+}
+
+/// As the other commands take it, and before one that the URL has.
+#[tokio::test]
+async fn a_token_is_an_option_or_in_the_environment() {
+    let everything = || [TopicFilter::new(">").unwrap()];
+    let identity = Identity::new("me").unwrap().with_token(TokenHash::of("right"));
+    let identity = identity
+        .allowing([Action::Publish, Action::Subscribe, Action::Settle], everything())
+        .allowing([Action::Admin], everything());
+    let daemon = Daemon::with(ServerOptions::new().with_access(Access::new([identity]).unwrap())).await;
+    let publish: &[&str] = &["pub", "t", "1"];
+    assert_eq!(daemon.run(publish, b"").await.status.code(), Some(1), "the URL's own is nobody's");
+    assert!(daemon.run(&[publish, &["--token", "right"]].concat(), b"").await.status.success());
+    let inherited = soon(daemon.command(publish).env("BROKER_TOKEN", "right").output()).await.unwrap();
+    assert!(inherited.status.success(), "{inherited:?}");
+    let spelt = daemon.run(&[publish, &["--token", "a\nb"]].concat(), b"").await;
+    assert_eq!(spelt.status.code(), Some(2), "{spelt:?}");
+
+    let mut sub = daemon.sub(&["t", "--max", "1", "--token", "right"]).await;
+    daemon.run(&[publish, &["--token", "right"]].concat(), b"").await;
+    assert_eq!(sub.line().await.unwrap(), "t 1");
 }
 
 #[tokio::test]

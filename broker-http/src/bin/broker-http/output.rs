@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use broker_core::{Broker, Error, ErrorKind, Result};
+use broker_http::client::{HttpBroker, HttpOptions};
 use tokio::io::AsyncReadExt;
 
 /// Prints a line on standard error, if anybody reads it: `eprintln!` would panic where nobody does.
@@ -43,6 +44,9 @@ pub(crate) struct Common {
         default_value = "http://127.0.0.1:2757"
     )]
     pub(crate) broker: String,
+    /// The bearer token of who asks, at a daemon; other brokers take credentials in their URL
+    #[arg(long, value_name = "TOKEN", env = "BROKER_TOKEN", hide_env_values = true)]
+    pub(crate) token: Option<String>,
     /// Print one JSON object a line, for scripts
     #[arg(long)]
     pub(crate) json: bool,
@@ -50,7 +54,14 @@ pub(crate) struct Common {
 
 /// Opens the broker and connects, so that what is wrong is told at once.
 pub(crate) async fn open(common: &Common) -> Result<Arc<dyn Broker>, ExitCode> {
-    let broker = super::connectors().open(&common.broker).map_err(|error| fail(&error))?;
+    let is_daemon = ["http:", "https:"].iter().any(|scheme| common.broker.starts_with(scheme));
+    let opened = match common.token.as_deref().filter(|_| is_daemon) {
+        Some(token) => HttpOptions::from_url(&common.broker)
+            .and_then(|options| options.with_token(token))
+            .map(|options| Arc::new(HttpBroker::new(options)) as Arc<dyn Broker>),
+        None => super::connectors().open(&common.broker),
+    };
+    let broker = opened.map_err(|error| fail(&error))?;
     broker.connect().await.map_err(|error| {
         let code = fail(&error);
         if error.kind() == ErrorKind::Unavailable && broker.name().starts_with("http:") {
