@@ -21,7 +21,7 @@ use tokio::sync::watch;
 
 use super::Shared;
 use super::memory::Share;
-use super::metrics::Refusal;
+use super::metrics::{Metrics, Refusal};
 use super::problem::{Answer, Problem};
 use super::wire::Wire;
 pub use certificate::CertificateName;
@@ -323,10 +323,12 @@ impl Gate {
                 .counted(Refusal::Unauthenticated));
             }
             Err(Unknown::Wrong) => {
-                shared.metrics.refused(Refusal::Unauthenticated);
-                // Who leaves meanwhile makes room for another attempt.
+                // Who leaves meanwhile makes room for another attempt, and counts without an answer.
                 peer.inspect(|peer| peer.wire.set_fleeting(true));
-                if !self.throttle.slow(peer.and_then(|peer| peer.address)).await {
+                let mut left = Left(Some(&shared.metrics));
+                let answers = self.throttle.slow(peer.and_then(|peer| peer.address)).await;
+                left.0 = None;
+                if !answers {
                     return Err(Problem::too_many("too many failed attempts from this address wait; try again later")
                         .retry_after(Duration::from_secs(5))
                         .counted(Refusal::Attempts));
@@ -347,6 +349,17 @@ impl Gate {
             problem
         })?;
         Ok(Some(caller))
+    }
+}
+
+/// A failed attempt whose answer is waited for; one that is answered counts with its answer.
+struct Left<'a>(Option<&'a Metrics>);
+
+impl Drop for Left<'_> {
+    fn drop(&mut self) {
+        if let Some(metrics) = self.0 {
+            metrics.refused(Refusal::Unauthenticated);
+        }
     }
 }
 
