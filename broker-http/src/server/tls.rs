@@ -249,20 +249,55 @@ impl Tls {
     pub(crate) fn watch(&self) -> JoinHandle<()> {
         let tls = self.clone();
         tokio::spawn(async move {
-            let mut failure = None;
+            let mut failure = Failure::default();
             loop {
                 tokio::time::sleep(Duration::from_millis(tls.0.look.load(Ordering::Relaxed))).await;
                 let looking = tls.clone();
-                match tokio::task::spawn_blocking(move || looking.reload()).await {
-                    Ok(Ok(true)) => tracing::info!("the TLS certificate changed and was taken up"),
-                    Ok(Err(error)) if failure.as_ref() != Some(&error.to_string()) => {
-                        tracing::error!(%error, "TLS goes on with the certificate it has");
-                        failure = Some(error.to_string());
-                        continue;
-                    }
-                    _ => {}
+                let Ok(found) = tokio::task::spawn_blocking(move || looking.reload()).await else { continue };
+                if let Ok(true) = found {
+                    tracing::info!("the TLS certificate changed and was taken up");
+                }
+                if let Some(error) = failure.news(found) {
+                    tracing::error!(%error, "TLS goes on with the certificate it has");
                 }
             }
         })
+    }
+}
+
+/// What was wrong with the files when they were last looked at.
+#[derive(Debug, Default)]
+struct Failure(Option<String>);
+
+impl Failure {
+    /// What is to be said: what goes on being wrong was said already, unless it was good in between.
+    fn news(&mut self, found: Result<bool>) -> Option<String> {
+        let now = found.err().map(|error| error.to_string());
+        let before = std::mem::replace(&mut self.0, now.clone());
+        now.filter(|now| before.as_ref() != Some(now))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_breaks_again_is_said_again() {
+        let mut failure = Failure::default();
+        let broken = |why: &str| Err(Error::invalid(why));
+        for (found, said) in [
+            (Ok(false), false),
+            (broken("a"), true),
+            (broken("a"), false),
+            (broken("b"), true),
+            (Ok(true), false),
+            (broken("b"), true),
+            (Ok(false), false),
+            (broken("b"), true),
+        ] {
+            let expected = found.as_ref().err().filter(|_| said).map(ToString::to_string);
+            assert_eq!(failure.news(found), expected);
+        }
     }
 }
