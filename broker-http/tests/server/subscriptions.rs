@@ -86,6 +86,20 @@ async fn what_is_wrong_is_named() {
     }
 }
 
+/// What every request may meet before anybody looks at what it asks for.
+#[tokio::test]
+async fn the_document_tells_what_every_request_may_be_answered() {
+    let running = Running::start().await;
+    let document = running.get("/openapi.json").await.json();
+    for (path, operations) in document["paths"].as_object().unwrap() {
+        for (method, operation) in operations.as_object().unwrap().iter().filter(|(name, _)| *name != "parameters") {
+            for status in ["403", "408", "414", "429", "431", "503"] {
+                assert!(operation["responses"][status].is_object(), "{method} {path}: {status}");
+            }
+        }
+    }
+}
+
 #[tokio::test]
 async fn other_methods_and_paths_are_problems_too() {
     let running = Running::start().await;
