@@ -410,14 +410,19 @@ impl Shared {
     /// Writes the state file, if there is one.
     pub(crate) async fn try_save(&self) -> Answer<()> {
         let Some(state) = &self.state else { return Ok(()) };
-        state.save(self.registry.change(), || self.registry.snapshot()).await.map_err(Problem::from)
+        state.save(self.registry.change(), || self.registry.snapshot()).await.map_err(|error| {
+            // Where the file is, is nobody's business but the operator's.
+            tracing::error!(%error, "a change of the subscriptions was not kept");
+            let detail = "the change is made, and could not be kept over a restart: the state file cannot be written; \
+                the same request writes it again";
+            Problem::from(broker_core::Error::unavailable(detail))
+        })
     }
 
     /// As [`try_save`](Self::try_save), where nobody waits for the outcome.
     pub(crate) async fn save(&self) {
-        if let Err(problem) = self.try_save().await {
-            tracing::error!(?problem, "a change of the subscriptions was not kept");
-        }
+        // What fails is logged.
+        let _ = self.try_save().await;
     }
 }
 

@@ -111,3 +111,21 @@ async fn a_service_and_its_http_interface_share_one_broker() {
     }
     assert_eq!(running.pull("outside", "wait=10s").await.len(), 2);
 }
+
+/// A change that cannot be kept is told as what it is, and where the file is stays the operator's.
+#[tokio::test]
+async fn what_is_done_and_cannot_be_kept_is_told_and_written_when_it_is_asked_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("there");
+    std::fs::create_dir(&place).unwrap();
+    let path = place.join("state.json");
+    let running = Running::with(ServerOptions::new().with_state(&path)).await;
+    std::fs::remove_dir_all(&place).unwrap();
+    let reply = running.put("q", r#"{"filter":"a"}"#).await;
+    reply.is_problem(503, "the change is made");
+    assert!(!reply.text().contains("state.json") && reply.header("retry-after").is_some(), "{reply:?}");
+    assert_eq!(running.get("/subscriptions/q").await.status, 200);
+    std::fs::create_dir(&place).unwrap();
+    assert_eq!(running.put("q", r#"{"filter":"a"}"#).await.status, 200);
+    assert!(std::fs::read_to_string(&path).unwrap().contains("\"q\""));
+}
