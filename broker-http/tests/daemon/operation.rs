@@ -138,6 +138,35 @@ async fn the_environment_has_no_unknown_setting_and_the_flag_comes_before_rust_l
     daemon.says("a connection ended").await;
 }
 
+/// Of every setting: what is switched on in the file is switched off by the environment, and by a flag again.
+#[tokio::test]
+async fn the_environment_and_a_flag_come_before_the_file_for_what_is_on_or_off() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("broker.toml");
+    let (dev, insecure) = (format!("dev = true\n{}", operator()), "insecure = true".to_owned());
+    let hook = r#"{"filter":"a","endpoint":"http://127.0.0.1:1/"}"#;
+    for (flag, variables, status) in [
+        (&[][..], &[][..], 201),
+        (&[], &[("BROKER_HTTP_DEV", "false")], 403),
+        (&["--dev=false"], &[("BROKER_HTTP_DEV", "true")], 403),
+        (&["--dev"], &[("BROKER_HTTP_DEV", "false")], 201),
+    ] {
+        let config = write(&path, &dev);
+        let args = [flag, &["--config", &config]].concat();
+        let daemon = Daemon::start_with(&args, variables).await;
+        let put = "PUT /subscriptions/q HTTP/1.1\r\nauthorization: Bearer secret\r\nx: x";
+        assert_eq!(daemon.raw(put, hook).await.0, status, "{args:?} {variables:?}");
+    }
+    let config = write(&path, &insecure);
+    for (flag, variable, code) in
+        [(&[][..], "false", Some(1)), (&["--insecure=false"], "true", Some(1)), (&[], "true", Some(0))]
+    {
+        let args = [&["check-config", "--listen", "0.0.0.0:0", "--config", &config], flag].concat();
+        let checked = command(&args).env("BROKER_HTTP_INSECURE", variable).output();
+        assert_eq!(soon(checked).await.unwrap().status.code(), code, "{args:?} {variable}");
+    }
+}
+
 #[tokio::test]
 async fn sigterm_ends_what_waits_for_a_silent_broker() {
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();

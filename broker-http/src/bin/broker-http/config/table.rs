@@ -28,7 +28,13 @@ pub(crate) fn markdown() -> String {
     for arg in command.get_arguments() {
         let Some(long) = arg.get_long() else { continue };
         let value = arg.get_value_names().and_then(<[_]>::first).filter(|_| arg.get_action().takes_values());
-        let flag = value.map_or_else(|| format!("--{long}"), |value| format!("--{long} {value}"));
+        // What is meant where it stands alone need not be said.
+        let alone = arg.get_num_args().is_some_and(|count| count.min_values() == 0);
+        let flag = match value {
+            Some(value) if alone => format!("--{long}[={value}]"),
+            Some(value) => format!("--{long} {value}"),
+            None => format!("--{long}"),
+        };
         let environment = arg.get_env().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
         let (purpose, default) = match help.split_once(" [default: ") {

@@ -44,12 +44,26 @@ pub(crate) struct Args {
 
     /// Development mode: endpoints on this machine may be pushed to, other hosts and web pages are
     /// refused. It is on by itself when listening on loopback
-    #[arg(long, env = "BROKER_HTTP_DEV")]
-    pub(crate) dev: bool,
+    #[arg(
+        long,
+        env = "BROKER_HTTP_DEV",
+        value_name = "BOOL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true"
+    )]
+    pub(crate) dev: Option<bool>,
 
     /// Serve everybody who reaches the listener, beyond this machine too, without asking who it is
-    #[arg(long, env = "BROKER_HTTP_INSECURE")]
-    pub(crate) insecure: bool,
+    #[arg(
+        long,
+        env = "BROKER_HTTP_INSECURE",
+        value_name = "BOOL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true"
+    )]
+    pub(crate) insecure: Option<bool>,
 
     /// Serve TLS with this certificate, and those it was signed with after it, in PEM; it is read again
     /// when it changes
