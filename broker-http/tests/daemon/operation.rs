@@ -181,6 +181,27 @@ async fn sigterm_ends_what_waits_for_a_silent_broker() {
     assert!(said.contains("SIGTERM") && said.contains("before the broker"), "{said}");
 }
 
+/// Who has no patience is told what that costs.
+#[tokio::test]
+async fn a_second_sigterm_counts_what_it_leaves_behind() {
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut daemon = Daemon::start(&[]).await;
+    let spec =
+        json!({"filter": "a", "endpoint": format!("http://{}/", silent.local_addr().unwrap()), "max_in_flight": 1});
+    assert_eq!(daemon.send("PUT /subscriptions/q", &spec.to_string()).await.0, 201);
+    for _ in 0..3 {
+        assert_eq!(daemon.send("POST /topics/a", "x").await.0, 202);
+    }
+    let _pushed = soon(silent.accept()).await.unwrap();
+    daemon.signal("-TERM");
+    daemon.says("shutting down").await;
+    daemon.signal("-TERM");
+    let (code, said) = daemon.finish().await;
+    assert_eq!(code, Some(3), "{said}");
+    let told = said.split_once("SIGTERM again: cut; ").unwrap_or_else(|| panic!("{said}")).1;
+    assert!(told.contains("in flight") && told.contains("lost, since memory: keeps nothing"), "{said}");
+}
+
 /// It connects to a broker that then says nothing, with a subscription to be made there.
 #[tokio::test]
 async fn sigterm_ends_what_restores_at_a_silent_broker() {

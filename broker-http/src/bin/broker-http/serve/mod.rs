@@ -129,6 +129,9 @@ fn duration(text: &str) -> Result<Duration, String> {
 /// The exit status of a shutdown that was cut.
 const CUT: u8 = 3;
 
+/// How long a broker may take to count what a shutdown that is cut leaves behind.
+const COUNTING: Duration = Duration::from_secs(1);
+
 pub(crate) async fn run(args: Args) -> ExitCode {
     match serve(args).await {
         Ok(code) => code,
@@ -251,7 +254,13 @@ async fn serve(args: Args) -> Result<ExitCode, String> {
     let report = tokio::select! {
         report = server.drain(config.drain) => report,
         signal = signals.end() => {
-            say!("broker-http: {signal} again: cut; what was in flight is not finished");
+            // What stays behind is only counted.
+            let counting = server.broker().close(Duration::ZERO);
+            let stayed = match tokio::time::timeout(COUNTING, counting).await {
+                Ok(report) => stayed(&report, server.broker().name()),
+                Err(_) => "what was in flight is not finished".to_owned(),
+            };
+            say!("broker-http: {signal} again: cut; {stayed}");
             return Ok(ExitCode::from(CUT));
         }
     };
@@ -345,9 +354,13 @@ impl Running {
     }
 }
 
-/// What a shutdown left behind, in words.
+/// How a shutdown ended, in words.
 fn describe(report: &DrainReport, broker: &str) -> String {
-    let mut text = if report.complete { "drained".to_owned() } else { "the drain was cut".to_owned() };
+    format!("{}; {}", if report.complete { "drained" } else { "the drain was cut" }, stayed(report, broker))
+}
+
+/// What it left behind.
+fn stayed(report: &DrainReport, broker: &str) -> String {
     let counts = [
         (report.unconfirmed, "unconfirmed"),
         (report.in_flight, "in flight"),
@@ -357,11 +370,10 @@ fn describe(report: &DrainReport, broker: &str) -> String {
     let stayed: Vec<_> =
         counts.iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect();
     if stayed.is_empty() {
-        text.push_str("; nothing stayed behind");
+        "nothing stayed behind".to_owned()
     } else if report.durable {
-        text.push_str(&format!("; {} kept by the broker", stayed.join(", ")));
+        format!("{} kept by the broker", stayed.join(", "))
     } else {
-        text.push_str(&format!("; {} lost, since {broker} keeps nothing", stayed.join(", ")));
+        format!("{} lost, since {broker} keeps nothing", stayed.join(", "))
     }
-    text
 }
