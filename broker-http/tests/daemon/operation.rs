@@ -652,6 +652,11 @@ async fn an_operator_steers_it_from_the_command_line() {
     let lease = pulled["deliveries"][0]["lease"].as_str().unwrap();
     let (code, said) = ask(&["subscription", "settle", "q", "--ack", lease]).await;
     assert!(code == Some(0) && said.contains("\"gone\": []"), "{said}");
+    // A lease may begin like an option.
+    for option in ["--ack", "--retry", "--reject"] {
+        let (_, said) = ask(&["subscription", "settle", "q", option, "-Yw"]).await;
+        assert!(!said.contains("unexpected argument"), "{option}: {said}");
+    }
     let (_, said) = ask(&["topic", "list"]).await;
     assert!(said.lines().any(|line| line.starts_with("orders.a") && line.contains(" 2 ")), "{said}");
     let (code, said) = ask(&["status", "--once"]).await;

@@ -82,13 +82,13 @@ pub(crate) enum Command {
         #[command(flatten)]
         named: Named,
         /// Leases that are done
-        #[arg(long, value_name = "LEASE")]
+        #[arg(long, value_name = "LEASE", allow_hyphen_values = true)]
         ack: Vec<String>,
         /// Leases to be delivered again
-        #[arg(long, value_name = "LEASE")]
+        #[arg(long, value_name = "LEASE", allow_hyphen_values = true)]
         retry: Vec<String>,
         /// Leases that become dead letters
-        #[arg(long, value_name = "LEASE")]
+        #[arg(long, value_name = "LEASE", allow_hyphen_values = true)]
         reject: Vec<String>,
     },
 }
