@@ -104,6 +104,7 @@ impl Config {
             ));
         }
         let limits = file.limits.apply()?;
+        let client_ca = args.tls_client_ca.is_some() || file.tls.client_ca.is_some();
         let config = Self {
             listen: args.listen.or(file.listen).unwrap_or_else(|| "127.0.0.1:2757".to_owned()),
             broker: args.broker.or(file.broker).unwrap_or_else(|| "memory:".to_owned()),
@@ -133,6 +134,7 @@ impl Config {
             limits,
         };
         listen::check(&config.listen, config.tls.is_some())?;
+        config.check_identities(client_ca)?;
         Ok(config)
     }
 
@@ -153,6 +155,17 @@ impl Config {
             retention.max_total_bytes = self.retained.of_all;
         }
         memory.set_retention(retention).map_err(said)
+    }
+
+    /// Refuses an identity that nobody could ever be: clients are asked for certificates where there is an authority for them.
+    fn check_identities(&self, client_ca: bool) -> Result<(), String> {
+        let nobody = |identity: &&Identity| identity.tokens.is_empty() && !identity.certificates.is_empty();
+        match self.identities.iter().find(nobody).filter(|_| !client_ca) {
+            Some(Identity { name, .. }) => Err(format!(
+                "identity {name}: it has certificates alone, and clients are asked for one with tls.client_ca only, which is missing"
+            )),
+            None => Ok(()),
+        }
     }
 
     /// Who may do what.
@@ -452,6 +465,7 @@ mod tests {
             ("only_declared_topics = true", "topics"),
             ("push = {ca = \"/nowhere/ca.pem\"}", "push.ca: /nowhere/ca.pem"),
             ("identities = [{name = \"a\"}]", "identity a"),
+            ("identities = [{name = \"a\", certificates = [\"a.internal\"]}]", "tls.client_ca"),
             ("allow = [\"10.0.0.0/99\"]", "10.0.0.0/99"),
             ("listen = \"2757\"", "listen \"2757\""),
             ("listen = \"127.0.0.1:99999\"", "listen \"127.0.0.1:99999\""),
