@@ -22,7 +22,7 @@ use crate::event::{LINES_TYPE, Options};
 use crate::traces::Parent;
 
 /// Lines published in one go.
-pub(crate) const AT_ONCE: usize = 256;
+pub(crate) const AT_ONCE: usize = 128;
 
 /// The lines of a body that say something, with their numbers.
 pub(crate) fn of(body: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
@@ -131,7 +131,12 @@ impl Lines {
         let max = self.shared.limits().message_body_bytes * 2;
         loop {
             match self.next_line(max) {
-                Some(Ok((number, line))) => messages.push_line(number, &line, &self.options),
+                Some(Ok((number, line))) => {
+                    if messages.len() == 0 {
+                        messages.reserve(AT_ONCE);
+                    }
+                    messages.push_line(number, &line, &self.options);
+                }
                 Some(Err(problem)) => {
                     // What came before it is published first, in order.
                     let before = std::mem::replace(&mut messages, Outgoing::to(&published, self.reservation.bytes()));

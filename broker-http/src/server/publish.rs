@@ -168,6 +168,7 @@ async fn collected(shared: &Shared, prepared: &Prepared, parent: &Parent, body: 
     while lines.peek().is_some() {
         // A few at a time stay in the processor's cache, and their readers need not wait for all.
         let mut outgoing = Outgoing::to(published, covered);
+        outgoing.reserve(lines::AT_ONCE.min(count));
         let some = lines.by_ref().take(lines::AT_ONCE);
         some.for_each(|(number, line)| outgoing.push_line(number, line, options));
         let count = outgoing.len();
@@ -230,6 +231,12 @@ impl<'a> Outgoing<'a> {
             },
             Err(error) => self.refused.push((self.len(), error)),
         }
+    }
+
+    /// Makes room for so many at once: growing would copy them.
+    pub(crate) fn reserve(&mut self, lines: usize) {
+        self.messages.reserve(lines);
+        self.numbers.reserve(lines);
     }
 
     /// Reads a line; what goes wrong with it is said of its number.
