@@ -54,19 +54,44 @@ impl Groups {
     /// That the group has other settings than are asked for, or cannot be made.
     pub(crate) async fn join(&self, broker: &dyn Broker, group: &Group, spec: &SubscriptionSpec) -> Result<()> {
         let asked = asked(spec);
+        if let Some(settings) = self.settings(group) {
+            asked.check_joins(group, &settings)?;
+        }
+        self.rejoin(broker, group, asked).await
+    }
+
+    /// Counts one more subscription in that was a member before, whatever the group has; the first makes the group as `asked`.
+    ///
+    /// # Errors
+    ///
+    /// That the group cannot be made so.
+    pub(crate) async fn rejoin(&self, broker: &dyn Broker, group: &Group, asked: GroupOptions) -> Result<()> {
         let settings = match self.settings(group) {
-            Some(settings) => {
-                asked.check_joins(group, &settings)?;
-                settings
-            }
+            Some(settings) => settings,
             None => {
-                let settings = Self::first(broker, group, spec)?;
+                let settings = with_defaults(broker, asked.clone()).resolve(Some(&group.name))?;
                 ensure(broker, group, asked).await?;
                 settings
             }
         };
         self.0.lock().entry(group.clone()).or_insert(Joined { settings, subscriptions: 0 }).subscriptions += 1;
         Ok(())
+    }
+
+    /// What these ask of their groups together: of each option, what the first says that says something.
+    pub(crate) fn asked_by<'a>(
+        members: impl Iterator<Item = (Group, &'a SubscriptionSpec)>,
+    ) -> HashMap<Group, GroupOptions> {
+        let mut groups: HashMap<Group, GroupOptions> = HashMap::new();
+        for (group, spec) in members {
+            let (all, one) = (groups.entry(group).or_default(), asked(spec));
+            all.start = all.start.take().or(one.start);
+            all.ordered = all.ordered.or(one.ordered);
+            all.backlog = all.backlog.or(one.backlog);
+            all.retry = all.retry.or(one.retry);
+            all.dead_letter = all.dead_letter.take().or(one.dead_letter);
+        }
+        groups
     }
 
     /// Brings a group to what a changed subscription asks. What it leaves out goes back to the

@@ -451,11 +451,13 @@ impl Registry {
     /// Makes the subscriptions of a state file.
     pub(crate) async fn restore(&self, shared: &Arc<Shared>, kept: Vec<Kept>) -> Result<()> {
         let _changing = self.changing.lock().await;
+        // They stood beside each other, whichever of them said what their group has.
+        let asked = Groups::asked_by(kept.iter().map(|kept| (group_of(&kept.name, &kept.spec), &kept.spec)));
         for Kept { name, mut spec, paused, disabled, consent: permission, .. } in kept {
             limit(&mut spec, permission.as_ref());
             let group = group_of(&name, &spec);
             self.groups
-                .join(&*shared.broker, &group, &spec)
+                .rejoin(&*shared.broker, &group, asked.get(&group).cloned().unwrap_or_default())
                 .await
                 .map_err(|error| error.context(format!("restore subscription {name}")))?;
             let named = format!("restore subscription {name}");

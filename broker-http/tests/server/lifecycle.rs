@@ -129,3 +129,24 @@ async fn what_is_done_and_cannot_be_kept_is_told_and_written_when_it_is_asked_ag
     assert_eq!(running.put("q", r#"{"filter":"a"}"#).await.status, 200);
     assert!(std::fs::read_to_string(&path).unwrap().contains("\"q\""));
 }
+
+/// What stood together stands together again, whichever of them comes first.
+#[tokio::test]
+async fn members_of_one_group_outlive_a_restart_whichever_said_what_it_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = || ServerOptions::new().with_state(folder.path().join("state.json"));
+    let running = Running::with(options()).await;
+    let retry = |attempts: u32| json!({"filter": "a", "group": "g", "retry": {"max_attempts": attempts}}).to_string();
+    // The last in order says it first, and then the group changes under it.
+    assert_eq!(running.put("z", &retry(3)).await.status, 201);
+    assert_eq!(running.put("b", r#"{"filter":"a","group":"g"}"#).await.status, 201);
+    drop(running);
+    let running = Running::with(options()).await;
+    assert_eq!(running.get("/subscriptions/z").await.json()["retry"]["max_attempts"], 3);
+    assert_eq!(running.put("b", &retry(4)).await.status, 200);
+    drop(running);
+    let running = Running::with(options()).await;
+    for name in ["b", "z"] {
+        assert_eq!(running.get(&format!("/subscriptions/{name}")).await.status, 200, "{name}");
+    }
+}
