@@ -28,10 +28,10 @@ pub(crate) struct Activity {
     pub(crate) begun: AtomicUsize,
     /// Bytes of the heads of requests at work over HTTP/2.
     heads: AtomicUsize,
-    /// Bodies over HTTP/2 of which a piece is there that nobody has taken.
-    pub(crate) offered: AtomicUsize,
-    /// Pieces taken.
-    pub(crate) taken: AtomicUsize,
+    /// How long an answer may wait for its reader.
+    patience: OnceLock<Duration>,
+    /// Bodies over HTTP/2 of which a piece is there that nobody has taken, by the half of that time in which it was offered.
+    offered: [AtomicUsize; HALVES],
     pub(crate) wire: Arc<Wire>,
     /// What was left of a request's body.
     pub(crate) rest: Arc<Rest<Incoming>>,
@@ -47,22 +47,17 @@ impl Default for Activity {
             task: OnceLock::new(),
             begun: AtomicUsize::default(),
             heads: AtomicUsize::default(),
-            offered: AtomicUsize::default(),
-            taken: AtomicUsize::default(),
+            patience: OnceLock::new(),
+            offered: Default::default(),
             rest: Arc::new(Rest::new(Arc::clone(&wire))),
             wire,
         }
     }
 }
 
-/// How far answers have come that wait for their reader.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Waits {
-    /// The socket takes nothing: bytes it took before.
-    Socket(usize),
-    /// No stream has room: pieces taken before.
-    Streams(usize),
-}
+/// Halves told apart: those of which nothing is late, and as many again in which it is noticed.
+const HALVES: usize = 8;
+const LATE: usize = 3;
 
 impl Activity {
     /// Changes while requests come; over HTTP/1 also while an answer is being read, where over HTTP/2
@@ -106,15 +101,42 @@ impl Activity {
         self.active.load(Ordering::Acquire) & GAVE_WAY != 0
     }
 
-    /// Whether an answer waits for its reader.
-    pub(crate) fn waits(&self) -> Option<Waits> {
-        if self.wire.is_blocked() {
-            Some(Waits::Socket(self.wire.written()))
-        } else if self.offered.load(Ordering::Acquire) > 0 {
-            Some(Waits::Streams(self.taken.load(Ordering::Acquire)))
-        } else {
-            None
+    /// Whether answers wait for the socket to take something: the bytes it took before.
+    pub(crate) fn waits(&self) -> Option<usize> {
+        self.wire.is_blocked().then(|| self.wire.written())
+    }
+
+    /// How long an answer may wait for its reader; said once, before the first.
+    pub(crate) fn set_patience(&self, patience: Duration) {
+        let _ = self.patience.set(patience);
+    }
+
+    fn half(&self) -> usize {
+        let half = self.patience.get().map_or(1, |patience| patience.as_micros() / 2).max(1);
+        usize::try_from(self.opened.elapsed().as_micros() / half).unwrap_or(usize::MAX)
+    }
+
+    /// A piece of a body is there to be taken: tells what to [take](Self::taken) it by.
+    pub(crate) fn offer(&self) -> usize {
+        let half = self.half() % HALVES;
+        if let Some(offered) = self.offered.get(half) {
+            offered.fetch_add(1, Ordering::AcqRel);
         }
+        half
+    }
+
+    pub(crate) fn taken(&self, half: usize) {
+        if let Some(offered) = self.offered.get(half) {
+            offered.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    /// Whether a body has waited for its stream's window for too long, whatever the others do. To be asked in every half.
+    pub(crate) fn has_late_stream(&self) -> bool {
+        let now = self.half();
+        (LATE..HALVES - 1)
+            .filter_map(|before| self.offered.get(now.checked_sub(before)? % HALVES))
+            .any(|offered| offered.load(Ordering::Acquire) > 0)
     }
 }
 

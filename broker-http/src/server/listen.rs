@@ -3,7 +3,6 @@
 use std::convert::Infallible;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -28,7 +27,7 @@ use tower_service::Service as _;
 
 use super::accept::{Accept, Accepted, Accepting};
 use super::access::{Peer, Presented};
-use super::activity::{Activity, Busy, Head, Waits};
+use super::activity::{Activity, Busy, Head};
 use super::limits::Limits;
 use super::metrics::Refusal;
 use super::places::{Place, Places};
@@ -250,6 +249,7 @@ impl Connection {
 
     async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(self, stream: S) {
         let activity = self.activity;
+        activity.set_patience(self.patience);
         let address = self.peer.address;
         let (shared, router, active, peer) = (Arc::clone(&self.shared), self.router, Arc::clone(&activity), self.peer);
         let service = service_fn(move |mut request: Request<Incoming>| {
@@ -300,7 +300,7 @@ impl Connection {
         let mut look = pin!(sleep(period));
         // Since when nothing has begun, and since when an answer waits without getting on.
         let (mut seen, mut quiet) = (activity.life(), Instant::now());
-        let mut waits: Option<(Waits, Instant)> = None;
+        let mut waits: Option<(usize, Instant)> = None;
         let mut still = quiet;
         let mut idle = self.idle;
         loop {
@@ -323,7 +323,7 @@ impl Connection {
                 () = look.as_mut() => {
                     let now = Instant::now();
                     waits = activity.waits().map(|at| (at, waits.filter(|was| was.0 == at).map_or(now, |was| was.1)));
-                    if waits.is_some_and(|(_, since)| now - since >= self.patience) {
+                    if waits.is_some_and(|(_, since)| now - since >= self.patience) || activity.has_late_stream() {
                         self.shared.metrics.refused(Refusal::AnswerTimeout);
                         tracing::debug!(peer = ?address, "a connection was cut: its answers are not read");
                         return;
@@ -445,8 +445,8 @@ struct Guarded {
 struct Offer {
     /// The rest of what the body gave.
     rest: Bytes,
-    /// Something is there that nobody has taken.
-    waits: bool,
+    /// Something is there that nobody has taken, since this half of the time it may wait.
+    waits: Option<usize>,
 }
 
 /// Bytes taken at a time over HTTP/2 (its least bound of a frame): a reader gets on by each.
@@ -456,7 +456,7 @@ impl Guarded {
     fn new(body: Body, busy: Busy, version: Version) -> Self {
         let mut guarded = Self { body, offer: None, busy };
         if version == Version::HTTP_2 {
-            guarded.offer = Some(Offer { rest: Bytes::new(), waits: false });
+            guarded.offer = Some(Offer { rest: Bytes::new(), waits: None });
             guarded.offer(true);
         }
         guarded
@@ -465,11 +465,10 @@ impl Guarded {
     /// Whether something is there to be taken from now on.
     fn offer(&mut self, waits: bool) {
         let Some(offer) = &mut self.offer else { return };
-        match (std::mem::replace(&mut offer.waits, waits), waits) {
-            (false, true) => self.busy.0.offered.fetch_add(1, Ordering::AcqRel),
-            (true, false) => self.busy.0.offered.fetch_sub(1, Ordering::AcqRel),
-            _ => return,
-        };
+        if let Some(half) = offer.waits.take() {
+            self.busy.0.taken(half);
+        }
+        offer.waits = waits.then(|| self.busy.0.offer());
     }
 }
 
@@ -504,7 +503,6 @@ impl http_body::Body for Guarded {
             }
         }
         let piece = offer.rest.split_to(offer.rest.len().min(PIECE));
-        this.busy.0.taken.fetch_add(1, Ordering::AcqRel);
         this.offer(true);
         Poll::Ready(Some(Ok(Frame::data(piece))))
     }
