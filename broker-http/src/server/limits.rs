@@ -41,8 +41,8 @@ pub struct Limits {
     pub header_timeout: Duration,
     /// How long a body may take to arrive; one of streamed lines takes as long as it likes, and each line so long,
     /// from when it is waited for to its end. Also how long
-    /// an answer may wait for a reader that takes nothing of it, half as long again at most; then its
-    /// connection is cut. A reader gets on by 16 KiB over HTTP/2, by what the kernel takes at a time
+    /// an answer may wait for a reader that takes nothing of it, twice as long at most over HTTP/2 and half as long again
+    /// over HTTP/1; then its connection is cut, whatever becomes of others on it. A reader gets on by 16 KiB over HTTP/2, by what the kernel takes at a time
     /// over HTTP/1 (up to a third of the socket's buffer). A stream that has nothing to say waits for
     /// nobody.
     pub body_timeout: Duration,
