@@ -17,9 +17,9 @@ fn retaining(retention: Retention) -> MemoryBroker {
     MemoryBroker::with_options(MemoryOptions::new().with_retention(retention))
 }
 
-/// A message, and what it takes.
+/// A message, and what it takes: as much as any other, whatever its id.
 fn message(id: &str) -> (Message, u64) {
-    let message = Message::new(vec![0; 1_000]).with_id(id.parse().unwrap());
+    let message = Message::new(vec![0; 1_000 - id.len()]).with_id(id.parse().unwrap());
     let bytes = message.memory_size() as u64;
     (message, bytes)
 }
