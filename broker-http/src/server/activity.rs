@@ -116,27 +116,36 @@ impl Activity {
         usize::try_from(self.opened.elapsed().as_micros() / half).unwrap_or(usize::MAX)
     }
 
-    /// A piece of a body is there to be taken: tells what to [take](Self::taken) it by.
-    pub(crate) fn offer(&self) -> usize {
-        let half = self.half() % HALVES;
-        if let Some(offered) = self.offered.get(half) {
-            offered.fetch_add(1, Ordering::AcqRel);
-        }
-        half
-    }
-
-    pub(crate) fn taken(&self, half: usize) {
-        if let Some(offered) = self.offered.get(half) {
-            offered.fetch_sub(1, Ordering::AcqRel);
-        }
-    }
-
     /// Whether a body has waited for its stream's window for too long, whatever the others do. To be asked in every half.
     pub(crate) fn has_late_stream(&self) -> bool {
         let now = self.half();
         (LATE..HALVES - 1)
             .filter_map(|before| self.offered.get(now.checked_sub(before)? % HALVES))
             .any(|offered| offered.load(Ordering::Acquire) > 0)
+    }
+}
+
+/// Something of a body is there to be taken, until it is: by the half of its patience in which that began.
+pub(crate) struct Offered {
+    activity: Arc<Activity>,
+    half: usize,
+}
+
+impl Offered {
+    pub(crate) fn begin(activity: &Arc<Activity>) -> Self {
+        let half = activity.half() % HALVES;
+        if let Some(offered) = activity.offered.get(half) {
+            offered.fetch_add(1, Ordering::AcqRel);
+        }
+        Self { activity: Arc::clone(activity), half }
+    }
+}
+
+impl Drop for Offered {
+    fn drop(&mut self) {
+        if let Some(offered) = self.activity.offered.get(self.half) {
+            offered.fetch_sub(1, Ordering::AcqRel);
+        }
     }
 }
 

@@ -78,6 +78,8 @@ fn inflate_now(
     }
     take(inflating.finish()?, 0)?;
     drop(inflating);
+    // What is kept of it keeps all of it.
+    inflated.shrink_to_fit();
     reservation.shrink(inflated.len() as u64);
     Ok((inflated.into(), reservation))
 }

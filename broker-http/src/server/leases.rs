@@ -302,6 +302,13 @@ impl Places {
     pub(crate) fn count(&self) -> usize {
         self.count
     }
+
+    /// So many of them, by themselves.
+    pub(crate) fn part(&mut self, count: usize) -> Self {
+        let count = count.min(self.count);
+        self.count -= count;
+        Self { leases: Arc::clone(&self.leases), holder: Arc::clone(&self.holder), count }
+    }
 }
 
 impl Drop for Places {

@@ -27,7 +27,7 @@ use tower_service::Service as _;
 
 use super::accept::{Accept, Accepted, Accepting};
 use super::access::{Peer, Presented};
-use super::activity::{Activity, Busy, Head};
+use super::activity::{Activity, Busy, Head, Offered};
 use super::limits::Limits;
 use super::metrics::Refusal;
 use super::places::{Place, Places};
@@ -436,7 +436,7 @@ fn refusal(error: &(dyn std::error::Error + 'static)) -> Option<Refusal> {
 /// The body of an answer; its request is at work until it ends.
 struct Guarded {
     body: Body,
-    /// Over HTTP/2, where the connection takes from a body only what its stream has a window for.
+    /// Over HTTP/2, where the connection takes from a body one piece beyond what its stream has a window for.
     offer: Option<Offer>,
     busy: Busy,
 }
@@ -445,8 +445,20 @@ struct Guarded {
 struct Offer {
     /// The rest of what the body gave.
     rest: Bytes,
-    /// Something is there that nobody has taken, since this half of the time it may wait.
-    waits: Option<usize>,
+    /// Something is there that nobody has taken.
+    waits: Option<Offered>,
+}
+
+/// A piece, which the connection keeps until its stream has a window for all of it, and also beyond the end of its body.
+struct Piece {
+    bytes: Bytes,
+    _offered: Offered,
+}
+
+impl AsRef<[u8]> for Piece {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 /// Bytes taken at a time over HTTP/2 (its least bound of a frame): a reader gets on by each.
@@ -465,10 +477,7 @@ impl Guarded {
     /// Whether something is there to be taken from now on.
     fn offer(&mut self, waits: bool) {
         let Some(offer) = &mut self.offer else { return };
-        if let Some(half) = offer.waits.take() {
-            self.busy.0.taken(half);
-        }
-        offer.waits = waits.then(|| self.busy.0.offer());
+        offer.waits = waits.then(|| Offered::begin(&self.busy.0));
     }
 }
 
@@ -504,7 +513,8 @@ impl http_body::Body for Guarded {
         }
         let piece = offer.rest.split_to(offer.rest.len().min(PIECE));
         this.offer(true);
-        Poll::Ready(Some(Ok(Frame::data(piece))))
+        let piece = Piece { bytes: piece, _offered: Offered::begin(&this.busy.0) };
+        Poll::Ready(Some(Ok(Frame::data(Bytes::from_owner(piece)))))
     }
 
     fn is_end_stream(&self) -> bool {

@@ -228,7 +228,7 @@ impl Ledger {
     }
 
     /// Room for what makes room, or mends what keeps it taken: settlements, subscriptions, redrives. They are small,
-    /// and count, and are never refused.
+    /// and count, and no bound refuses them but that of their sender's own bodies.
     pub(crate) fn grant(&self) -> Reservation {
         Reservation { books: self.clone(), bytes: 0, bounded: false, share: None }
     }

@@ -8,7 +8,7 @@ use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use broker_core::{
-    Broker, Delivery, Failure, Gap, GroupName, Received, Result, Settle, Settlement, Subscribe, Subscription,
+    Broker, Delivery, ErrorKind, Failure, Gap, GroupName, Received, Result, Settle, Settlement, Subscribe, Subscription,
 };
 use futures_util::FutureExt;
 use http::{HeaderMap, StatusCode, Uri};
@@ -19,6 +19,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::access::Caller;
 use super::leases::{Holder, LeaseId, Leases, detach};
+use super::memory::RETRY_AFTER;
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::publish::json_response;
@@ -39,6 +40,9 @@ const AT_ONCE: usize = 32;
 
 /// How long a pull that does not wait stands behind another that is just taking deliveries.
 const TURN: Duration = Duration::from_millis(20);
+
+/// How long a pull waits for its turn to be answered, at least.
+const TURN_TO_ANSWER: Duration = Duration::from_secs(5);
 
 /// How long a member nobody pulls through stays in its group, where it may hold deliveries back from
 /// the others.
@@ -90,6 +94,15 @@ impl Pull {
         if let Ok(mut member) = self.member.try_lock() {
             member.take();
         }
+    }
+}
+
+/// Deliveries taken and not lent: given back untried.
+struct Hand(Vec<Delivery>);
+
+impl Drop for Hand {
+    fn drop(&mut self) {
+        self.0.drain(..).for_each(|delivery| detach(delivery.settle(Settlement::Release)));
     }
 }
 
@@ -163,7 +176,20 @@ pub(crate) async fn pull(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer 
         }
         let deliveries = receive(&shared, &subscribed, pull, places.count(), deadline).await?;
         if !deliveries.is_empty() {
+            // Nothing is lent while nobody can be told: whoever leaves meanwhile has tried nothing.
+            let mut hand = Hand(deliveries);
+            let patience = deadline.max(Instant::now() + TURN_TO_ANSWER);
+            if timeout_at(patience, shared.ledger.answers().turn()).await.is_err() {
+                return Err(Problem::new(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    ErrorKind::Unavailable,
+                    "what others have asked for and not read is as much as may be; try again",
+                )
+                .retry_after(RETRY_AFTER)
+                .counted(Refusal::Memory));
+            }
             // From here to the leases nothing waits, so that no caller gone can lose them.
+            let deliveries = std::mem::take(&mut hand.0);
             let events: Vec<_> = deliveries.iter().map(|delivery| delivery.received().clone()).collect();
             let ids = shared.leases.grant(places, deliveries, subscribed.spec.timeout)?;
             break ids.into_iter().zip(events).collect::<Vec<_>>();
@@ -173,7 +199,6 @@ pub(crate) async fn pull(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer 
         }
     };
     shared.metrics.pulled(leased.len());
-    shared.ledger.answers().turn().await;
     let mut out = encode(leased.into_iter(), Some(subscribed.name.as_str()));
     if let Some(gap) = pull.gap.lock().take() {
         out.pop();

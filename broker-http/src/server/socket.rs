@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::Response;
-use broker_core::{Delivery, GroupName, Received, StartAt, Subscription, TopicFilter};
+use broker_core::{Delivery, GroupName, Settlement, StartAt, Subscription, TopicFilter};
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
 use http::StatusCode;
@@ -24,7 +24,7 @@ use tokio_tungstenite::tungstenite::{Error, Message};
 
 use super::Shared;
 use super::access::Revoked;
-use super::leases::{Holder, LeaseId, Places};
+use super::leases::{Holder, Places, detach};
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::pull::{self, Settlements};
@@ -85,7 +85,8 @@ pub(crate) async fn open(
         hold,
         name,
         credit: 0,
-        untold: VecDeque::new(),
+        ready: VecDeque::new(),
+        places: None,
         chatter: Chatter::new(Instant::now()),
     };
     let mut response = Response::new(Body::empty());
@@ -115,14 +116,16 @@ struct Lending {
     hold: Duration,
     name: Option<String>,
     credit: usize,
-    /// Lent, and the other side does not know yet.
-    untold: VecDeque<(LeaseId, Received)>,
+    /// Taken and not lent yet: nothing is lent while the other side cannot be told.
+    ready: VecDeque<Delivery>,
+    places: Option<Places>,
     chatter: Chatter,
 }
 
 impl Drop for Lending {
-    /// What is still lent is due again at once.
+    /// What is still lent is due again at once, and what was not even lent.
     fn drop(&mut self) {
+        self.ready.drain(..).for_each(|delivery| detach(delivery.settle(Settlement::Release)));
         self.shared.leases.release_all(&self.holder);
     }
 }
@@ -186,8 +189,8 @@ impl Lending {
             if self.subscription.is_none() && self.holder.leased() == 0 {
                 return Some(goodbye(CloseCode::Away, "the subscription has ended"));
             }
-            // What is lent is told before more is.
-            let room = if self.untold.is_empty() { self.credit } else { 0 };
+            // What was taken is lent before more is taken.
+            let room = if self.ready.is_empty() { self.credit } else { 0 };
             let room = room.min(MAX_LENT.saturating_sub(self.holder.leased())).min(AT_ONCE);
             let places = self.shared.leases.reserve(&self.holder, room, MAX_LENT);
             let room = places.count();
@@ -214,8 +217,8 @@ impl Lending {
                         return Some(goodbye(CloseCode::Policy, "too many frames that settle nothing"));
                     }
                 }
-                () = self.shared.ledger.answers().turn(), if !self.untold.is_empty() => {
-                    let text = self.tell();
+                () = self.shared.ledger.answers().turn(), if !self.ready.is_empty() => {
+                    let text = self.lend()?;
                     send(socket, text, self.shared.limits().body_timeout).await?;
                 }
                 received = receive => match received {
@@ -225,7 +228,7 @@ impl Lending {
                             let text = json!({ "gap": { "lost": gap.lost() } }).to_string().into();
                             send(socket, text, self.shared.limits().body_timeout).await?;
                         }
-                        self.lend(places, std::mem::take(&mut batch))?;
+                        self.take(places, std::mem::take(&mut batch));
                     }
                     Ok(0) => self.subscription = None,
                     Err(error) => {
@@ -246,27 +249,32 @@ impl Lending {
         }
     }
 
-    /// Lends deliveries.
-    fn lend(&mut self, places: Places, deliveries: Vec<Delivery>) -> Option<()> {
+    /// Takes deliveries, and the places that their leases will have.
+    fn take(&mut self, places: Places, deliveries: Vec<Delivery>) {
         self.credit -= deliveries.len().min(self.credit);
-        self.chatter.earn(deliveries.len());
-        self.shared.metrics.streamed(deliveries.len());
-        let events: Vec<_> = deliveries.iter().map(|delivery| delivery.received().clone()).collect();
-        let ids = self.shared.leases.grant(places, deliveries, self.hold).ok()?;
-        self.untold.extend(ids.into_iter().zip(events));
-        Some(())
+        self.places = Some(places);
+        self.ready.extend(deliveries);
     }
 
-    /// The message that tells of what is lent: of as much as one holds.
-    fn tell(&mut self) -> Bytes {
+    /// Lends as many as one message tells of; that message.
+    fn lend(&mut self) -> Option<Bytes> {
         let (mut count, mut bytes) = (0, 0);
         while bytes < FRAME_BYTES
-            && let Some((_, event)) = self.untold.get(count)
+            && let Some(delivery) = self.ready.get(count)
         {
-            bytes += event.message().size();
+            bytes += delivery.message().size();
             count += 1;
         }
-        self.shared.ledger.answer(pull::encode(self.untold.drain(..count), self.name.as_deref()))
+        let places = self.places.as_mut()?.part(count);
+        let deliveries: Vec<_> = self.ready.drain(..count).collect();
+        if self.ready.is_empty() {
+            self.places = None;
+        }
+        self.chatter.earn(count);
+        self.shared.metrics.streamed(count);
+        let events: Vec<_> = deliveries.iter().map(|delivery| delivery.received().clone()).collect();
+        let ids = self.shared.leases.grant(places, deliveries, self.hold).ok()?;
+        Some(self.shared.ledger.answer(pull::encode(ids.into_iter().zip(events), self.name.as_deref())))
     }
 
     /// Takes a frame: adds its credit, settles what it settles; tells whether that was something.

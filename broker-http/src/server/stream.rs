@@ -233,7 +233,11 @@ impl http_body::Body for Events {
                 return frame(encode_gap(gap));
             }
         }
-        ready!(this.poll_turn(cx));
+        if this.poll_turn(cx).is_pending() {
+            ready!(this.alive.as_mut().poll(cx));
+            this.alive.as_mut().reset(Instant::now() + KEEP_ALIVE);
+            return frame(b": keep-alive\n\n".to_vec());
+        }
         this.write()
     }
 }

@@ -769,6 +769,58 @@ async fn a_stream_without_a_window_ends_its_connection_also_beside_one_that_is_r
     refused_at_last(&running, "answer_timeout", 1).await;
 }
 
+/// While others have asked for more than may be encoded, and read nothing, nothing is lent to who cannot be answered.
+#[tokio::test]
+async fn a_pull_that_waits_for_its_turn_costs_no_attempt() {
+    let running = limited(|limits| limits.memory_bytes = 4 << 20).await;
+    running.put("q", r#"{"filter":"a","timeout":"1s","retry":{"max_attempts":1}}"#).await;
+    let mut stream = running.connect().await;
+    let mut begin = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    // SETTINGS_INITIAL_WINDOW_SIZE = 0.
+    begin.extend(frame(4, 0, 0, &[0, 4, 0, 0, 0, 0]));
+    let path = "/topics/big/stream";
+    let head = [&[0x82, 0x86, 0x04, 18], path.as_bytes(), &[0x01, 9], b"localhost"].concat();
+    begin.extend(frame(1, 5, 1, &head));
+    stream.write_all(&begin).await.unwrap();
+    while running.get("/metrics").await.text().contains("broker_streams 0\n") {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    // It says first that it is connected; then a window of that makes it take a message.
+    stream.write_all(&frame(8, 0, 1, &16_u32.to_be_bytes())).await.unwrap();
+    assert_eq!(running.post("/topics/big", &"x".repeat(900_000)).await.status, 202);
+    running.post("/topics/a?id=1", "x").await;
+    soon(async {
+        while !running.get("/metrics").await.text().contains("broker_messages_streamed_total 1\n") {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    running.send("POST /subscriptions/q/pull", &[], "").await.is_problem(503, "not read");
+    drop(stream);
+    let leases = running.pull("q", "wait=20s").await;
+    assert_eq!((leases.len(), leases[0].attempt), (1, 1));
+}
+
+/// The end of an answer waits for its stream's window when its body has ended.
+#[tokio::test]
+async fn the_end_of_an_answer_is_waited_for_no_longer_than_the_rest() {
+    let running = limited(|limits| limits.body_timeout = Duration::from_millis(400)).await;
+    let mut stream = running.connect().await;
+    let mut begin = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    // SETTINGS_INITIAL_WINDOW_SIZE = 1.
+    begin.extend(frame(4, 0, 0, &[0, 4, 0, 0, 0, 1]));
+    for (number, path) in [(1, "/topics/a/stream"), (3, "/healthz")] {
+        let length = u8::try_from(path.len()).unwrap();
+        let head = [&[0x82, 0x86, 0x04, length], path.as_bytes(), &[0x01, 9], b"localhost"].concat();
+        begin.extend(frame(1, 5, number, &head));
+    }
+    // The stream of events is read, and has nothing more to say.
+    begin.extend(frame(8, 0, 1, &100_000_u32.to_be_bytes()));
+    stream.write_all(&begin).await.unwrap();
+    soon(tokio::io::copy(&mut stream, &mut tokio::io::sink())).await.unwrap();
+    refused_at_last(&running, "answer_timeout", 1).await;
+}
+
 #[tokio::test]
 async fn a_sender_of_lines_that_reads_no_results_is_cut() {
     let running = limited(|limits| (limits.connections, limits.body_timeout) = (2, Duration::from_millis(500))).await;
