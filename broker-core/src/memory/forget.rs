@@ -46,12 +46,13 @@ impl MemoryBroker {
     }
 
     /// Forgets messages that are retained, of `topic` or of all, the oldest first, until `bytes` are free that they took
-    /// (as of [`Message::memory_size`](crate::Message::memory_size)); tells how many are, which may be fewer. What is also in a
-    /// backlog or in flight frees nothing, and stays retained unless something newer goes. Of all topics, each forgets its
-    /// share; a topic that has nothing to forget has its dead letters forgotten, which are retained elsewhere. A group made later is told of it as of what was over a bound.
+    /// (as of [`Message::memory_size`](crate::Message::memory_size)); tells how many are, which may be fewer. What is
+    /// also in a backlog or in flight frees nothing, and stays retained unless something newer goes. Of all topics, each
+    /// forgets its share; a topic that has nothing to forget has its dead letters forgotten, which are retained
+    /// elsewhere. A group made later is told of it as of what was over a bound.
     ///
-    /// It takes a few milliseconds at most: it goes through 16,384 messages, and when none of them frees anything, forgets some of
-    /// those, so that the next call gets further.
+    /// It takes a few milliseconds at most: it goes through 16,384 messages, and when none of them frees anything,
+    /// forgets some of those, so that the next call gets further.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> broker_core::Result<()> {

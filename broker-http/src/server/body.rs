@@ -154,12 +154,6 @@ fn too_large(limit: usize, announced: u64) -> Problem {
     Problem::too_large(format!("{what} is over the limit of {limit} bytes"))
 }
 
-/// Lets go of a refused body; [`rest`](super::rest) sees to it that its sender sees the answer.
-pub(crate) async fn refuse(_headers: &HeaderMap, body: Body, _limits: &Limits, problem: Problem) -> Problem {
-    drop(body);
-    problem
-}
-
 /// Reads the JSON of a request; an empty body is `None`.
 pub(crate) async fn json<T: serde::de::DeserializeOwned>(
     headers: &HeaderMap,

@@ -42,8 +42,8 @@ pub struct Limits {
     /// How long a body may take to arrive; one of streamed lines takes as long as it likes, and each line so long,
     /// from when it is waited for to its end. Also how long
     /// an answer may wait for a reader that takes nothing of it, twice as long at most over HTTP/2 and half as long again
-    /// over HTTP/1; then its connection is cut, whatever becomes of others on it. A reader gets on by 16 KiB over HTTP/2, by what the kernel takes at a time
-    /// over HTTP/1 (up to a third of the socket's buffer). A stream that has nothing to say waits for
+    /// over HTTP/1; then its connection is cut, whatever becomes of others on it. A reader gets on by 16 KiB over
+    /// HTTP/2, by what the kernel takes at a time over HTTP/1 (up to a third of the socket's buffer). A stream that has nothing to say waits for
     /// nobody.
     pub body_timeout: Duration,
     /// Bytes of a body that holds one message, beyond which no message can be meant: the broker's own
@@ -64,7 +64,9 @@ pub struct Limits {
     pub topics: usize,
     /// Bytes that messages published through this server and the bodies of its requests may hold,
     /// counted with what each message takes besides; at it what the topics of `memory:` only retain
-    /// is forgotten, then publishers are refused, and whoever takes messages out goes on. Half of it is what deliveries of a broker elsewhere (RabbitMQ,
+    /// is forgotten, then publishers are refused, and whoever takes messages out goes on. An eighth of it each is what
+    /// may be encoded for readers and for endpoints before the next waits, and what the bodies of one identity may hold
+    /// that are under way. Half of it is what deliveries of a broker elsewhere (RabbitMQ,
     /// Kafka) may take from there to their settlement: then a subscription takes one at a time. What
     /// others publish to `memory:` in this process is bounded by its groups' backlogs.
     pub memory_bytes: u64,

@@ -55,17 +55,14 @@ pub(crate) async fn stream(
     body: Body,
     has_key: bool,
 ) -> Answer {
-    let encoding = match Encoding::of(headers) {
-        Ok(encoding) => encoding,
-        Err(problem) => return Err(body::refuse(headers, body, &shared.limits(), problem).await),
-    };
+    let encoding = Encoding::of(headers)?;
     let problem = if has_key {
         Some(Problem::invalid("idempotency-key: the answer to a stream of lines is not kept; give each line a dedup"))
     } else {
         options.check_many().err().map(Problem::from)
     };
     if let Some(problem) = problem {
-        return Err(body::refuse(headers, body, &shared.limits(), problem).await);
+        return Err(problem);
     }
     let filter = TopicFilter::from(published.topic());
     let lines = Lines {

@@ -255,7 +255,8 @@ impl Books {
     }
 }
 
-/// What may be encoded of messages for either, of all that may be held.
+/// Of all that may be held: what may be encoded of messages for readers, for endpoints, and what the bodies of one identity
+/// hold that are under way.
 fn share(max: u64) -> u64 {
     (max / 8).max(1)
 }
@@ -273,11 +274,6 @@ pub(crate) struct Reservation {
 /// What the bodies of one identity hold that are under way: no identity keeps the others out by sending slowly.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Share(Arc<AtomicU64>);
-
-/// What one identity may hold so, of all that may be held.
-fn own_share(max: u64) -> u64 {
-    (max / 8).max(1)
-}
 
 impl Reservation {
     /// Counts it as a part of what its sender may hold.
@@ -302,7 +298,7 @@ impl Reservation {
     /// 503 if there is none, 413 where there never is so much, 429 where its sender holds too much already.
     pub(crate) fn grow(&mut self, bytes: u64) -> Answer<()> {
         if let Some(Share(held)) = &self.share {
-            let most = own_share(self.books.max());
+            let most = share(self.books.max());
             let before = held.fetch_add(bytes, Ordering::Relaxed);
             // One body alone may be as large as any.
             if before > self.bytes && before.saturating_add(bytes) > most {

@@ -35,7 +35,7 @@ pub(crate) async fn publish(State(shared): State<Arc<Shared>>, request: Request<
     let (parts, body) = request.into_parts();
     let answer = match prepare(&shared, &parts) {
         Ok(prepared) => answer(&shared, prepared, &parts, body).await,
-        Err(problem) => Err(body::refuse(&parts.headers, body, &shared.limits(), problem).await),
+        Err(problem) => Err(problem),
     };
     let mut response = answer.unwrap_or_else(IntoResponse::into_response);
     if let Some(caller) = Caller::of(&parts.extensions) {

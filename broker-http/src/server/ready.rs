@@ -79,3 +79,23 @@ pub(crate) async fn readyz(State(shared): State<Arc<Shared>>, request: Request) 
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use broker_core::{Broker, MemoryBroker};
+
+    use super::super::{Server, ServerOptions};
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_broker_is_asked_once_for_all_who_ask_meanwhile() {
+        let broker = Arc::new(MemoryBroker::new());
+        let server = Server::new(Arc::clone(&broker) as Arc<dyn Broker>, ServerOptions::new());
+        let asked = async || server.shared.readiness.of(&server.shared).await;
+        assert!(matches!(asked().await, Said::Active(_)));
+        broker.close(Duration::ZERO).await;
+        assert!(matches!(asked().await, Said::Active(_)), "it was asked again at once");
+        tokio::time::advance(FRESH).await;
+        assert!(matches!(asked().await, Said::Not(..)));
+    }
+}
