@@ -256,7 +256,7 @@ impl Message {
     /// Delivers it no earlier than `delay` from now.
     #[must_use]
     pub fn with_delay(self, delay: Duration) -> Self {
-        self.with_deliver_at(Timestamp::now().after(delay))
+        self.with_deliver_at(Timestamp::past(delay))
     }
 
     /// Discards it, counted, if it was not delivered by then.

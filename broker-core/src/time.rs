@@ -54,6 +54,22 @@ impl Timestamp {
         Self(self.0.saturating_add(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)))
     }
 
+    /// When all of `wait` from now is over: of the millisecond that it is [`now`](Self::now) some has passed already, so
+    /// that this is the whole one after it. For what must not come earlier.
+    ///
+    /// ```
+    /// use std::time::{Duration, Instant};
+    /// use broker_core::Timestamp;
+    ///
+    /// let (begun, due) = (Instant::now(), Timestamp::past(Duration::from_millis(3)));
+    /// while Timestamp::now() < due {}
+    /// assert!(begun.elapsed() >= Duration::from_millis(3));
+    /// ```
+    #[must_use]
+    pub fn past(wait: Duration) -> Self {
+        Self::now().after(wait.saturating_add(Duration::from_millis(1)))
+    }
+
     /// How much later this is than `earlier`; zero if it is not later.
     ///
     /// ```

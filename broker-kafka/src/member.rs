@@ -193,8 +193,7 @@ impl Member {
         let retried = Retried {
             topic: item.topic.clone(),
             failed: entry.failed,
-            // Of the millisecond that it is now some has passed: not before all of the wait is over.
-            due: now.after(wait.saturating_add(Duration::from_millis(1))),
+            due: Timestamp::past(wait),
             first: entry.first.unwrap_or(now),
         };
         let travel = Travel { for_group: None, retried: Some(Box::new(retried)) };

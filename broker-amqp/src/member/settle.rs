@@ -100,7 +100,7 @@ impl Member {
             return self.bury(epoch, item.clone(), failure, Handed::Yes);
         }
         let wait = after.unwrap_or_else(|| policy.backoff(item.attempt));
-        let due = Timestamp::now().after(wait);
+        let due = Timestamp::past(wait);
         if item.message.expires_at().is_some_and(|expires| expires <= due) {
             self.known.counts.lock().expired += 1;
             return self.finish(epoch, item);

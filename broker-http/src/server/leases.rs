@@ -1,7 +1,7 @@
 //! Deliveries lent to pullers: one table with one timer structure, so that a lease costs an entry
 //! and not a task. What is not settled in time goes back as a retry.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -337,6 +337,50 @@ fn random_ids(count: usize) -> Result<Vec<LeaseId>, Error> {
         .map_err(|error| Error::unavailable("the system gives no random numbers for leases").with_source(error))?;
     let (chunks, _) = bytes.as_chunks::<16>();
     Ok(chunks.iter().map(|chunk| LeaseId(u128::from_be_bytes(*chunk))).collect())
+}
+
+/// Deliveries taken and neither lent nor written yet; dropped, they are given back untried.
+#[derive(Default)]
+pub(crate) struct Hand(VecDeque<Delivery>);
+
+impl Hand {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub(crate) fn get(&self, index: usize) -> Option<&Delivery> {
+        self.0.get(index)
+    }
+
+    pub(crate) fn extend(&mut self, deliveries: impl IntoIterator<Item = Delivery>) {
+        self.0.extend(deliveries);
+    }
+
+    /// The first.
+    pub(crate) fn pop(&mut self) -> Option<Delivery> {
+        self.0.pop_front()
+    }
+
+    /// The first, up to so many.
+    pub(crate) fn take(&mut self, count: usize) -> Vec<Delivery> {
+        self.0.drain(..count.min(self.0.len())).collect()
+    }
+}
+
+impl From<Vec<Delivery>> for Hand {
+    fn from(deliveries: Vec<Delivery>) -> Self {
+        Self(deliveries.into())
+    }
+}
+
+impl Drop for Hand {
+    fn drop(&mut self) {
+        self.0.drain(..).for_each(|delivery| detach(delivery.settle(Settlement::Release)));
+    }
 }
 
 /// Lets a settlement nobody waits for finish.

@@ -18,7 +18,7 @@ use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::{Instant, timeout_at};
 
 use super::access::Caller;
-use super::leases::{Holder, LeaseId, Leases, detach};
+use super::leases::{Hand, Holder, LeaseId, Leases, detach};
 use super::memory::RETRY_AFTER;
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
@@ -97,15 +97,6 @@ impl Pull {
     }
 }
 
-/// Deliveries taken and not lent: given back untried.
-struct Hand(Vec<Delivery>);
-
-impl Drop for Hand {
-    fn drop(&mut self) {
-        self.0.drain(..).for_each(|delivery| detach(delivery.settle(Settlement::Release)));
-    }
-}
-
 /// Counts a pull at work, however it ends.
 struct Pulling<'a>(&'a Pull);
 
@@ -177,7 +168,7 @@ pub(crate) async fn pull(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer 
         let deliveries = receive(&shared, &subscribed, pull, places.count(), deadline).await?;
         if !deliveries.is_empty() {
             // Nothing is lent while nobody can be told: whoever leaves meanwhile has tried nothing.
-            let mut hand = Hand(deliveries);
+            let mut hand = Hand::from(deliveries);
             let patience = deadline.max(Instant::now() + TURN_TO_ANSWER);
             if timeout_at(patience, shared.ledger.answers().turn()).await.is_err() {
                 return Err(Problem::new(
@@ -189,7 +180,7 @@ pub(crate) async fn pull(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer 
                 .counted(Refusal::Memory));
             }
             // From here to the leases nothing waits, so that no caller gone can lose them.
-            let deliveries = std::mem::take(&mut hand.0);
+            let deliveries = hand.take(usize::MAX);
             let events: Vec<_> = deliveries.iter().map(|delivery| delivery.received().clone()).collect();
             let ids = shared.leases.grant(places, deliveries, subscribed.spec.timeout)?;
             break ids.into_iter().zip(events).collect::<Vec<_>>();

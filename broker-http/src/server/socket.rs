@@ -1,13 +1,12 @@
 //! `GET /topics/{filter}/stream` as a WebSocket: deliveries lent against credit, settled over the
 //! same socket.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::Response;
-use broker_core::{Delivery, GroupName, Settlement, StartAt, Subscription, TopicFilter};
+use broker_core::{Delivery, GroupName, StartAt, Subscription, TopicFilter};
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
 use http::StatusCode;
@@ -24,7 +23,7 @@ use tokio_tungstenite::tungstenite::{Error, Message};
 
 use super::Shared;
 use super::access::Revoked;
-use super::leases::{Holder, Places, detach};
+use super::leases::{Hand, Holder, Places};
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::pull::{self, Settlements};
@@ -85,7 +84,7 @@ pub(crate) async fn open(
         hold,
         name,
         credit: 0,
-        ready: VecDeque::new(),
+        ready: Hand::default(),
         places: None,
         chatter: Chatter::new(Instant::now()),
     };
@@ -117,15 +116,14 @@ struct Lending {
     name: Option<String>,
     credit: usize,
     /// Taken and not lent yet: nothing is lent while the other side cannot be told.
-    ready: VecDeque<Delivery>,
+    ready: Hand,
     places: Option<Places>,
     chatter: Chatter,
 }
 
 impl Drop for Lending {
-    /// What is still lent is due again at once, and what was not even lent.
+    /// What is still lent is due again at once.
     fn drop(&mut self) {
-        self.ready.drain(..).for_each(|delivery| detach(delivery.settle(Settlement::Release)));
         self.shared.leases.release_all(&self.holder);
     }
 }
@@ -266,7 +264,7 @@ impl Lending {
             count += 1;
         }
         let places = self.places.as_mut()?.part(count);
-        let deliveries: Vec<_> = self.ready.drain(..count).collect();
+        let deliveries = self.ready.take(count);
         if self.ready.is_empty() {
             self.places = None;
         }

@@ -1,7 +1,6 @@
 //! `GET /topics/{filter}/stream`: messages as server-sent events, for `curl -N`, browsers and
 //! scripts. What was written is acked.
 
-use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,7 +20,7 @@ use http_body::Frame;
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::access::{Action, Caller, Gate, Revoked};
-use super::leases::{Tally, detach};
+use super::leases::{Hand, Tally, detach};
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::query::{Query, name_in_path};
@@ -77,7 +76,7 @@ pub(crate) async fn stream(State(shared): State<Arc<Shared>>, request: Request) 
         subscription,
         tally,
         written: Vec::new(),
-        ready: VecDeque::new(),
+        ready: Hand::default(),
         gap: matches!(seeking, Seeking::Missed).then_some(Gap::Unknown),
         seeking,
         greeted: false,
@@ -168,7 +167,7 @@ struct Events {
     tally: Arc<Tally>,
     written: Vec<Delivery>,
     /// Received and not written yet.
-    ready: VecDeque<Delivery>,
+    ready: Hand,
     seeking: Seeking,
     gap: Option<Gap>,
     greeted: bool,
@@ -260,7 +259,7 @@ impl Events {
     fn write<E>(&mut self) -> Poll<Option<Result<Frame<Bytes>, E>>> {
         let mut text = Vec::with_capacity(self.ready.len() * 256);
         while text.len() < FRAME_BYTES
-            && let Some(delivery) = self.ready.pop_front()
+            && let Some(delivery) = self.ready.pop()
         {
             encode(&delivery, &mut text);
             self.written.push(delivery);
@@ -283,7 +282,11 @@ impl Events {
             if let Some(at) = found {
                 // Seen already, and everything before it.
                 self.tally.settle(self.ready.len());
-                self.ready.drain(..).chain(batch.drain(..=at)).for_each(|delivery| detach(delivery.ack()));
+                self.ready
+                    .take(usize::MAX)
+                    .into_iter()
+                    .chain(batch.drain(..=at))
+                    .for_each(|delivery| detach(delivery.ack()));
             }
             // What the past lacks before the event was not for this reader.
             if found.is_some() || gap.is_some_and(|gap| gap.lost().is_some()) {

@@ -769,32 +769,51 @@ async fn a_stream_without_a_window_ends_its_connection_also_beside_one_that_is_r
     refused_at_last(&running, "answer_timeout", 1).await;
 }
 
-/// While others have asked for more than may be encoded, and read nothing, nothing is lent to who cannot be answered.
-#[tokio::test]
-async fn a_pull_that_waits_for_its_turn_costs_no_attempt() {
-    let running = limited(|limits| limits.memory_bytes = 4 << 20).await;
-    running.put("q", r#"{"filter":"a","timeout":"1s","retry":{"max_attempts":1}}"#).await;
+/// A stream over HTTP/2 whose reader has a window for the greeting alone, once it has encoded its first frame.
+async fn held_up(running: &Running, path: &str) -> TcpStream {
     let mut stream = running.connect().await;
     let mut begin = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
-    // SETTINGS_INITIAL_WINDOW_SIZE = 0.
-    begin.extend(frame(4, 0, 0, &[0, 4, 0, 0, 0, 0]));
-    let path = "/topics/big/stream";
-    let head = [&[0x82, 0x86, 0x04, 18], path.as_bytes(), &[0x01, 9], b"localhost"].concat();
+    // SETTINGS_INITIAL_WINDOW_SIZE = 16.
+    begin.extend(frame(4, 0, 0, &[0, 4, 0, 0, 0, 16]));
+    let length = u8::try_from(path.len()).unwrap();
+    let head = [&[0x82, 0x86, 0x04, length], path.as_bytes(), &[0x01, 9], b"localhost"].concat();
     begin.extend(frame(1, 5, 1, &head));
     stream.write_all(&begin).await.unwrap();
-    while running.get("/metrics").await.text().contains("broker_streams 0\n") {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    // It says first that it is connected; then a window of that makes it take a message.
-    stream.write_all(&frame(8, 0, 1, &16_u32.to_be_bytes())).await.unwrap();
-    assert_eq!(running.post("/topics/big", &"x".repeat(900_000)).await.status, 202);
-    running.post("/topics/a?id=1", "x").await;
     soon(async {
         while !running.get("/metrics").await.text().contains("broker_messages_streamed_total 1\n") {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     })
     .await;
+    stream
+}
+
+/// What a reader that leaves was never written comes back untried.
+#[tokio::test]
+async fn what_is_not_written_to_a_reader_costs_no_attempt() {
+    let running = limited(|_| {}).await;
+    running.put("q", r#"{"filter":"a","retry":{"initial":"1ms","max":"1ms"}}"#).await;
+    for id in 0..3 {
+        assert_eq!(running.post(&format!("/topics/a?id={id}"), &"x".repeat(100_000)).await.status, 202);
+    }
+    drop(held_up(&running, "/topics/a/stream?group=q").await);
+    let mut attempts = Vec::new();
+    while attempts.len() < 3 {
+        attempts.extend(running.pull("q", "wait=20s").await.iter().map(|lease| lease.attempt));
+    }
+    attempts.sort_unstable();
+    assert_eq!(attempts, [1, 1, 2]);
+}
+
+/// While others have asked for more than may be encoded, and read nothing, nothing is lent to who cannot be answered.
+#[tokio::test]
+async fn a_pull_that_waits_for_its_turn_costs_no_attempt() {
+    let running = limited(|limits| limits.memory_bytes = 4 << 20).await;
+    running.put("q", r#"{"filter":"a","timeout":"1s","retry":{"max_attempts":1}}"#).await;
+    running.put("big", r#"{"filter":"big"}"#).await;
+    assert_eq!(running.post("/topics/big", &"x".repeat(900_000)).await.status, 202);
+    running.post("/topics/a?id=1", "x").await;
+    let stream = held_up(&running, "/topics/big/stream?group=big").await;
     running.send("POST /subscriptions/q/pull", &[], "").await.is_problem(503, "not read");
     drop(stream);
     let leases = running.pull("q", "wait=20s").await;
