@@ -7,6 +7,7 @@ mod activity;
 pub(crate) mod body;
 mod charge;
 mod frames;
+mod guarded;
 mod inflate;
 mod limits;
 mod listen;
