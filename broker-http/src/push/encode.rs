@@ -10,7 +10,7 @@ use sha2::{Digest as _, Sha256};
 use super::connection::{ANSWER_BYTES, Content};
 use super::sign::{Signer, seconds};
 use crate::event::{self, BATCH_TYPE, EVENT_TYPE, Envelope, binary, json};
-use crate::outgoing::Outgoing;
+use crate::outgoing::{Outgoing, Part, Turn};
 use crate::{Mode, SubscriptionSpec};
 
 const WEBHOOK_ID: HeaderName = HeaderName::from_static("webhook-id");
@@ -21,6 +21,9 @@ const BROKER_TEST: HeaderName = HeaderName::from_static("broker-test");
 
 /// Headers that most messages have at most: room made at once costs less than growing.
 const HEADERS: usize = 20;
+
+/// Bytes that a body is thought to have before it is encoded.
+const ABOUT: u64 = 4 << 10;
 
 /// Bytes that an answer to a batch may have for each of its messages: its id, escaped, and its status.
 const STATUS_BYTES: usize = 512;
@@ -33,6 +36,8 @@ pub(crate) struct Encoder {
     mode: Mode,
     signer: Option<Signer>,
     outgoing: Outgoing,
+    /// What is encoded for it and not sent.
+    part: Part,
 }
 
 impl Encoder {
@@ -55,13 +60,14 @@ impl Encoder {
             Mode::Binary | Mode::Raw => None,
         };
         let signer = spec.signing.as_ref().map(Signer::new).transpose()?;
-        Ok(Self { base, mode: spec.mode, signer, outgoing: outgoing.clone() })
+        Ok(Self { base, mode: spec.mode, signer, outgoing: outgoing.clone(), part: Part::default() })
     }
 
     /// Waits until the next request may be encoded. What is sent as it is held, as binary mode does, waits for nothing.
-    pub(crate) async fn turn(&self) {
-        if matches!(self.mode, Mode::Structured | Mode::Batch) {
-            self.outgoing.turn().await;
+    pub(crate) async fn turn(&self) -> Option<Turn> {
+        match self.mode {
+            Mode::Structured | Mode::Batch => Some(self.outgoing.turn(&self.part, ABOUT).await),
+            Mode::Binary | Mode::Raw => None,
         }
     }
 
@@ -86,7 +92,7 @@ impl Encoder {
                 let mut body = Vec::with_capacity(512 + envelope.message.payload().len());
                 json::encode(envelope, &mut body);
                 binary::describe(envelope, &mut headers);
-                self.outgoing.carry(body)
+                self.outgoing.carry(&self.part, body)
             }
             _ => binary::encode(envelope, binary::Mode::Binary, &mut headers),
         };
@@ -126,7 +132,10 @@ impl Encoder {
             sign(signer, &id, &body, &mut headers);
         }
         // What is cut off an answer would be taken for messages that it leaves out.
-        Content { answer_bytes: ANSWER_BYTES + items * STATUS_BYTES, ..post(headers, self.outgoing.carry(body)) }
+        Content {
+            answer_bytes: ANSWER_BYTES + items * STATUS_BYTES,
+            ..post(headers, self.outgoing.carry(&self.part, body))
+        }
     }
 }
 

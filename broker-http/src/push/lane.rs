@@ -78,7 +78,7 @@ pub(crate) async fn exchange(engine: &Engine, line: &mut Line, encode: impl Fn()
         // Waiting for one's turn is no fault of the endpoint: the time does not run yet.
         permit = engine.route.client().permit().await;
     }
-    engine.encoder.turn().await;
+    let mut turn = engine.encoder.turn().await;
     let (time, began) = (Timestamp::now(), Instant::now());
     let attempt = async {
         let mut free = true;
@@ -90,7 +90,9 @@ pub(crate) async fn exchange(engine: &Engine, line: &mut Line, encode: impl Fn()
                     Err(reason) => return Outcome::Failed(reason),
                 },
             };
-            match open.exchange(encode(), &engine.route).await {
+            let content = encode();
+            drop(turn.take());
+            match open.exchange(content, &engine.route).await {
                 Ok(answer) => return Outcome::Answer(answer),
                 Err(Broken::Failed(reason)) => return Outcome::Failed(reason),
                 // Free, and only once: an endpoint that refuses whatever it is sent would be asked without end.

@@ -65,7 +65,8 @@ pub struct Limits {
     /// Bytes that messages published through this server and the bodies of its requests may hold,
     /// counted with what each message takes besides; at it what the topics of `memory:` only retain
     /// is forgotten, then publishers are refused, and whoever takes messages out goes on. An eighth of it each is what
-    /// may be encoded for readers and for endpoints before the next waits, and what the bodies of one identity may hold
+    /// may be encoded for readers and for endpoints before the next waits (none of them is given more while it holds as
+    /// much as is free), and what the bodies of one identity may hold
     /// that are under way. Half of it is what deliveries of a broker elsewhere (RabbitMQ,
     /// Kafka) may take from there to their settlement: then a subscription takes one at a time. What
     /// others publish to `memory:` in this process is bounded by its groups' backlogs.

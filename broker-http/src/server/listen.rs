@@ -253,7 +253,9 @@ impl Connection {
         let (shared, router, active, peer) = (Arc::clone(&self.shared), self.router, Arc::clone(&activity), self.peer);
         let service = service_fn(move |mut request: Request<Incoming>| {
             let busy = Busy::begin(&active);
-            if !shared.gate.is_open() {
+            let publishes = is_publish(&request);
+            // Whoever publishes where everybody may needs not be known.
+            if !publishes || !shared.gate.is_open() {
                 request.extensions_mut().insert(peer.clone());
             }
             active.wire.set_fleeting(routes::waits(request.uri()));
@@ -271,7 +273,7 @@ impl Connection {
                     return std::future::pending().await;
                 }
                 let mut response = match head.as_ref().and_then(|head| check_heads(head, &shared.limits()).err()) {
-                    None => answer(Arc::clone(&shared), router, request).await,
+                    None => answer(Arc::clone(&shared), router, request, publishes).await,
                     Some(problem) => {
                         drop(request);
                         let response = problem.into_response();
@@ -366,7 +368,7 @@ impl Connection {
 
 /// The route everything else waits for is found without the router, whose way there costs about as
 /// much as publishing does.
-async fn answer(shared: Arc<Shared>, mut router: Router, request: Request<Body>) -> Response<Body> {
+async fn answer(shared: Arc<Shared>, mut router: Router, request: Request<Body>, publishes: bool) -> Response<Body> {
     if request.version() == Version::HTTP_2
         && let Err(problem) = check_headers(&request, shared.limits().headers)
     {
@@ -374,11 +376,7 @@ async fn answer(shared: Arc<Shared>, mut router: Router, request: Request<Body>)
         shared.metrics.answered(&response);
         return response;
     }
-    let is_publish = request.method() == Method::POST
-        // A web page's request has more to be said to it.
-        && !request.headers().contains_key(header::ORIGIN)
-        && request.uri().path().strip_prefix("/topics/").is_some_and(|topic| !topic.is_empty() && !topic.contains('/'));
-    if !is_publish {
+    if !publishes {
         let Ok(response) = router.call(request).await;
         return response;
     }
@@ -388,6 +386,13 @@ async fn answer(shared: Arc<Shared>, mut router: Router, request: Request<Body>)
     };
     shared.metrics.answered(&response);
     response
+}
+
+fn is_publish<B>(request: &Request<B>) -> bool {
+    request.method() == Method::POST
+        // A web page's request has more to be said to it.
+        && !request.headers().contains_key(header::ORIGIN)
+        && request.uri().path().strip_prefix("/topics/").is_some_and(|topic| !topic.is_empty() && !topic.contains('/'))
 }
 
 /// As the parser of HTTP/1.1 does by itself.

@@ -8,7 +8,6 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use broker_core::{Broker, ErrorKind, MemoryBroker, Topic};
-use bytes::Bytes;
 use http::StatusCode;
 use parking_lot::Mutex;
 
@@ -242,11 +241,6 @@ impl Ledger {
     pub(crate) fn pushes(&self) -> &Outgoing {
         &self.0.pushes
     }
-
-    /// An answer with messages in it, encoded in its [turn](Outgoing::turn): it counts until it is sent.
-    pub(crate) fn answer(&self, bytes: Vec<u8>) -> Bytes {
-        self.0.answers.carry(bytes)
-    }
 }
 
 impl Books {
@@ -384,6 +378,7 @@ pub(super) fn at_bound(max: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::outgoing::Part;
 
     #[test]
     fn at_the_bound_bodies_are_refused_and_it_is_never_passed() {
@@ -428,7 +423,7 @@ mod tests {
     #[test]
     fn an_answer_counts_until_it_is_sent() {
         let ledger = Ledger::new(1, 1);
-        let answer = ledger.answer(vec![0; 100]);
+        let answer = ledger.answers().carry(&Part::default(), vec![0; 100]);
         assert!(ledger.held() >= 100 && answer.len() == 100);
         assert_eq!(ledger.room().grow(1).unwrap_err().status(), 503);
         drop(answer);

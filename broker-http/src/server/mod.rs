@@ -17,6 +17,7 @@ mod origin;
 mod places;
 pub(crate) mod problem;
 mod query;
+mod reader;
 mod rest;
 mod tls;
 mod topics;
@@ -87,6 +88,7 @@ use metered::Metered;
 use metrics::Metrics;
 use problem::{Answer, Problem};
 use publishers::Publishers;
+use reader::Readers;
 use ready::Readiness;
 use registry::Registry;
 use state::StateFile;
@@ -129,6 +131,7 @@ pub(crate) struct Shared {
     limits: ArcSwap<Limits>,
     pub(crate) gate: Gate,
     pub(crate) ledger: Ledger,
+    readers: Readers,
     pub(crate) publishers: Publishers,
     pub(crate) idempotency: Answers,
     pub(crate) registry: Registry,
@@ -165,6 +168,7 @@ impl Server {
             publishers: Publishers::new(Arc::clone(&broker), limits.topics, ledger.clone(), options.topics().clone()),
             push_client: options.push_client().with_outgoing(ledger.pushes().clone()),
             ledger,
+            readers: Readers::default(),
             idempotency: Answers::new(limits.idempotency_bytes),
             registry: Registry::default(),
             asked: Asked::default(),

@@ -12,7 +12,8 @@ use super::metrics::Gauges;
 use super::problem::{Answer, Problem};
 use super::publish::json_response;
 use super::query::{Query, no_query};
-use super::subscriptions::{DEFAULT_PAGE, MAX_PAGE};
+use super::reader::Reader;
+use super::subscriptions::{DEFAULT_PAGE, LIST_BYTES, MAX_PAGE};
 
 /// The OpenAPI document; a test compares it with the routes.
 pub(crate) const OPENAPI: &str = include_str!("openapi.json");
@@ -54,16 +55,16 @@ fn typed(content_type: &'static str, body: impl IntoResponse) -> Response {
 }
 
 /// `GET /topics`: those lately published to through this server.
-pub(crate) async fn topics(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
+pub(crate) async fn topics(State(shared): State<Arc<Shared>>, reader: Reader, uri: Uri) -> Answer {
     let mut query = Query::of(&uri);
     let limit = query.number("limit", 1..=MAX_PAGE)?.unwrap_or(DEFAULT_PAGE);
     let after = query.text("next")?;
     query.finish()?;
-    shared.ledger.answers().turn().await;
+    let turn = reader.turn(LIST_BYTES).await;
     let (topics, more) = shared.publishers.list(after.as_deref(), limit);
     let next = topics.last().filter(|_| more).map(|last| last.name().to_owned());
     let topics = json!({ "topics": topics, "next": next }).to_string().into_bytes();
-    Ok(json_response(StatusCode::OK, shared.ledger.answer(topics)))
+    Ok(json_response(StatusCode::OK, reader.answer(turn, topics)))
 }
 
 /// Any other path.

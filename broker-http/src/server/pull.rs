@@ -24,6 +24,7 @@ use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::publish::json_response;
 use super::query::{Query, name_in_path};
+use super::reader::Reader;
 use super::registry::Subscribed;
 use super::{Shared, body};
 use crate::event::{Envelope, json};
@@ -138,12 +139,13 @@ impl Wanted {
 }
 
 /// `POST /subscriptions/{name}/pull?max=&wait=`
-pub(crate) async fn pull(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
+pub(crate) async fn pull(State(shared): State<Arc<Shared>>, reader: Reader, uri: Uri) -> Answer {
     let Wanted { max, wait } = Wanted::read(&uri)?;
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
     let pull = pulled(&subscribed)?;
     let _pulling = Pulling::begin(pull);
     let deadline = Instant::now() + wait;
+    let mut turn = None;
     let leased = loop {
         if subscribed.is_paused() {
             subscribed.resumed(deadline, &shared.draining).await;
@@ -167,10 +169,11 @@ pub(crate) async fn pull(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer 
         }
         let deliveries = receive(&shared, &subscribed, pull, places.count(), deadline).await?;
         if !deliveries.is_empty() {
+            let bytes = deliveries.iter().map(|delivery| delivery.message().size() as u64).sum();
             // Nothing is lent while nobody can be told: whoever leaves meanwhile has tried nothing.
             let mut hand = Hand::from(deliveries);
             let patience = deadline.max(Instant::now() + TURN_TO_ANSWER);
-            if timeout_at(patience, shared.ledger.answers().turn()).await.is_err() {
+            let Ok(given) = timeout_at(patience, reader.turn(bytes)).await else {
                 return Err(Problem::new(
                     StatusCode::SERVICE_UNAVAILABLE,
                     ErrorKind::Unavailable,
@@ -178,7 +181,8 @@ pub(crate) async fn pull(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer 
                 )
                 .retry_after(RETRY_AFTER)
                 .counted(Refusal::Memory));
-            }
+            };
+            turn = Some(given);
             // From here to the leases nothing waits, so that no caller gone can lose them.
             let deliveries = hand.take(usize::MAX);
             let events: Vec<_> = deliveries.iter().map(|delivery| delivery.received().clone()).collect();
@@ -197,7 +201,11 @@ pub(crate) async fn pull(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer 
         let lost = gap.lost().map_or_else(|| "null".to_owned(), |lost| lost.to_string());
         out.extend_from_slice(format!(r#","lost":{lost}}}"#).as_bytes());
     }
-    Ok(json_response(StatusCode::OK, shared.ledger.answer(out)))
+    let answer = match turn {
+        Some(turn) => reader.answer(turn, out),
+        None => out.into(),
+    };
+    Ok(json_response(StatusCode::OK, answer))
 }
 
 /// What is lent, in JSON.

@@ -1,6 +1,7 @@
 //! `GET /topics/{filter}/stream` as a WebSocket: deliveries lent against credit, settled over the
 //! same socket.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,7 +9,8 @@ use axum::body::Body;
 use axum::response::Response;
 use broker_core::{Delivery, GroupName, StartAt, Subscription, TopicFilter};
 use bytes::Bytes;
-use futures_util::{SinkExt, StreamExt};
+use futures_util::future::{Fuse, FusedFuture};
+use futures_util::{FutureExt, SinkExt, StreamExt};
 use http::StatusCode;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
@@ -27,8 +29,10 @@ use super::leases::{Hand, Holder, Places};
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::pull::{self, Settlements};
+use super::reader::Reader;
 use super::stream::{FRAME_BYTES, Place, copy, join};
 use super::upgrade::Upgrade;
+use crate::outgoing::Turn;
 
 /// Bytes of a message from the other side.
 const MAX_MESSAGE: usize = 1 << 20;
@@ -62,7 +66,7 @@ const FAREWELL: Duration = Duration::from_secs(1);
 pub(crate) async fn open(
     upgrade: Upgrade,
     shared: Arc<Shared>,
-    (place, mut revoked): (Place, Revoked),
+    (place, mut revoked, reader): (Place, Revoked, Reader),
     filter: TopicFilter,
     group: Option<GroupName>,
     hold: Option<Duration>,
@@ -79,6 +83,7 @@ pub(crate) async fn open(
     let holder = Arc::new(Holder::counted_by(tally));
     let lending = Lending {
         shared: Arc::clone(&shared),
+        reader,
         subscription: Some(subscription),
         holder,
         hold,
@@ -109,6 +114,7 @@ type Socket = WebSocketStream<TokioIo<Upgraded>>;
 /// One socket: what is lent over it, and what may still be.
 struct Lending {
     shared: Arc<Shared>,
+    reader: Reader,
     /// `None` once it has ended; what is lent can still be settled.
     subscription: Option<Subscription>,
     holder: Arc<Holder>,
@@ -183,9 +189,15 @@ impl Lending {
         let mut heard = Instant::now();
         let mut batch = Vec::new();
         let cut = self.shared.connections.closing();
+        // It keeps its place among those who wait, whatever else happens meanwhile.
+        let mut turn = pin!(Fuse::terminated());
         loop {
             if self.subscription.is_none() && self.holder.leased() == 0 {
                 return Some(goodbye(CloseCode::Away, "the subscription has ended"));
+            }
+            if !self.ready.is_empty() && turn.is_terminated() {
+                let reader = self.reader.clone();
+                turn.set(async move { reader.turn(FRAME_BYTES as u64).await }.fuse());
             }
             // What was taken is lent before more is taken.
             let room = if self.ready.is_empty() { self.credit } else { 0 };
@@ -215,8 +227,8 @@ impl Lending {
                         return Some(goodbye(CloseCode::Policy, "too many frames that settle nothing"));
                     }
                 }
-                () = self.shared.ledger.answers().turn(), if !self.ready.is_empty() => {
-                    let text = self.lend()?;
+                turn = turn.as_mut(), if !self.ready.is_empty() => {
+                    let text = self.lend(turn)?;
                     send(socket, text, self.shared.limits().body_timeout).await?;
                 }
                 received = receive => match received {
@@ -255,7 +267,7 @@ impl Lending {
     }
 
     /// Lends as many as one message tells of; that message.
-    fn lend(&mut self) -> Option<Bytes> {
+    fn lend(&mut self, turn: Turn) -> Option<Bytes> {
         let (mut count, mut bytes) = (0, 0);
         while bytes < FRAME_BYTES
             && let Some(delivery) = self.ready.get(count)
@@ -272,7 +284,7 @@ impl Lending {
         self.shared.metrics.streamed(count);
         let events: Vec<_> = deliveries.iter().map(|delivery| delivery.received().clone()).collect();
         let ids = self.shared.leases.grant(places, deliveries, self.hold).ok()?;
-        Some(self.shared.ledger.answer(pull::encode(ids.into_iter().zip(events), self.name.as_deref())))
+        Some(self.reader.answer(turn, pull::encode(ids.into_iter().zip(events), self.name.as_deref())))
     }
 
     /// Takes a frame: adds its credit, settles what it settles; tells whether that was something.

@@ -24,10 +24,12 @@ use super::leases::{Hand, Tally, detach};
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::query::{Query, name_in_path};
+use super::reader::Reader;
 use super::subscriptions::finish;
 use super::upgrade::Upgrade;
 use super::{Shared, socket};
 use crate::event::{Envelope, json};
+use crate::outgoing::Turn;
 
 /// Messages received in one go.
 const MESSAGES_AT_ONCE: usize = 64;
@@ -57,10 +59,11 @@ pub(crate) async fn stream(State(shared): State<Arc<Shared>>, request: Request) 
         return Err(Problem::draining());
     }
     let place = Place::take(&shared)?;
+    let reader = Reader::of(&shared, &parts.extensions);
     let caller = parts.extensions.remove::<Caller>();
     if let Some(upgrade) = upgrade {
         let revoked = Gate::revoked(&shared, caller, &[Action::Subscribe, Action::Settle], filter.clone());
-        return socket::open(upgrade, shared, (place, revoked), filter, group, hold).await;
+        return socket::open(upgrade, shared, (place, revoked, reader), filter, group, hold).await;
     }
     let revoked = Gate::revoked(&shared, caller, &[Action::Subscribe], filter.clone());
     let (subscription, seeking) = match (group, parts.headers.get("last-event-id")) {
@@ -83,6 +86,7 @@ pub(crate) async fn stream(State(shared): State<Arc<Shared>>, request: Request) 
         turn: None,
         alive: Box::pin(sleep(KEEP_ALIVE)),
         shared: Arc::clone(&shared),
+        reader,
         revoked,
         _place: place,
     };
@@ -172,9 +176,10 @@ struct Events {
     gap: Option<Gap>,
     greeted: bool,
     /// Waited for while too much is encoded already.
-    turn: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+    turn: Option<Pin<Box<dyn Future<Output = Turn> + Send>>>,
     alive: Pin<Box<Sleep>>,
     shared: Arc<Shared>,
+    reader: Reader,
     revoked: Revoked,
     _place: Place,
 }
@@ -232,31 +237,34 @@ impl http_body::Body for Events {
                 return frame(encode_gap(gap));
             }
         }
-        if this.poll_turn(cx).is_pending() {
+        let Poll::Ready(turn) = this.poll_turn(cx) else {
             ready!(this.alive.as_mut().poll(cx));
             this.alive.as_mut().reset(Instant::now() + KEEP_ALIVE);
             return frame(b": keep-alive\n\n".to_vec());
-        }
-        this.write()
+        };
+        this.write(turn)
     }
 }
 
 impl Events {
     /// Ready when what is to be written may be encoded.
-    fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.turn.is_none() && !self.shared.ledger.answers().has_room() {
-            let outgoing = self.shared.ledger.answers().clone();
-            self.turn = Some(Box::pin(async move { outgoing.turn().await }));
+    fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<Turn> {
+        if self.turn.is_none()
+            && let Some(turn) = self.reader.try_turn(FRAME_BYTES as u64)
+        {
+            return Poll::Ready(turn);
         }
-        if let Some(turn) = &mut self.turn {
-            ready!(turn.as_mut().poll(cx));
-            self.turn = None;
-        }
-        Poll::Ready(())
+        let waits = self.turn.get_or_insert_with(|| {
+            let reader = self.reader.clone();
+            Box::pin(async move { reader.turn(FRAME_BYTES as u64).await })
+        });
+        let turn = ready!(waits.as_mut().poll(cx));
+        self.turn = None;
+        Poll::Ready(turn)
     }
 
     /// Encodes what is to be written next.
-    fn write<E>(&mut self) -> Poll<Option<Result<Frame<Bytes>, E>>> {
+    fn write<E>(&mut self, turn: Turn) -> Poll<Option<Result<Frame<Bytes>, E>>> {
         let mut text = Vec::with_capacity(self.ready.len() * 256);
         while text.len() < FRAME_BYTES
             && let Some(delivery) = self.ready.pop()
@@ -266,7 +274,7 @@ impl Events {
         }
         self.shared.metrics.streamed(self.written.len());
         self.alive.as_mut().reset(Instant::now() + KEEP_ALIVE);
-        Poll::Ready(Some(Ok(Frame::data(self.shared.ledger.answer(text)))))
+        Poll::Ready(Some(Ok(Frame::data(self.reader.answer(turn, text)))))
     }
 
     /// Reads what is retained up to the event sought. Never pending: what is retained is there at

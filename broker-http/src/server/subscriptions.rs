@@ -19,6 +19,7 @@ use super::problem::{Answer, Problem};
 use super::publish::json_response;
 use super::pull::FULL_BYTES;
 use super::query::{Query, name_in_path, no_query};
+use super::reader::Reader;
 use super::registry::{Put, Subscribed};
 use super::{Shared, body};
 use crate::SubscriptionSpec;
@@ -29,6 +30,9 @@ use crate::spec::REDACTED;
 /// Entries of a page.
 pub(crate) const MAX_PAGE: usize = 1_000;
 pub(crate) const DEFAULT_PAGE: usize = 100;
+
+/// Bytes that a list is thought to have before it is encoded.
+pub(crate) const LIST_BYTES: u64 = 64 << 10;
 
 /// Bytes of a subscription's settings: they are held as long as it stands.
 const SPEC_BYTES: usize = 64 << 10;
@@ -92,17 +96,17 @@ pub(crate) async fn put(
 }
 
 /// `GET /subscriptions/{name}`
-pub(crate) async fn get(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
+pub(crate) async fn get(State(shared): State<Arc<Shared>>, reader: Reader, uri: Uri) -> Answer {
     no_query(&uri)?;
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
-    show(&shared, &subscribed).await
+    show(&shared, &reader, &subscribed).await
 }
 
-async fn show(shared: &Shared, subscribed: &Subscribed) -> Answer {
+async fn show(shared: &Shared, reader: &Reader, subscribed: &Subscribed) -> Answer {
     let status = shared.broker.status().await?;
-    shared.ledger.answers().turn().await;
+    let turn = reader.turn(LIST_BYTES).await;
     let view = view(shared, subscribed, Some(&status)).to_string().into_bytes();
-    Ok(json_response(StatusCode::OK, shared.ledger.answer(view)))
+    Ok(json_response(StatusCode::OK, reader.answer(turn, view)))
 }
 
 /// `DELETE /subscriptions/{name}`
@@ -121,7 +125,12 @@ pub(crate) async fn delete(State(shared): State<Arc<Shared>>, uri: Uri) -> Answe
 }
 
 /// `GET /subscriptions`
-pub(crate) async fn list(State(shared): State<Arc<Shared>>, caller: Option<Extension<Caller>>, uri: Uri) -> Answer {
+pub(crate) async fn list(
+    State(shared): State<Arc<Shared>>,
+    caller: Option<Extension<Caller>>,
+    reader: Reader,
+    uri: Uri,
+) -> Answer {
     let mut query = Query::of(&uri);
     let limit = query.number("limit", 1..=MAX_PAGE)?.unwrap_or(DEFAULT_PAGE);
     let after = query.text("next")?;
@@ -132,7 +141,7 @@ pub(crate) async fn list(State(shared): State<Arc<Shared>>, caller: Option<Exten
     let seen = |subscribed: &&Arc<Subscribed>| {
         caller.as_ref().is_none_or(|Extension(caller)| caller.may_see(&subscribed.spec.filter))
     };
-    shared.ledger.answers().turn().await;
+    let turn = reader.turn(LIST_BYTES).await;
     let mut out = br#"{"subscriptions":["#.to_vec();
     let mut last = None;
     for subscribed in page.iter().filter(seen) {
@@ -148,26 +157,26 @@ pub(crate) async fn list(State(shared): State<Arc<Shared>>, caller: Option<Exten
     // A page that is full before its end goes on behind what it has.
     let next = last.filter(|_| out.len() >= FULL_BYTES).map(|last| last.name.to_string()).or(next);
     out.extend_from_slice(format!(r#"],"next":{}}}"#, json!(next)).as_bytes());
-    Ok(json_response(StatusCode::OK, shared.ledger.answer(out)))
+    Ok(json_response(StatusCode::OK, reader.answer(turn, out)))
 }
 
 /// `POST /subscriptions/{name}/pause`
-pub(crate) async fn pause(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
-    set_paused(shared, uri, true).await
+pub(crate) async fn pause(State(shared): State<Arc<Shared>>, reader: Reader, uri: Uri) -> Answer {
+    set_paused(shared, reader, uri, true).await
 }
 
 /// `POST /subscriptions/{name}/resume`
-pub(crate) async fn resume(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
-    set_paused(shared, uri, false).await
+pub(crate) async fn resume(State(shared): State<Arc<Shared>>, reader: Reader, uri: Uri) -> Answer {
+    set_paused(shared, reader, uri, false).await
 }
 
-async fn set_paused(shared: Arc<Shared>, uri: Uri, paused: bool) -> Answer {
+async fn set_paused(shared: Arc<Shared>, reader: Reader, uri: Uri, paused: bool) -> Answer {
     no_query(&uri)?;
     let name = name_in_path(&uri)?.into_owned();
     finish(async move {
         let subscribed = shared.registry.pause(&shared, &name, paused).await?;
         shared.try_save().await?;
-        show(&shared, &subscribed).await
+        show(&shared, &reader, &subscribed).await
     })
     .await
 }
@@ -193,14 +202,14 @@ pub(crate) async fn test(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer 
 }
 
 /// `GET /subscriptions/{name}/attempts`
-pub(crate) async fn attempts(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
+pub(crate) async fn attempts(State(shared): State<Arc<Shared>>, reader: Reader, uri: Uri) -> Answer {
     no_query(&uri)?;
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
-    shared.ledger.answers().turn().await;
+    let turn = reader.turn(LIST_BYTES).await;
     let attempts: Vec<_> =
         subscribed.push().map(|push| push.attempts().iter().map(attempt_view).collect()).unwrap_or_default();
     let attempts = json!({ "attempts": attempts }).to_string().into_bytes();
-    Ok(json_response(StatusCode::OK, shared.ledger.answer(attempts)))
+    Ok(json_response(StatusCode::OK, reader.answer(turn, attempts)))
 }
 
 fn attempt_view(attempt: &crate::push::Attempt) -> Value {
@@ -208,13 +217,13 @@ fn attempt_view(attempt: &crate::push::Attempt) -> Value {
 }
 
 /// `GET /subscriptions/{name}/dead`
-pub(crate) async fn dead(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
+pub(crate) async fn dead(State(shared): State<Arc<Shared>>, reader: Reader, uri: Uri) -> Answer {
     let mut query = Query::of(&uri);
     let max = query.number("max", 1..=MAX_PAGE)?.unwrap_or(DEFAULT_PAGE);
     query.finish()?;
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
     let letters = shared.broker.dead_letters(&subscribed.group, max).await?;
-    shared.ledger.answers().turn().await;
+    let turn = reader.turn(LIST_BYTES).await;
     let mut out = br#"{"dead":["#.to_vec();
     let mut more = false;
     for (index, letter) in letters.iter().enumerate() {
@@ -248,7 +257,7 @@ pub(crate) async fn dead(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer 
         out.extend_from_slice(br#","more":true"#);
     }
     out.push(b'}');
-    Ok(json_response(StatusCode::OK, shared.ledger.answer(out)))
+    Ok(json_response(StatusCode::OK, reader.answer(turn, out)))
 }
 
 /// `DELETE /subscriptions/{name}/dead`

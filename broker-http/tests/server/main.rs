@@ -15,6 +15,7 @@ mod metrics;
 mod places;
 mod publish;
 mod pull;
+mod readers;
 mod socket;
 mod stream;
 mod subscriptions;

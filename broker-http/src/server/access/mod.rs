@@ -24,6 +24,7 @@ use super::memory::Share;
 use super::metrics::{Metrics, Refusal};
 use super::problem::{Answer, Problem};
 use super::wire::Wire;
+use crate::outgoing::Part;
 pub use certificate::CertificateName;
 pub(crate) use certificate::Presented;
 pub use identity::{Action, Allow, Identity};
@@ -59,6 +60,8 @@ pub(crate) struct Known {
     bucket: Option<Arc<Bucket>>,
     /// What its bodies hold that are under way.
     bodies: Share,
+    /// What is encoded for it and not read.
+    answers: Part,
 }
 
 impl Access {
@@ -87,7 +90,7 @@ impl Access {
                 }
             }
             let bucket = identity.rate.map(|rate| Arc::new(Bucket::new(rate, identity.burst)));
-            known.push(Arc::new(Known { identity, bucket, bodies: Share::default() }));
+            known.push(Arc::new(Known { identity, bucket, bodies: Share::default(), answers: Part::default() }));
         }
         Ok(Self { known })
     }
@@ -103,7 +106,8 @@ impl Access {
             let bucket = bucket(new).or_else(|| new.bucket.clone());
             let old = before.known.iter().find(|old| old.identity.name == new.identity.name);
             let bodies = old.map_or(&new.bodies, |old| &old.bodies).clone();
-            Arc::new(Known { identity: new.identity.clone(), bucket, bodies })
+            let answers = old.map_or(&new.answers, |old| &old.answers).clone();
+            Arc::new(Known { identity: new.identity.clone(), bucket, bodies, answers })
         };
         Self { known: self.known.iter().map(known).collect() }
     }
@@ -174,6 +178,11 @@ impl Caller {
     /// What its bodies hold that are under way.
     pub(crate) fn bodies(&self) -> Share {
         self.known.bodies.clone()
+    }
+
+    /// What is encoded for it and not read.
+    pub(crate) fn answers(&self) -> Part {
+        self.known.answers.clone()
     }
 
     pub(crate) fn may(&self, action: Action, filter: &TopicFilter) -> bool {

@@ -1,0 +1,105 @@
+//! Among whom the room for answers is shared: identities, and where nobody needs to be known, addresses.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use axum::extract::FromRequestParts;
+use bytes::Bytes;
+use http::Extensions;
+use http::request::Parts;
+use parking_lot::Mutex;
+
+use super::Shared;
+use super::access::{Caller, Peer, network};
+use crate::outgoing::{Outgoing, Part, Turn};
+
+/// Who made a request, as far as what is encoded for it goes.
+#[derive(Clone, Debug)]
+pub(crate) struct Reader {
+    part: Part,
+    outgoing: Outgoing,
+}
+
+impl Reader {
+    pub(crate) fn of(shared: &Shared, extensions: &Extensions) -> Self {
+        let part = match (extensions.get::<Caller>(), extensions.get::<Peer>()) {
+            (Some(caller), _) => caller.answers(),
+            (None, Some(peer)) => shared.readers.part(peer.address),
+            // In somebody else's server nothing more is known.
+            (None, None) => Part::default(),
+        };
+        Self { part, outgoing: shared.ledger.answers().clone() }
+    }
+
+    /// Waits until about so many bytes may be encoded for it.
+    pub(crate) async fn turn(&self, about: u64) -> Turn {
+        self.outgoing.turn(&self.part, about).await
+    }
+
+    /// The same, if nothing is waited for.
+    pub(crate) fn try_turn(&self, about: u64) -> Option<Turn> {
+        self.outgoing.try_turn(&self.part, about)
+    }
+
+    /// An answer with messages in it, encoded in its turn: it counts until it is sent.
+    pub(crate) fn answer(&self, _turn: Turn, encoded: Vec<u8>) -> Bytes {
+        self.outgoing.carry(&self.part, encoded)
+    }
+}
+
+impl FromRequestParts<Arc<Shared>> for Reader {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, shared: &Arc<Shared>) -> Result<Self, Infallible> {
+        Ok(Self::of(shared, &parts.extensions))
+    }
+}
+
+/// The parts of addresses (of IPv6, of a /64; this machine's own sockets have none) that read.
+#[derive(Debug, Default)]
+pub(crate) struct Readers(Mutex<Addresses>);
+
+#[derive(Debug, Default)]
+struct Addresses {
+    parts: HashMap<Option<IpAddr>, Part>,
+    /// With so many it is looked for those of whom nothing is left.
+    look: usize,
+}
+
+/// Addresses that are kept at least, whether anything is encoded for them or not.
+const KEPT: usize = 64;
+
+impl Readers {
+    fn part(&self, address: Option<IpAddr>) -> Part {
+        let mut addresses = self.0.lock();
+        if addresses.parts.len() >= addresses.look {
+            addresses.parts.retain(|_, part| part.is_shared());
+            addresses.look = addresses.parts.len() * 2 + KEPT;
+        }
+        addresses.parts.entry(address.map(network)).or_default().clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_has_one_part_while_it_reads_and_those_that_have_read_are_forgotten() {
+        let readers = Readers::default();
+        let address = |last: u8| Some(IpAddr::from([10, 0, 0, last]));
+        let outgoing = Outgoing::new(1_000);
+        let held = outgoing.carry(&readers.part(address(0)), vec![0; 100]);
+        for last in 1..=200 {
+            readers.part(address(last));
+        }
+        assert!(readers.0.lock().parts.len() <= 2 * KEPT + 2);
+        assert!(outgoing.try_turn(&readers.part(address(0)), 1).is_some());
+        let more = outgoing.carry(&readers.part(address(0)), vec![0; 400]);
+        assert!(outgoing.try_turn(&readers.part(address(0)), 1).is_none());
+        assert!(outgoing.try_turn(&readers.part(None), 1).is_some());
+        drop((held, more));
+    }
+}

@@ -1,0 +1,66 @@
+//! Readers that take the least they can: they keep their own answers waiting, and nobody else's.
+
+use std::time::Duration;
+
+use broker_http::{Limits, ServerOptions};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpSocket, TcpStream};
+
+use crate::support::{Running, read_until, soon};
+
+/// Readers that do not read, and what each asks for: more than fits between here and there.
+const SLOW: usize = 14;
+const EACH: usize = 3;
+const BYTES: usize = 900_000;
+
+async fn limited(change: impl FnOnce(&mut Limits)) -> Running {
+    let mut limits = Limits::default();
+    change(&mut limits);
+    Running::with(ServerOptions::new().with_limits(limits)).await
+}
+
+/// A connection with hardly a buffer, from another address of this machine.
+async fn elsewhere(running: &Running) -> TcpStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4 << 10).unwrap();
+    socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+    soon(socket.connect(running.address)).await.unwrap()
+}
+
+/// Takes a byte at a time.
+async fn trickle(mut stream: TcpStream) {
+    while let Ok(1..) = stream.read(&mut [0]).await {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test]
+async fn who_hardly_reads_keeps_nobody_else_waiting() {
+    // An eighth of it is for answers.
+    let running = limited(|limits| limits.memory_bytes = 256 << 20).await;
+    running.put("big", r#"{"filter":"big","max_in_flight":100}"#).await;
+    running.put("q", r#"{"filter":"a"}"#).await;
+    let body = "x".repeat(BYTES);
+    for _ in 0..SLOW * EACH {
+        assert_eq!(running.post("/topics/big", &body).await.status, 202);
+    }
+    let slow = futures_util::future::join_all((0..SLOW).map(|_| async {
+        let mut stream = elsewhere(&running).await;
+        let pull = format!("POST /subscriptions/big/pull?max={EACH} HTTP/1.1\r\nhost: localhost\r\n\r\n");
+        stream.write_all(pull.as_bytes()).await.unwrap();
+        let mut first = [0; 12];
+        soon(stream.read_exact(&mut first)).await.unwrap();
+        tokio::spawn(trickle(stream));
+        first.ends_with(b"200")
+    }))
+    .await;
+    let told = slow.into_iter().filter(|told| *told).count();
+    assert!((3..SLOW).contains(&told), "{told} hold what is theirs; there is no room for all");
+    let mut events = running.connect().await;
+    events.write_all(b"GET /topics/a/stream HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+    read_until(&mut events, ": connected").await;
+    running.post("/topics/a?id=1", "x").await;
+    read_until(&mut events, "id: 1\n").await;
+    assert_eq!(running.pull("q", "wait=20s").await.len(), 1);
+    assert_eq!(running.get("/subscriptions").await.status, 200);
+}
