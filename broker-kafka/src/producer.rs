@@ -28,6 +28,16 @@ use crate::transaction::{self, Outgoing, Transactions};
 use crate::wire::Written;
 use crate::{KafkaConfig, check_message, error, record};
 
+/// How long the polling thread stays with librdkafka before it looks whether anybody waits for room. rdkafka asks
+/// the clock over and over in the last millisecond of each, so that short ones take a processor for themselves.
+const TURN: Duration = Duration::from_millis(20);
+/// While publishes wait for room.
+const CROWDED_TURN: Duration = Duration::from_millis(2);
+/// While nothing is in flight.
+const IDLE_TURN: Duration = Duration::from_millis(100);
+/// So many turns after the last that waited, none is expected to.
+const CROWDED: u32 = 50;
+
 /// The raw client of librdkafka that publishes.
 pub type RawProducer = BaseProducer<Callbacks>;
 
@@ -304,14 +314,21 @@ impl Publishing {
         let client = Arc::new(client.map_err(|error| client::not_made(&error))?);
         let (this, polled) = (Weak::clone(&self.this), Arc::clone(&client));
         let poll = move || {
+            let mut since_waiting = u32::MAX;
             while this.strong_count() > 0 {
                 // Librdkafka has room again only when it has taken back what it reported, after the
                 // callbacks: so those who wait have their turn here.
-                let idle = polled.in_flight_count() == 0;
-                polled.poll(Duration::from_millis(if idle { 100 } else { 2 }));
+                let turn = match polled.in_flight_count() {
+                    0 => IDLE_TURN,
+                    _ if since_waiting < CROWDED => CROWDED_TURN,
+                    _ => TURN,
+                };
+                polled.poll(turn);
+                since_waiting = since_waiting.saturating_add(1);
                 if let Some(publishing) = this.upgrade()
                     && publishing.queued.load(Ordering::Acquire) > 0
                 {
+                    since_waiting = 0;
                     publishing.drain_all();
                 }
             }

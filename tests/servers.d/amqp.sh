@@ -7,7 +7,7 @@
 AMQP_DIR="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/.servers/amqp"
 
 amqp_up() {
-    if [ -n "${AMQP_URL:-}" ]; then
+    if [ -n "${AMQP_URL:-}" ] && ! is_ours amqp "$AMQP_URL"; then
         echo "AMQP_URL=$AMQP_URL"
         return
     fi

@@ -21,7 +21,7 @@ KAFKA_LOGIN_USER=suite
 KAFKA_LOGIN_PASSWORD=suite-own
 
 kafka_up() {
-    if [ -n "${KAFKA_URL:-}" ]; then
+    if [ -n "${KAFKA_URL:-}" ] && ! is_ours kafka "$KAFKA_URL"; then
         echo "KAFKA_URL=$KAFKA_URL"
         return
     fi

@@ -1,13 +1,17 @@
-//! `tests/servers`: what it leaves running holds nothing of whoever called it.
+//! `tests/servers`: what it leaves running holds nothing of whoever called it, and is known by its URL.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
-/// Starts the server again with a lock held by the descriptor 8, and says whether it is free afterwards.
+/// Starts the server, and again with a lock held by the descriptor 8, and says whether it is free afterwards. Who hands on the URL
+/// alone is told all that the tests need to control the server.
 const RESTART: &str = r#"
-url=$("$1" up "$2" | sed -n "s/^${2^^}_URL=//p")
+printed=$("$1" up "$2")
+url=$(sed -n "s/^${2^^}_URL=//p" <<<"$printed")
+[ "$(env "${2^^}_URL=$url" "$1" up "$2")" = "$printed" ] || { echo "by its URL: not the same"; exit 1; }
+[ "$(env "${2^^}_URL=other:1" "$1" up "$2")" = "${2^^}_URL=other:1" ] || { echo "another's was not used"; exit 1; }
 exec 8>"$3"
 flock 8
 "$1" restart "$url"

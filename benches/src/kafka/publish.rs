@@ -73,6 +73,25 @@ pub(super) fn comparisons(size: usize) -> Vec<Comparison> {
                 ))
             },
         ),
+        // Not ours: what is left to gain where librdkafka does the work and nobody makes futures.
+        Comparison::new(format!("kafka/publish/ceiling_{size}"), Unit::MessagesPerSecond, 0.0, async move || {
+            let scene = Arc::new(Scene::open(size, 1).await?);
+            let done = Arc::new(AtomicU64::new(0));
+            // Our settings, so that batches form as ours do.
+            let counting = Counting(Arc::clone(&done));
+            let mut settings = scene.raw_producer();
+            let least = ThreadedProducer::from_config_and_context(settings.set("linger.ms", "0"), counting)?;
+            let least = Arc::new(least);
+            let raw: FutureProducer = scene.raw_producer().create()?;
+            let theirs = Arc::clone(&scene);
+            Ok(Pair::new(
+                move || {
+                    let (scene, least, done) = (Arc::clone(&scene), Arc::clone(&least), Arc::clone(&done));
+                    blocking(move || raw_callbacks(&scene, &least, &done, many, WINDOW as u64))
+                },
+                move || bounded(raw_futures(Arc::clone(&theirs), raw.clone(), many)),
+            ))
+        }),
         // The least that can be done: a callback that counts.
         Comparison::new(
             format!("kafka/publish/threaded_producer_{size}"),
@@ -89,7 +108,7 @@ pub(super) fn comparisons(size: usize) -> Vec<Comparison> {
                     move || bounded(pipelined(Arc::clone(&scene), many)),
                     move || {
                         let (scene, raw, done) = (Arc::clone(&theirs), Arc::clone(&raw), Arc::clone(&done));
-                        blocking(move || raw_callbacks(&scene, &raw, &done, many))
+                        blocking(move || raw_callbacks(&scene, &raw, &done, many, u64::MAX))
                     },
                 ))
             },
@@ -207,11 +226,20 @@ impl ProducerContext for Counting {
     }
 }
 
-/// No window but librdkafka's queue.
-fn raw_callbacks(scene: &Scene, raw: &ThreadedProducer<Counting>, done: &AtomicU64, messages: u64) -> Result<Sample> {
+/// Of `window` outstanding at most, none but librdkafka's queue if it is longer than that.
+fn raw_callbacks(
+    scene: &Scene,
+    raw: &ThreadedProducer<Counting>,
+    done: &AtomicU64,
+    messages: u64,
+    window: u64,
+) -> Result<Sample> {
     done.store(0, Ordering::Relaxed);
     let watch = Stopwatch::start();
-    for _ in 0..messages {
+    for sent in 0..messages {
+        while sent - done.load(Ordering::Relaxed) >= window {
+            std::thread::yield_now();
+        }
         let mut record = BaseRecord::<[u8], [u8]>::to(scene.topic.as_str()).payload(&scene.payload).headers(headers());
         while let Err((error, again)) = raw.send(record) {
             if !is_full(&error) {
