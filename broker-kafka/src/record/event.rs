@@ -53,7 +53,7 @@ pub(super) fn headers<H: Writer>(topic: &Topic, message: &Message) -> H {
     if let Some(key) = message.key().and_then(|key| string(key)).filter(|key| !key.is_empty()) {
         out.put("ce_partitionkey", key.as_bytes());
     }
-    native::finish(out, message)
+    native::finish(out, message, None)
 }
 
 /// The attribute that a header is: one of a well-formed name, given once, whose value is a `String` of

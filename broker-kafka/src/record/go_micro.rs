@@ -63,7 +63,7 @@ pub(super) fn encode<H>(message: &Message) -> Result<Encoded<'static, H>> {
         key: None,
         payload: Some(escape_as_go(&json).into_bytes().into()),
         headers: None,
-        timestamp: super::field_timestamp(message),
+        timestamp: super::field_timestamp(message, None),
     })
 }
 

@@ -72,14 +72,15 @@ pub(crate) fn encode<'a, H: Writer>(
         key: message.key().map(|key| &key[..]),
         payload: (!message.is_tombstone()).then(|| Cow::Borrowed(&message.payload()[..])),
         headers: Some(headers),
-        timestamp: field_timestamp(message),
+        timestamp: field_timestamp(message, travel),
     })
 }
 
 /// The time that Kafka's own field carries: librdkafka reads 0 as the present, Kafka has no time
-/// before 1970.
-fn field_timestamp(message: &Message) -> Option<i64> {
-    Some(message.timestamp().as_millis()).filter(|millis| *millis > 0)
+/// before 1970. What the broker itself sends on is of the present: retention counts from that time, and
+/// would take at once what is as old as its message.
+fn field_timestamp(message: &Message, travel: Option<&Travel>) -> Option<i64> {
+    Some(message.timestamp().as_millis()).filter(|millis| *millis > 0 && travel.is_none())
 }
 
 /// What a record says.

@@ -14,7 +14,7 @@ use super::{Field, Retried, Travel, Writer, event, field_timestamp};
 const ID: &str = "broker-id";
 pub(super) const CONTENT_TYPE: &str = "content-type";
 const EXPIRES_AT: &str = "broker-expires-at";
-/// A time that Kafka's own field cannot carry.
+/// A time that Kafka's own field does not carry.
 const TIMESTAMP: &str = "broker-timestamp";
 /// The one group that a redriven record is for.
 const FOR_GROUP: &str = "broker-for-group";
@@ -40,15 +40,15 @@ pub(super) fn headers<H: Writer>(message: &Message, travel: Option<&Travel>) -> 
         out.put_text(RETRY_DUE, retried.due.as_millis());
         out.put_text(RETRY_FIRST, retried.first.as_millis());
     }
-    finish(out, message)
+    finish(out, message, travel)
 }
 
 /// What every format of ours ends with: times, our id, and the user's headers.
-pub(super) fn finish<H: Writer>(mut out: H, message: &Message) -> H {
+pub(super) fn finish<H: Writer>(mut out: H, message: &Message, travel: Option<&Travel>) -> H {
     if let Some(time) = message.expires_at() {
         out.put_text(EXPIRES_AT, time.as_millis());
     }
-    if field_timestamp(message).is_none() {
+    if field_timestamp(message, travel).is_none() {
         out.put_text(TIMESTAMP, message.timestamp().as_millis());
     }
     out.put_text(ID, message.id());
@@ -240,6 +240,18 @@ mod tests {
                 "{format:?}"
             );
         }
+    }
+
+    /// Retention counts from a record's time: what is sent on is of the present, however old its message is.
+    #[test]
+    fn what_is_sent_on_is_as_young_as_its_record() {
+        let old = Message::new("1").with_timestamp(Timestamp::from_millis(1_000));
+        let topic = Topic::new("orders").unwrap();
+        let time = |travel: Option<&Travel>| {
+            super::super::encode::<Vec<_>>(&topic, &old, travel, Format::Native).unwrap().timestamp
+        };
+        assert_eq!((time(None), time(Some(&Travel::default()))), (Some(1_000), None));
+        assert_eq!(round_trip(&old, Some(&Travel::default()), Format::Native).message, old);
     }
 
     #[test]

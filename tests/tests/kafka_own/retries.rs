@@ -49,6 +49,47 @@ async fn a_long_retry_waits_in_a_topic_and_comes_back_as_it_was() -> Result<()> 
     Ok(())
 }
 
+/// The server deletes records by their time, a message published years ago on its next look: what waits in a topic of
+/// ours is as young as its record, and its message as old as it was.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_old_message_leaves_behind_is_young() -> Result<()> {
+    use broker_kafka::rdkafka::Message as _;
+    let (broker, topic) = (broker(PARAMETERS)?, topic("old")?);
+    let group: Group = format!("old-{:x}@{topic}", fastrand::u64(..)).parse()?;
+    let mut member = join(&broker, &group, GroupOptions::new()).await?;
+    let old = broker_core::Timestamp::from_millis(1_000_000_000_000);
+    let began = broker_core::Timestamp::now();
+    for payload in ["set aside", "rejected"] {
+        broker.publish(&topic, Message::new(payload).with_timestamp(old)).await?;
+    }
+    let mut taken = take(&mut member, 2).await?;
+    taken.remove(0).retry_after(Duration::from_secs(3)).await?;
+    taken.remove(0).reject("no such customer").await?;
+    let again = take(&mut member, 1).await?.remove(0);
+    assert_eq!((payload(&again).as_str(), again.message().timestamp()), ("set aside", old));
+    again.ack().await?;
+    let letters = wait_for_letters(&broker, &group, 1).await?;
+    assert_eq!(letters[0].message.timestamp(), old);
+    assert_eq!(broker.redrive(&group, 1).await?, 1);
+    let redriven = take(&mut member, 1).await?.remove(0);
+    assert_eq!((payload(&redriven).as_str(), redriven.message().timestamp()), ("rejected", old));
+    redriven.ack().await?;
+    let aside = topics().into_iter().find(|name| name.starts_with(&format!("broker-retry.{}_a", group.name)));
+    let places = [aside.expect("a retry topic"), format!("dead.{}", group.name), topic.to_string()];
+    for (place, count) in places.iter().zip([1, 1, 3]) {
+        let consumer = raw_consumer(&Topic::new(place)?);
+        let mut last = None;
+        for _ in 0..count {
+            let record = consumer.poll(Duration::from_secs(10)).expect("a record").unwrap();
+            last = record.timestamp().to_millis();
+        }
+        assert!(last >= Some(began.as_millis()), "{place}: {last:?}");
+    }
+    assert!(broker.delete_group(&group).await?);
+    broker.close(Duration::from_secs(10)).await;
+    Ok(())
+}
+
 /// The longest wait there is holds its message and nobody else, until its member goes.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wait_without_end_is_one() -> Result<()> {
