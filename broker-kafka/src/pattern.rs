@@ -5,6 +5,10 @@ use broker_core::TopicFilter;
 /// The first segment of topics that a wildcard never matches: the server's and our own.
 const INTERNAL: [&str; 2] = ["__", "broker-"];
 
+/// Any number of segments more. None of them is empty: Kafka has topics such as `a..b`, which are no topics of ours, and
+/// whoever was given their partitions could do nothing with them.
+const MORE: &str = r"(\.[^.]+)*";
+
 /// What to subscribe to for `filter`: the topic itself, or a regular expression, which librdkafka
 /// knows by its leading `^`.
 ///
@@ -16,7 +20,7 @@ const INTERNAL: [&str; 2] = ["__", "broker-"];
 /// use broker_kafka::topic_pattern;
 ///
 /// assert_eq!(topic_pattern(&"orders.created".parse()?), "orders.created");
-/// assert_eq!(topic_pattern(&"orders.>".parse()?), r"^orders\..+$");
+/// assert_eq!(topic_pattern(&"orders.>".parse()?), r"^orders\.[^.]+(\.[^.]+)*$");
 /// # Ok::<(), broker_core::Error>(())
 /// ```
 pub fn topic_pattern(filter: &TopicFilter) -> String {
@@ -30,9 +34,9 @@ pub fn topic_pattern(filter: &TopicFilter) -> String {
         }
         match (segment, place) {
             ("*", 0) => pattern.push_str(&public_segment()),
-            (">", 0) => pattern.push_str(&format!(r"{}(\..+)?", public_segment())),
+            (">", 0) => pattern.push_str(&format!("{}{MORE}", public_segment())),
             ("*", _) => pattern.push_str("[^.]+"),
-            (">", _) => pattern.push_str(".+"),
+            (">", _) => pattern.push_str(&format!("[^.]+{MORE}")),
             // Letters, digits, '_' and '-' stand for themselves.
             (literal, _) => pattern.push_str(literal),
         }
@@ -99,6 +103,16 @@ mod tests {
                 let (filter, topic) = (filter.parse().unwrap(), Topic::new(topic).unwrap());
                 assert_eq!(matches(&filter, &topic), expected, "{filter} on {topic}: {}", topic_pattern(&filter));
             }
+        }
+    }
+
+    #[test]
+    fn a_wildcard_never_matches_what_is_no_topic_of_ours() {
+        for (filter, name) in
+            [(">", "a..b"), (">", "a."), ("a.>", "a..b"), ("a.>", "a.b."), ("a.*", "a."), ("*.b", ".b")]
+        {
+            let pattern = topic_pattern(&filter.parse().unwrap());
+            assert!(Topic::new(name).is_err() && !Regex::new(&pattern).unwrap().is_match(name), "{pattern} on {name}");
         }
     }
 

@@ -84,3 +84,29 @@ async fn names_that_kafka_confuses_are_refused_and_topics_that_must_exist_are_no
     close(&strict).await;
     Ok(())
 }
+
+/// Kafka has topics whose names are none of ours. One that a pattern seems to mean is not taken for what it means, and keeps
+/// nobody from the others.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pattern_is_not_held_up_by_a_topic_that_is_none_of_ours() -> Result<()> {
+    use broker_kafka::rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+    let (broker, topic) = (broker("&metadata_refresh=1s")?, topic("strange")?);
+    let mut settings = rdkafka::ClientConfig::new();
+    settings.set("bootstrap.servers", server().url.trim_start_matches("kafka://"));
+    let admin: AdminClient<rdkafka::client::DefaultClientContext> = settings.create().unwrap();
+    let strange = [format!("{topic}..x"), format!("{topic}.x.")];
+    let new = strange.each_ref().map(|name| NewTopic::new(name, 1, TopicReplication::Fixed(1)));
+    admin.create_topics(&new, &AdminOptions::new()).await.unwrap().into_iter().for_each(|made| drop(made.unwrap()));
+    let group: Group = format!("strange@{topic}.>").parse()?;
+    let ours = Topic::new(format!("{topic}.x.y"))?;
+    broker.publish(&ours, Message::new("1")).await?;
+    let mut member = join(&broker, &group, GroupOptions::new().with_start(broker_core::StartAt::Earliest)).await?;
+    let delivery = take(&mut member, 1).await?.remove(0);
+    assert_eq!(delivery.topic(), &ours);
+    delivery.ack().await?;
+    let names = strange.each_ref().map(String::as_str);
+    admin.delete_topics(&names, &AdminOptions::new()).await.unwrap();
+    assert!(broker.delete_group(&group).await?);
+    close(&broker).await;
+    Ok(())
+}
