@@ -86,7 +86,7 @@ const CONSUMER_ONLY: [&str; 6] = ["fetch.", "queued.", "session.", "heartbeat.",
 
 /// Adds the settings that the URL hands on.
 pub(crate) fn hand_on(settings: &mut ClientConfig, config: &KafkaConfig, role: Role) {
-    for (name, value) in &config.librdkafka {
+    for (name, value) in config.librdkafka.iter() {
         let of = |prefixes: &[&str]| prefixes.iter().any(|prefix| name.starts_with(prefix));
         let skip = match role {
             Role::Producer => of(&CONSUMER_ONLY),

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::{Deref, DerefMut};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -64,7 +65,7 @@ pub struct KafkaConfig {
     /// `group.id`s that are not `NAME@FILTER`.
     pub group_ids: BTreeMap<Group, String>,
     /// Settings of librdkafka that are handed on as they are.
-    pub librdkafka: BTreeMap<String, String>,
+    pub librdkafka: Settings,
 }
 
 const DEFAULT_PORT: u16 = 9092;
@@ -256,7 +257,7 @@ fn timeout(url: &mut BrokerUrl, name: &str, default: Duration) -> Result<Duratio
 }
 
 /// Names and values are checked by librdkafka when a client is made; some are ours.
-fn librdkafka(url: &mut BrokerUrl) -> Result<BTreeMap<String, String>> {
+fn librdkafka(url: &mut BrokerUrl) -> Result<Settings> {
     let prefix = "librdkafka.";
     let mut settings = BTreeMap::new();
     for (parameter, value) in url.take_prefixed(prefix) {
@@ -268,7 +269,7 @@ fn librdkafka(url: &mut BrokerUrl) -> Result<BTreeMap<String, String>> {
             return Err(Error::invalid(format!("broker URL parameter {parameter:?} is given twice")));
         }
     }
-    Ok(settings)
+    Ok(Settings(settings))
 }
 
 fn group_ids(url: &mut BrokerUrl) -> Result<BTreeMap<Group, String>> {
@@ -314,6 +315,41 @@ impl Credentials {
 impl fmt::Debug for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Credentials(…)")
+    }
+}
+
+/// Settings of librdkafka, by name. Some are passwords and keys, so that `Debug` shows the names alone.
+///
+/// ```
+/// use broker_core::BrokerUrl;
+/// use broker_kafka::KafkaConfig;
+///
+/// let url = BrokerUrl::parse("kafka://host?librdkafka.ssl.key.password=secret")?;
+/// let settings = KafkaConfig::from_url(url)?.librdkafka;
+/// assert_eq!(settings.get("ssl.key.password").map(String::as_str), Some("secret"));
+/// assert_eq!(format!("{settings:?}"), r#"{"ssl.key.password"}"#);
+/// # Ok::<(), broker_core::Error>(())
+/// ```
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Settings(BTreeMap<String, String>);
+
+impl Deref for Settings {
+    type Target = BTreeMap<String, String>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl DerefMut for Settings {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.0
+    }
+}
+
+impl fmt::Debug for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.0.keys()).finish()
     }
 }
 
@@ -516,7 +552,11 @@ mod tests {
 
     #[test]
     fn debug_shows_no_credential() {
-        let shown = format!("{:?}", read("kafka://alice:hunter2@h").unwrap());
-        assert!(!shown.contains("hunter2") && !shown.contains("alice"), "{shown}");
+        for url in
+            ["kafka://alice:hunter2@h", "kafka://h?librdkafka.sasl.username=alice&librdkafka.sasl.password=hunter2"]
+        {
+            let shown = format!("{:?}", read(url).unwrap());
+            assert!(!shown.contains("hunter2") && !shown.contains("alice"), "{shown}");
+        }
     }
 }

@@ -41,7 +41,7 @@ mod poller;
 
 pub use broker::{KafkaBroker, connector};
 pub use capabilities::capabilities;
-pub use config::{Compression, Credentials, KafkaConfig, Sasl, Security};
+pub use config::{Compression, Credentials, KafkaConfig, Sasl, Security, Settings};
 pub use error::error_kind;
 pub use pattern::topic_pattern;
 pub use producer::{Callbacks, RawProducer};
