@@ -10,7 +10,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use futures_util::stream;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 
-use super::access::{Action, Caller, Gate, Revoked};
+use super::access::{Action, Caller, Ended, Right};
 use super::inflate::{Encoding, Inflating};
 use super::memory::Reservation;
 use super::metrics::Refusal;
@@ -67,7 +67,7 @@ pub(crate) async fn stream(
     let filter = TopicFilter::from(published.topic());
     let lines = Lines {
         shared: Arc::clone(shared),
-        revoked: Gate::revoked(shared, caller.clone(), &[Action::Publish], filter),
+        revoked: Right::of(shared, caller.clone(), &[Action::Publish], filter).ended(),
         published,
         options,
         reservation: shared.ledger.room().of(caller.as_ref().map(Caller::bodies)),
@@ -95,7 +95,7 @@ struct Lines {
     published: Arc<Published>,
     options: Options,
     caller: Option<Caller>,
-    revoked: Revoked,
+    revoked: Ended,
     parent: Parent,
     body: Body,
     reservation: Reservation,

@@ -331,10 +331,10 @@ impl Server {
         Ok(())
     }
 
-    /// Replaces the identities and their rules: the next request is held to the new ones, requests under
-    /// way finish, and streams (of events, lines or a WebSocket) end whose token or certificate is no
-    /// longer their identity's, or whose rules no longer allow what they do. Whoever stays,
-    /// with the same rate, has left of it what was left.
+    /// Replaces the identities and their rules: the next request is held to the new ones, and so are streams
+    /// (of events, lines or a WebSocket) and pulls that wait: they end where their token or certificate is no
+    /// longer their identity's, or the rules no longer allow what they do. Other requests under way finish.
+    /// Whoever stays, with the same rate, has left of it what was left.
     pub fn set_access(&self, access: Access) {
         self.shared.gate.set(&access);
     }

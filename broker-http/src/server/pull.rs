@@ -17,7 +17,7 @@ use serde::Deserialize;
 use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::{Instant, timeout_at};
 
-use super::access::Caller;
+use super::access::{Action, Caller, Right};
 use super::leases::{Hand, Holder, LeaseId, Leases, detach};
 use super::memory::RETRY_AFTER;
 use super::metrics::Refusal;
@@ -28,6 +28,7 @@ use super::reader::Reader;
 use super::registry::Subscribed;
 use super::{Shared, body};
 use crate::event::{Envelope, json};
+use crate::outgoing::Turn;
 
 /// Deliveries a pull may ask for.
 pub(crate) const MAX_PULL: usize = 10_000;
@@ -139,60 +140,27 @@ impl Wanted {
 }
 
 /// `POST /subscriptions/{name}/pull?max=&wait=`
-pub(crate) async fn pull(State(shared): State<Arc<Shared>>, reader: Reader, uri: Uri) -> Answer {
-    let Wanted { max, wait } = Wanted::read(&uri)?;
+pub(crate) async fn pull(
+    State(shared): State<Arc<Shared>>,
+    caller: Option<Extension<Caller>>,
+    reader: Reader,
+    uri: Uri,
+) -> Answer {
+    let wanted = Wanted::read(&uri)?;
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
     let pull = pulled(&subscribed)?;
     let _pulling = Pulling::begin(pull);
-    let deadline = Instant::now() + wait;
-    let mut turn = None;
-    let leased = loop {
-        if subscribed.is_paused() {
-            subscribed.resumed(deadline, &shared.draining).await;
-            if Instant::now() >= deadline || shared.is_draining() {
-                break Vec::new();
-            }
-            continue;
+    let right = right(&shared, caller.as_deref(), &subscribed);
+    let lent = tokio::select! {
+        biased;
+        () = right.ended() => {
+            right.check()?;
+            // Allowed again already; it is asked again soon enough.
+            None
         }
-        let places = shared.leases.reserve(&pull.holder, max, subscribed.spec.max_in_flight as usize);
-        if places.count() == 0 {
-            if shared.leases.is_full() {
-                return Err(
-                    Problem::too_many("there are as many leases as may be; settle some first").counted(Refusal::Leases)
-                );
-            }
-            wait_for_room(&shared.leases, &subscribed, pull, deadline).await;
-            if Instant::now() >= deadline {
-                break Vec::new();
-            }
-            continue;
-        }
-        let deliveries = receive(&shared, &subscribed, pull, places.count(), deadline).await?;
-        if !deliveries.is_empty() {
-            let bytes = deliveries.iter().map(|delivery| delivery.message().size() as u64).sum();
-            // Nothing is lent while nobody can be told: whoever leaves meanwhile has tried nothing.
-            let mut hand = Hand::from(deliveries);
-            let patience = deadline.max(Instant::now() + TURN_TO_ANSWER);
-            let Ok(given) = timeout_at(patience, reader.turn(bytes)).await else {
-                return Err(Problem::new(
-                    StatusCode::SERVICE_UNAVAILABLE,
-                    ErrorKind::Unavailable,
-                    "what others have asked for and not read is as much as may be; try again",
-                )
-                .retry_after(RETRY_AFTER)
-                .counted(Refusal::Memory));
-            };
-            turn = Some(given);
-            // From here to the leases nothing waits, so that no caller gone can lose them.
-            let deliveries = hand.take(usize::MAX);
-            let events: Vec<_> = deliveries.iter().map(|delivery| delivery.received().clone()).collect();
-            let ids = shared.leases.grant(places, deliveries, subscribed.spec.timeout)?;
-            break ids.into_iter().zip(events).collect::<Vec<_>>();
-        }
-        if Instant::now() >= deadline || shared.is_draining() {
-            break Vec::new();
-        }
+        lent = lend(&shared, &subscribed, pull, wanted, (&right, &reader)) => lent?,
     };
+    let (leased, turn) = lent.map_or_else(Default::default, |(leased, turn)| (leased, Some(turn)));
     shared.metrics.pulled(leased.len());
     let mut out = encode(leased.into_iter(), Some(subscribed.name.as_str()));
     if let Some(gap) = pull.gap.lock().take() {
@@ -206,6 +174,73 @@ pub(crate) async fn pull(State(shared): State<Arc<Shared>>, reader: Reader, uri:
         None => out.into(),
     };
     Ok(json_response(StatusCode::OK, answer))
+}
+
+/// That a caller may take from a subscription and settle.
+fn right(shared: &Arc<Shared>, caller: Option<&Caller>, subscribed: &Subscribed) -> Arc<Right> {
+    Right::of(shared, caller.cloned(), &[Action::Settle], subscribed.spec.filter.clone())
+}
+
+/// What is lent, and the turn to tell of it.
+type Lent = (Vec<(LeaseId, Received)>, Turn);
+
+/// Lends what there is, or is in time. Dropped before its end, it has lent nothing.
+async fn lend(
+    shared: &Arc<Shared>,
+    subscribed: &Subscribed,
+    pull: &Pull,
+    Wanted { max, wait }: Wanted,
+    (right, reader): (&Right, &Reader),
+) -> Answer<Option<Lent>> {
+    let deadline = Instant::now() + wait;
+    loop {
+        if subscribed.is_paused() {
+            subscribed.resumed(deadline, &shared.draining).await;
+            if Instant::now() >= deadline || shared.is_draining() {
+                return Ok(None);
+            }
+            continue;
+        }
+        let places = shared.leases.reserve(&pull.holder, max, subscribed.spec.max_in_flight as usize);
+        if places.count() == 0 {
+            if shared.leases.is_full() {
+                return Err(
+                    Problem::too_many("there are as many leases as may be; settle some first").counted(Refusal::Leases)
+                );
+            }
+            wait_for_room(&shared.leases, subscribed, pull, deadline).await;
+            if Instant::now() >= deadline {
+                return Ok(None);
+            }
+            continue;
+        }
+        let deliveries = receive(shared, subscribed, pull, places.count(), deadline).await?;
+        if !deliveries.is_empty() {
+            let bytes = deliveries.iter().map(|delivery| delivery.message().size() as u64).sum();
+            // Nothing is lent while nobody can be told: whoever leaves meanwhile has tried nothing.
+            let mut hand = Hand::from(deliveries);
+            let patience = deadline.max(Instant::now() + TURN_TO_ANSWER);
+            let Ok(turn) = timeout_at(patience, reader.turn(bytes)).await else {
+                return Err(Problem::new(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    ErrorKind::Unavailable,
+                    "what others have asked for and not read is as much as may be; try again",
+                )
+                .retry_after(RETRY_AFTER)
+                .counted(Refusal::Memory));
+            };
+            // They may have been published after the rules changed.
+            right.check()?;
+            // From here to the leases nothing waits, so that no caller gone can lose them.
+            let deliveries = hand.take(usize::MAX);
+            let events: Vec<_> = deliveries.iter().map(|delivery| delivery.received().clone()).collect();
+            let ids = shared.leases.grant(places, deliveries, subscribed.spec.timeout)?;
+            return Ok(Some((ids.into_iter().zip(events).collect(), turn)));
+        }
+        if Instant::now() >= deadline || shared.is_draining() {
+            return Ok(None);
+        }
+    }
 }
 
 /// What is lent, in JSON.
@@ -382,6 +417,8 @@ pub(crate) async fn settle(
     let settlements: Settlements = body::json(&headers, body, &shared, caller.as_deref())
         .await?
         .ok_or_else(|| Problem::invalid("a body is expected, as in {\"ack\": [\"lease\"]}"))?;
+    // The body may have come slowly.
+    right(&shared, caller.as_deref(), &subscribed).check()?;
     let gone = settle_all(&shared.leases, &pull.holder, settlements).await?;
     let json = serde_json::json!({ "gone": gone });
     Ok(json_response(StatusCode::OK, json.to_string().into_bytes()))

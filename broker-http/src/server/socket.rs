@@ -24,7 +24,7 @@ use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig
 use tokio_tungstenite::tungstenite::{Error, Message};
 
 use super::Shared;
-use super::access::Revoked;
+use super::access::Right;
 use super::leases::{Hand, Holder, Places};
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
@@ -66,7 +66,7 @@ const FAREWELL: Duration = Duration::from_secs(1);
 pub(crate) async fn open(
     upgrade: Upgrade,
     shared: Arc<Shared>,
-    (place, mut revoked, reader): (Place, Revoked, Reader),
+    (place, right, reader): (Place, Arc<Right>, Reader),
     filter: TopicFilter,
     group: Option<GroupName>,
     hold: Option<Duration>,
@@ -88,6 +88,7 @@ pub(crate) async fn open(
         holder,
         hold,
         name,
+        right,
         credit: 0,
         ready: Hand::default(),
         places: None,
@@ -104,7 +105,7 @@ pub(crate) async fn open(
             .max_frame_size(Some(MAX_MESSAGE))
             .read_buffer_size(READ);
         let socket = WebSocketStream::from_raw_socket(TokioIo::new(connection), Role::Server, Some(config));
-        lending.run(socket.await, &mut revoked).await;
+        lending.run(socket.await).await;
     });
     Ok(response)
 }
@@ -120,6 +121,7 @@ struct Lending {
     holder: Arc<Holder>,
     hold: Duration,
     name: Option<String>,
+    right: Arc<Right>,
     credit: usize,
     /// Taken and not lent yet: nothing is lent while the other side cannot be told.
     ready: Hand,
@@ -163,8 +165,8 @@ impl Told {
 }
 
 impl Lending {
-    async fn run(mut self, mut socket: Socket, revoked: &mut Revoked) {
-        let goodbye = self.serve(&mut socket, revoked).await;
+    async fn run(mut self, mut socket: Socket) {
+        let goodbye = self.serve(&mut socket).await;
         drop(self);
         // The other side's close frame is answered, and its answer to ours awaited: who ends first would
         // otherwise see a connection that broke (RFC 6455, section 7.1.1).
@@ -184,7 +186,8 @@ impl Lending {
     }
 
     /// Serves until one side ends it; tells what to say at the end, if anybody is there to hear it.
-    async fn serve(&mut self, socket: &mut Socket, revoked: &mut Revoked) -> Option<CloseFrame> {
+    async fn serve(&mut self, socket: &mut Socket) -> Option<CloseFrame> {
+        let mut revoked = self.right.ended();
         let mut ping = interval(PING);
         let mut heard = Instant::now();
         let mut batch = Vec::new();
@@ -211,10 +214,14 @@ impl Lending {
                 }
             };
             tokio::select! {
-                () = revoked.as_mut() => return Some(goodbye(CloseCode::Policy, "this is no longer allowed")),
+                () = revoked.as_mut() => return Some(refusal()),
                 message = socket.next() => {
                     drop(places);
                     heard = Instant::now();
+                    // What was said after the rules changed is not done, nor anything shown that came after that.
+                    if !self.right.holds() {
+                        return Some(refusal());
+                    }
                     let settles = match message {
                         Some(Ok(Message::Text(text))) => self.asked(socket, text.as_bytes()).await?,
                         Some(Ok(Message::Binary(bytes))) => self.asked(socket, &bytes).await?,
@@ -228,6 +235,9 @@ impl Lending {
                     }
                 }
                 turn = turn.as_mut(), if !self.ready.is_empty() => {
+                    if !self.right.holds() {
+                        return Some(refusal());
+                    }
                     let text = self.lend(turn)?;
                     send(socket, text, self.shared.limits().body_timeout).await?;
                 }
@@ -342,6 +352,10 @@ fn fault(error: &Error) -> Option<CloseFrame> {
         Error::Capacity(_) => Some(goodbye(CloseCode::Size, "a message has 1 MiB at most")),
         _ => None,
     }
+}
+
+fn refusal() -> CloseFrame {
+    goodbye(CloseCode::Policy, "this is no longer allowed")
 }
 
 fn goodbye(code: CloseCode, reason: &'static str) -> CloseFrame {

@@ -19,7 +19,7 @@ use http::{HeaderValue, header};
 use http_body::Frame;
 use tokio::time::{Instant, Sleep, sleep};
 
-use super::access::{Action, Caller, Gate, Revoked};
+use super::access::{Action, Caller, Ended, Right};
 use super::leases::{Hand, Tally, detach};
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
@@ -62,10 +62,10 @@ pub(crate) async fn stream(State(shared): State<Arc<Shared>>, request: Request) 
     let reader = Reader::of(&shared, &parts.extensions);
     let caller = parts.extensions.remove::<Caller>();
     if let Some(upgrade) = upgrade {
-        let revoked = Gate::revoked(&shared, caller, &[Action::Subscribe, Action::Settle], filter.clone());
-        return socket::open(upgrade, shared, (place, revoked, reader), filter, group, hold).await;
+        let right = Right::of(&shared, caller, &[Action::Subscribe, Action::Settle], filter.clone());
+        return socket::open(upgrade, shared, (place, right, reader), filter, group, hold).await;
     }
-    let revoked = Gate::revoked(&shared, caller, &[Action::Subscribe], filter.clone());
+    let right = Right::of(&shared, caller, &[Action::Subscribe], filter.clone());
     let (subscription, seeking) = match (group, parts.headers.get("last-event-id")) {
         (Some(group), _) => (join(&shared, filter, group, MESSAGES_AT_ONCE * 2).await?, Seeking::No),
         (None, None) => ((copy(&shared, &filter, StartAt::New).await?, Arc::default()), Seeking::No),
@@ -87,7 +87,8 @@ pub(crate) async fn stream(State(shared): State<Arc<Shared>>, request: Request) 
         alive: Box::pin(sleep(KEEP_ALIVE)),
         shared: Arc::clone(&shared),
         reader,
-        revoked,
+        revoked: right.ended(),
+        right,
         _place: place,
     };
     let mut response = Response::new(Body::new(events));
@@ -180,7 +181,8 @@ struct Events {
     alive: Pin<Box<Sleep>>,
     shared: Arc<Shared>,
     reader: Reader,
-    revoked: Revoked,
+    revoked: Ended,
+    right: Arc<Right>,
     _place: Place,
 }
 
@@ -199,8 +201,7 @@ impl http_body::Body for Events {
             this.written.drain(..).for_each(|delivery| detach(delivery.ack()));
         }
         if this.revoked.as_mut().poll(cx).is_ready() {
-            tracing::info!("a stream ended: its reader is no longer allowed it");
-            return Poll::Ready(None);
+            return this.refuse();
         }
         if !this.greeted {
             // Some readers wait for the first byte before they believe in the answer.
@@ -242,11 +243,21 @@ impl http_body::Body for Events {
             this.alive.as_mut().reset(Instant::now() + KEEP_ALIVE);
             return frame(b": keep-alive\n\n".to_vec());
         };
+        // What came in meanwhile may have been published after the rules changed.
+        if !this.right.holds() {
+            return this.refuse();
+        }
         this.write(turn)
     }
 }
 
 impl Events {
+    /// Ends; what was received and not written goes back untried.
+    fn refuse<E>(&self) -> Poll<Option<Result<Frame<Bytes>, E>>> {
+        tracing::info!("a stream ended: its reader is no longer allowed it");
+        Poll::Ready(None)
+    }
+
     /// Ready when what is to be written may be encoded.
     fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<Turn> {
         if self.turn.is_none()

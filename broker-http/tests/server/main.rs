@@ -16,6 +16,7 @@ mod places;
 mod publish;
 mod pull;
 mod readers;
+mod rights;
 mod socket;
 mod stream;
 mod subscriptions;

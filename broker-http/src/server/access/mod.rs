@@ -5,11 +5,11 @@ mod certificate;
 mod identity;
 mod need;
 mod rate;
+mod right;
 mod throttle;
 mod token;
 
 use std::net::IpAddr;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,6 +30,7 @@ pub(crate) use certificate::Presented;
 pub use identity::{Action, Allow, Identity};
 use need::Need;
 use rate::Bucket;
+pub(crate) use right::{Ended, Right};
 use throttle::Throttle;
 pub(crate) use throttle::network;
 pub use token::{Token, TokenHash};
@@ -235,64 +236,23 @@ impl Caller {
 #[derive(Debug, Default)]
 pub(crate) struct Gate {
     access: RwLock<Arc<Access>>,
-    /// Told of each change.
-    changed: watch::Sender<()>,
+    /// How many changes there were.
+    changed: watch::Sender<u64>,
     throttle: Throttle,
 }
-
-/// Ends once what was allowed is so no more.
-pub(crate) type Revoked = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 impl Gate {
     pub(crate) fn new(access: Arc<Access>) -> Self {
         Self { access: RwLock::new(access), ..Self::default() }
     }
 
-    /// From now on these identities; requests under way finish, and streams end whose callers may no
-    /// longer do what they do.
+    /// From now on these identities; what waits or goes on ends with its [`Right`], and other requests under way finish.
     pub(crate) fn set(&self, access: &Access) {
         {
             let mut now = self.access.write();
             *now = Arc::new(access.after(&now));
         }
-        self.changed.send_replace(());
-    }
-
-    /// Whether whoever made a request may still do this: by what it showed then, and as who it was.
-    fn still_allows(&self, caller: Option<&Caller>, actions: &[Action], filter: &TopicFilter) -> bool {
-        let access = Arc::clone(&self.access.read());
-        access.is_open()
-            || caller.is_some_and(|caller| {
-                let known = access.by(&caller.shown).map(|known| &known.identity);
-                known.is_some_and(|known| {
-                    known.name == caller.name() && actions.iter().all(|action| known.may(*action, filter))
-                })
-            })
-    }
-
-    /// Tells a stream when its caller, or everybody where there was none, may no longer do this.
-    pub(crate) fn revoked(
-        shared: &Arc<Shared>,
-        caller: Option<Caller>,
-        actions: &'static [Action],
-        filter: TopicFilter,
-    ) -> Revoked {
-        let (shared, mut changed) = (Arc::clone(shared), shared.gate.changed.subscribe());
-        Box::pin(async move {
-            while shared.gate.still_allows(caller.as_ref(), actions, &filter) {
-                // It lives as long as what is held here.
-                let changed = changed.changed();
-                match caller.as_ref().map(|caller| &caller.shown) {
-                    Some(Shown::Certificate(presented)) => {
-                        tokio::select! {
-                            _ = changed => {}
-                            () = presented.authorities_changed() => {}
-                        }
-                    }
-                    _ => drop(changed.await),
-                }
-            }
-        })
+        self.changed.send_modify(|changes| *changes += 1);
     }
 
     pub(crate) fn is_open(&self) -> bool {
