@@ -46,6 +46,11 @@ pub struct Limits {
     /// HTTP/2, by what the kernel takes at a time over HTTP/1 (up to a third of the socket's buffer). A stream that has nothing to say waits for
     /// nobody.
     pub body_timeout: Duration,
+    /// Bytes a second that whoever takes a whole answer with messages in it (a pull, a list) is thought to take at
+    /// least: it has `body_timeout` for it and the time that its bytes have at that rate, half of `body_timeout` longer
+    /// at most; then its connection is cut. All answers that a connection is owed count together. A stream may be read
+    /// as slowly as one likes.
+    pub answer_bytes_per_second: u64,
     /// Bytes of a body that holds one message, beyond which no message can be meant: the broker's own
     /// limit of a message is checked besides.
     pub message_body_bytes: usize,
@@ -93,6 +98,7 @@ impl Default for Limits {
             uri_bytes: 8 << 10,
             header_timeout: Duration::from_secs(60),
             body_timeout: Duration::from_secs(60),
+            answer_bytes_per_second: 8 << 10,
             message_body_bytes: 2 << 20,
             batch_body_bytes: 32 << 20,
             batch_messages: 10_000,
@@ -208,6 +214,7 @@ impl Limits {
             uri_bytes,
             header_timeout,
             body_timeout,
+            answer_bytes_per_second,
             message_body_bytes,
             batch_body_bytes,
             batch_messages,
@@ -231,6 +238,7 @@ impl Limits {
             ("uri_bytes", Count(uri_bytes), 1..=65_534),
             ("header_timeout", Time(header_timeout), 1..=MONTH),
             ("body_timeout", Time(body_timeout), 1..=MONTH),
+            ("answer_bytes_per_second", Bytes(answer_bytes_per_second), 1..=1 << 30),
             ("message_body_bytes", Count(message_body_bytes), 1..=1 << 30),
             ("batch_body_bytes", Count(batch_body_bytes), 1..=1 << 30),
             ("batch_messages", Count(batch_messages), 1..=MANY),

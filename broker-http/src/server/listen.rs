@@ -324,7 +324,8 @@ impl Connection {
                 () = look.as_mut() => {
                     let now = Instant::now();
                     waits = activity.waits().map(|at| (at, waits.filter(|was| was.0 == at).map_or(now, |was| was.1)));
-                    if waits.is_some_and(|(_, since)| now - since >= self.patience) || activity.has_late_stream() {
+                    let stands_still = waits.is_some_and(|(_, since)| now - since >= self.patience);
+                    if stands_still || activity.has_late_stream() || activity.wire.owed.is_late() {
                         self.shared.metrics.refused(Refusal::AnswerTimeout);
                         tracing::debug!(peer = ?address, "a connection was cut: its answers are not read");
                         return;

@@ -14,6 +14,7 @@ mod listen;
 mod memory;
 mod metered;
 mod origin;
+mod owed;
 mod places;
 pub(crate) mod problem;
 mod query;

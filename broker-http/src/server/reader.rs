@@ -13,6 +13,8 @@ use parking_lot::Mutex;
 
 use super::Shared;
 use super::access::{Caller, Peer, network};
+use super::limits::Limits;
+use super::owed::{Owed, Pace};
 use crate::outgoing::{Outgoing, Part, Turn};
 
 /// Who made a request, as far as what is encoded for it goes.
@@ -20,6 +22,9 @@ use crate::outgoing::{Outgoing, Part, Turn};
 pub(crate) struct Reader {
     part: Part,
     outgoing: Outgoing,
+    /// What its connection is to take in time.
+    owed: Arc<Owed>,
+    pace: Pace,
 }
 
 impl Reader {
@@ -30,7 +35,8 @@ impl Reader {
             // In somebody else's server nothing more is known.
             (None, None) => Part::default(),
         };
-        Self { part, outgoing: shared.ledger.answers().clone() }
+        let owed = extensions.get::<Peer>().map(|peer| Arc::clone(&peer.wire.owed)).unwrap_or_default();
+        Self { part, outgoing: shared.ledger.answers().clone(), owed, pace: pace(&shared.limits()) }
     }
 
     /// Waits until about so many bytes may be encoded for it.
@@ -43,10 +49,19 @@ impl Reader {
         self.outgoing.try_turn(&self.part, about)
     }
 
-    /// An answer with messages in it, encoded in its turn: it counts until it is sent.
-    pub(crate) fn answer(&self, _turn: Turn, encoded: Vec<u8>) -> Bytes {
+    /// A whole answer, encoded in its turn: it counts until it is sent, for which it has its time.
+    pub(crate) fn answer(&self, turn: Turn, encoded: Vec<u8>) -> Bytes {
+        self.owed.add(self.part(turn, encoded), self.pace)
+    }
+
+    /// A part of a stream. Its reader may be slow: there is one at a time, and no end to be in time for.
+    pub(crate) fn part(&self, _turn: Turn, encoded: Vec<u8>) -> Bytes {
         self.outgoing.carry(&self.part, encoded)
     }
+}
+
+fn pace(limits: &Limits) -> Pace {
+    Pace { patience: limits.body_timeout, bytes_per_second: limits.answer_bytes_per_second }
 }
 
 impl FromRequestParts<Arc<Shared>> for Reader {

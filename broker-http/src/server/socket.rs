@@ -294,7 +294,7 @@ impl Lending {
         self.shared.metrics.streamed(count);
         let events: Vec<_> = deliveries.iter().map(|delivery| delivery.received().clone()).collect();
         let ids = self.shared.leases.grant(places, deliveries, self.hold).ok()?;
-        Some(self.reader.answer(turn, pull::encode(ids.into_iter().zip(events), self.name.as_deref())))
+        Some(self.reader.part(turn, pull::encode(ids.into_iter().zip(events), self.name.as_deref())))
     }
 
     /// Takes a frame: adds its credit, settles what it settles; tells whether that was something.

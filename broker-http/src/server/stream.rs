@@ -285,7 +285,7 @@ impl Events {
         }
         self.shared.metrics.streamed(self.written.len());
         self.alive.as_mut().reset(Instant::now() + KEEP_ALIVE);
-        Poll::Ready(Some(Ok(Frame::data(self.reader.answer(turn, text)))))
+        Poll::Ready(Some(Ok(Frame::data(self.reader.part(turn, text)))))
     }
 
     /// Reads what is retained up to the event sought. Never pending: what is retained is there at

@@ -13,6 +13,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
 
 use super::frames::{Frames, Heard};
+use super::owed::Owed;
 use super::{Shared, rest};
 
 /// What is written where a head does not arrive in time.
@@ -41,6 +42,8 @@ pub(crate) struct Wire {
     fleeting: AtomicBool,
     /// The connection ends with something unread.
     unread: AtomicBool,
+    /// Answers to be taken in time.
+    pub(crate) owed: Arc<Owed>,
 }
 
 const PREFACE: &[u8] = b"PRI";

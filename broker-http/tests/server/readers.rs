@@ -64,3 +64,46 @@ async fn who_hardly_reads_keeps_nobody_else_waiting() {
     assert_eq!(running.pull("q", "wait=20s").await.len(), 1);
     assert_eq!(running.get("/subscriptions").await.status, 200);
 }
+
+/// Gets on again and again, and would hold its answer for as long as it likes.
+#[tokio::test]
+async fn an_answer_has_the_time_of_its_size_and_a_stream_has_any() {
+    let running = limited(|limits| {
+        (limits.body_timeout, limits.answer_bytes_per_second) = (Duration::from_secs(3), 8 << 20);
+    })
+    .await;
+    running.put("big", r#"{"filter":"big"}"#).await;
+    let mut events = elsewhere(&running).await;
+    events.write_all(b"GET /topics/big/stream HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+    read_until(&mut events, ": connected").await;
+    let body = "x".repeat(BYTES);
+    for _ in 0..MANY {
+        assert_eq!(running.post("/topics/big", &body).await.status, 202);
+    }
+    // Four seconds for 8 MB, and it takes three times as long.
+    let mut pulled = elsewhere(&running).await;
+    pulled.write_all(b"POST /subscriptions/big/pull HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+    let (answer, stream) = tokio::join!(slowly(&mut pulled), slowly(&mut events));
+    assert!(answer < MANY * BYTES, "it was not cut");
+    assert!(stream >= MANY * BYTES, "the stream was cut after {stream} bytes");
+    let metrics = running.get("/metrics").await.text();
+    assert!(metrics.contains("broker_refused_total{reason=\"answer_timeout\"} 1\n"), "{metrics}");
+}
+
+/// Messages that one answer has.
+const MANY: usize = 9;
+
+/// Reads 0.7 MB a second until all is there or the end; how many bytes that was.
+async fn slowly(stream: &mut TcpStream) -> usize {
+    let mut piece = vec![0; 64 << 10];
+    let mut read = 0;
+    soon(async {
+        while read < MANY * BYTES {
+            let Ok(bytes @ 1..) = stream.read(&mut piece).await else { break };
+            read += bytes;
+            tokio::time::sleep(Duration::from_micros(bytes as u64 * 10 / 7)).await;
+        }
+    })
+    .await;
+    read
+}

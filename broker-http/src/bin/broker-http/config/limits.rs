@@ -56,6 +56,7 @@ limits! {
         batch_body_bytes: usize = "bytes of a body that holds a batch; more are answered 413",
         batch_messages: usize = "messages of a batch whose results are collected; more are answered 413",
         json_body_bytes: usize = "bytes of the JSON of a subscription or a settlement; more are answered 413",
+        answer_bytes_per_second: u64 = "bytes a second at which a whole answer with messages in it is to be taken at least, beside body_timeout; then the connection is cut",
         refused_body_bytes: u64 = "bytes of a refused body that are read and dropped, so that its sender sees the answer",
         subscriptions: usize = "subscriptions; one more is answered 429",
         topics: usize = "topics in use; one more is answered 429",
