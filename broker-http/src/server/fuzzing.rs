@@ -8,6 +8,7 @@ use http::Uri;
 use serde_json::Value;
 
 use super::body::read_json;
+use super::frames::{Frames, Heard};
 use super::leases::LeaseId;
 use super::pull::{MAX_HOLD, MAX_PULL, MAX_WAIT, Plan, Settlements, Wanted};
 use super::socket::Told;
@@ -68,6 +69,50 @@ fn planned(settlements: Settlements, json: &[u8]) {
         }
     }
     assert!(extend.iter().all(|(_, hold)| (Duration::from_nanos(1)..=MAX_HOLD).contains(hold)));
+}
+
+/// What a connection of HTTP/2 reads and writes, cut anyhow: the followers of its frames see what they see of it in one
+/// piece, and of what is read it is known at each cut whether something is begun. The first bytes say how it is cut.
+pub fn connection(input: &[u8]) {
+    let Some(([given, count], rest)) = input.split_first_chunk() else { return };
+    let (cuts, bytes) = rest.split_at(rest.len().min(usize::from(count % 16)));
+    let mut pieces = Vec::new();
+    let (mut uncut, mut sizes) = (bytes, cuts.iter().cycle());
+    while !uncut.is_empty() {
+        let size = sizes.next().map_or(uncut.len(), |size| usize::from(*size) + 1);
+        let (piece, later) = uncut.split_at(size.min(uncut.len()));
+        pieces.push(piece);
+        uncut = later;
+    }
+    let written = |pieces: &[&[u8]]| {
+        let (mut frames, mut seen) = (Frames::default(), Vec::new());
+        pieces.iter().for_each(|piece| frames.written(piece, usize::from(*given), |refusal| seen.push(refusal)));
+        seen
+    };
+    assert_eq!(written(&pieces), written(&[bytes]));
+    let (mut heard, mut read) = (Heard::default(), 0);
+    for piece in pieces {
+        heard.read(piece);
+        read += piece.len();
+        let so_far = bytes.get(..read).expect("it is a part of all");
+        assert_eq!(heard.has_begun(), has_begun(so_far), "after {read} bytes");
+    }
+}
+
+/// Read frame by frame: whether the last of them, a head, or what a connection begins with, is not whole.
+fn has_begun(bytes: &[u8]) -> bool {
+    const PREFACE: usize = 24;
+    let Some(mut frames) = bytes.get(PREFACE..) else { return !bytes.is_empty() };
+    let mut open = false;
+    while let Some(([l0, l1, l2, kind, flags, _, _, _, _], rest)) = frames.split_first_chunk() {
+        // HEADERS and CONTINUATION, with END_HEADERS or without.
+        if matches!(kind, 1 | 9) {
+            open = flags & 4 == 0;
+        }
+        let Some(next) = rest.get(u32::from_be_bytes([0, *l0, *l1, *l2]) as usize..) else { return true };
+        frames = next;
+    }
+    open || !frames.is_empty()
 }
 
 /// The query of `/pull`.
