@@ -29,6 +29,7 @@ mod transaction;
 // Receiving: the state machines, then what drives them.
 mod lot;
 mod progress;
+mod ready;
 mod state;
 mod stored;
 mod tracker;

@@ -9,6 +9,7 @@ use rustc_hash::FxHashMap;
 
 use crate::admin::Partition;
 use crate::progress::Progress;
+use crate::ready::Ready;
 use crate::record::Retried;
 use crate::tracker::{Admission, Tracker};
 
@@ -33,7 +34,7 @@ pub(crate) struct Lot {
     pub(crate) partition: Partition,
     pub(crate) tracker: Tracker,
     /// May be handed out now.
-    pub(crate) ready: VecDeque<Entry>,
+    pub(crate) ready: Ready,
     /// Ordered: what waits behind the one of its key that is ready, out or due later. A key is here
     /// while it is busy.
     lanes: Option<FxHashMap<Bytes, VecDeque<Entry>>>,
@@ -68,7 +69,7 @@ impl Lot {
             id,
             partition,
             tracker: Tracker::new(committed, capacity),
-            ready: VecDeque::new(),
+            ready: Ready::default(),
             lanes: ordered.then(FxHashMap::default),
             out: 0,
             moving: 0,
@@ -101,9 +102,9 @@ impl Lot {
                 if let Some(lanes) = &mut self.lanes {
                     lanes.insert(key, VecDeque::new());
                 }
-                self.ready.push_back(entry);
+                self.ready.arrive(entry);
             }
-            None => self.ready.push_back(entry),
+            None => self.ready.arrive(entry),
         }
         Some(seq)
     }
@@ -133,7 +134,7 @@ impl Lot {
         // What came through a retry topic has no lane here: it has no key, or its group no order.
         let Some((lanes, key)) = self.lanes.as_mut().zip(message.key()) else { return };
         match lanes.get_mut(key).map(VecDeque::pop_front) {
-            Some(Some(next)) => self.ready.push_back(next),
+            Some(Some(next)) => self.ready.come_back(next),
             Some(None) => drop(lanes.remove(key)),
             None => {}
         }

@@ -133,7 +133,7 @@ impl Member {
             }
             Settlement::Release => {
                 lot.tracker.give_back(item.entry.seq, false);
-                lot.ready.push_front(item.entry.clone());
+                lot.ready.come_back(item.entry.clone());
                 Settled::Done
             }
             Settlement::Retry { after, failure } => {
@@ -353,7 +353,7 @@ impl Member {
             }
             let Some(Reverse(Timer { lot: place, entry, .. })) = state.timers.pop() else { break None };
             if let Some(lot) = state.lot(place) {
-                lot.ready.push_front(entry);
+                lot.ready.come_back(entry);
                 any = true;
             }
         };

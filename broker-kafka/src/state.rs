@@ -149,16 +149,15 @@ impl State {
         for index in places.iter().skip(turn).chain(places.iter().take(turn)) {
             let Some(lot) = self.lots.get_mut(*index).filter(|lot| !lot.leaving) else { continue };
             while items.len() < room
-                && let Some(mut next) = lot.ready.pop_front()
+                && let Some(oldest) = lot.ready.oldest()
+                // What has expired, too: a commit has to say that it is settled.
+                && lot.tracker.hand_out(oldest)
+                && let Some(mut next) = lot.ready.pop()
             {
                 if next.message.expires_at().is_some_and(|time| time <= now) {
                     entry.counts.expired.fetch_add(1, Ordering::Relaxed);
                     lot.finish(next.seq, &next.message);
                     continue;
-                }
-                if !lot.tracker.hand_out(next.seq) {
-                    lot.ready.push_front(next);
-                    break;
                 }
                 lot.out += 1;
                 next.first.get_or_insert(now);
@@ -335,6 +334,71 @@ mod tests {
         state.commit_all();
         assert!(state.open_lot(going).is_none());
         assert_eq!(offsets(state.commits()), [(0, 1), (1, 1)]);
+    }
+
+    /// Takes what is ready and acks it, until nothing is.
+    fn ack_all(state: &mut State, place: Place, entry: &GroupEntry) -> Vec<u64> {
+        let mut acked = Vec::new();
+        loop {
+            let items = state.hand_out(usize::MAX, entry);
+            if items.is_empty() {
+                return acked;
+            }
+            for item in items {
+                let lot = state.open_lot(place).unwrap();
+                lot.out -= 1;
+                lot.finish(item.entry.seq, &item.entry.message);
+                state.out -= 1;
+                acked.push(item.entry.seq);
+            }
+        }
+    }
+
+    /// Every second record has the key of one that is slow. Its settlement leaves the next of its key as the oldest, with no
+    /// room to hand out any other.
+    #[test]
+    fn the_next_of_a_slow_key_is_handed_out_where_there_is_room_for_no_other() {
+        let mut state = State::default();
+        let entry = GroupEntry::new(broker_core::GroupOptions::new().with_ordered(true).resolve(None).unwrap());
+        let partition = (Topic::new("orders").unwrap(), 0);
+        let place = state.add(|id| Lot::new(id, partition, Some(Progress::default()), 200, true));
+        let lot = state.lot(place).unwrap();
+        for offset in 0..500 {
+            let key = if offset % 2 == 0 { "slow".to_owned() } else { offset.to_string() };
+            lot.admit(offset, Message::new("1").with_key(key), true);
+        }
+        let slow = state.hand_out(1, &entry).remove(0);
+        ack_all(&mut state, place, &entry);
+        assert!(state.has_ready(), "no room is left");
+        state.out -= 1;
+        let lot = state.lot(place).unwrap();
+        lot.out -= 1;
+        lot.finish(slow.entry.seq, &slow.entry.message);
+        ack_all(&mut state, place, &entry);
+        assert_eq!(
+            state.lot(place).unwrap().tracker.progress(),
+            Some(Progress { watermark: 500, ..Progress::default() })
+        );
+    }
+
+    /// What has expired is settled as all else: only where a commit has room to say so.
+    #[test]
+    fn what_has_expired_takes_no_room_that_a_commit_has_not() {
+        let mut state = State::default();
+        let entry = GroupEntry::new(broker_core::GroupOptions::new().with_ordered(true).resolve(None).unwrap());
+        let partition = (Topic::new("orders").unwrap(), 0);
+        let place = state.add(|id| Lot::new(id, partition, Some(Progress::default()), 200, true));
+        let lot = state.lot(place).unwrap();
+        for offset in 0..1_000 {
+            let message = match offset % 2 {
+                0 => Message::new("1").with_key("slow"),
+                _ => Message::new("1").with_expires_at(Timestamp::from_millis(1)),
+            };
+            lot.admit(offset, message, true);
+        }
+        assert_eq!(state.hand_out(usize::MAX, &entry).len(), 1);
+        let said = state.lot(place).unwrap().tracker.progress().unwrap().encode();
+        assert!(said.len() <= 200 * 4 / 3 + 2, "{} bytes", said.len());
     }
 
     #[test]
