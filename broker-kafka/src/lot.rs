@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 
-use broker_core::{Message, Timestamp, Topic};
+use broker_core::{DeadLetter, Message, Timestamp, Topic};
 use bytes::Bytes;
 use rustc_hash::FxHashMap;
 
@@ -38,6 +38,8 @@ pub(crate) struct Lot {
     /// Ordered: what waits behind the one of its key that is ready, out or due later. A key is here
     /// while it is busy.
     lanes: Option<FxHashMap<Bytes, VecDeque<Entry>>>,
+    /// What cannot be delivered, until it is on the way to the dead letters' topic.
+    unreadable: VecDeque<(u64, DeadLetter)>,
     /// Handed out and not settled.
     pub(crate) out: usize,
     /// On the way to another topic: the dead letters', a retry topic.
@@ -71,6 +73,7 @@ impl Lot {
             tracker: Tracker::new(committed, capacity),
             ready: Ready::default(),
             lanes: ordered.then(FxHashMap::default),
+            unreadable: VecDeque::new(),
             out: 0,
             moving: 0,
             transactions: 0,
@@ -82,17 +85,12 @@ impl Lot {
         }
     }
 
-    /// A record has arrived. `None` if it was settled before, or `wanted` is false: then it is.
-    pub(crate) fn admit(&mut self, offset: i64, message: Message, wanted: bool) -> Option<u64> {
+    /// A record has arrived. `None` if it was settled before.
+    pub(crate) fn admit(&mut self, offset: i64, message: Message) -> Option<u64> {
         let Admission::Take { seq, failed } = self.tracker.admit(offset) else {
             self.dirty = true;
             return None;
         };
-        if !wanted {
-            self.tracker.finish(seq);
-            self.dirty = true;
-            return None;
-        }
         self.bytes += message.size();
         let entry = Entry { seq, message, failed, first: None, origin: None };
         let lane = self.lanes.as_mut().zip(entry.message.key());
@@ -140,19 +138,46 @@ impl Lot {
         }
     }
 
-    /// A record has arrived that cannot be delivered: it is nobody's, and waits for no key. Its number
-    /// and the attempts that failed, unless it was settled before.
-    pub(crate) fn admit_apart(&mut self, offset: i64) -> Option<(u64, u32)> {
+    /// A record has arrived that is for another group.
+    pub(crate) fn pass_over(&mut self, offset: i64) {
+        self.tracker.pass_over(offset);
+        self.dirty = true;
+    }
+
+    /// A record has arrived that cannot be delivered: it is nobody's, and waits for no key. `letter` is what it becomes,
+    /// made of the attempts that failed.
+    pub(crate) fn admit_apart(&mut self, offset: i64, letter: impl FnOnce(u32) -> DeadLetter) {
         match self.tracker.admit(offset) {
-            Admission::Take { seq, failed } => Some((seq, failed)),
-            Admission::Skip => None,
+            Admission::Take { seq, failed } => {
+                let letter = letter(failed);
+                self.bytes += letter.message.size();
+                self.unreadable.push_back((seq, letter));
+            }
+            Admission::Skip => self.dirty = true,
         }
     }
 
+    /// The oldest of them that is to be sent away, where a commit has room to say so.
+    pub(crate) fn next_unreadable(&mut self) -> Option<(u64, DeadLetter)> {
+        let (seq, _) = self.unreadable.front()?;
+        if !self.tracker.hand_out(*seq) {
+            return None;
+        }
+        self.unreadable.pop_front()
+    }
+
     /// Such a record is settled.
-    pub(crate) fn finish_apart(&mut self, seq: u64) {
+    pub(crate) fn finish_apart(&mut self, seq: u64, message: &Message) {
         self.tracker.finish(seq);
         self.dirty = true;
+        self.bytes = self.bytes.saturating_sub(message.size());
+    }
+
+    /// It goes to another member.
+    pub(crate) fn leave(&mut self) {
+        self.leaving = true;
+        self.ready.clear();
+        self.unreadable.clear();
     }
 
     /// What a commit is to say, which is sent now.

@@ -45,7 +45,7 @@ enum Origin {
     /// A delivery; whoever settled it waits to hear.
     Delivery(oneshot::Sender<Result<()>>),
     /// A record that could not be delivered.
-    Apart,
+    Unreadable,
 }
 
 /// What became of a settlement.
@@ -198,9 +198,8 @@ impl Member {
         };
         let travel = Travel { for_group: None, retried: Some(Box::new(retried)) };
         let kind = TransferKind::Retry(travel);
-        let message = entry.message;
-        let (copy, seq) = (message.clone(), entry.seq);
-        self.transfer(state, Transfer { place: item.place, seq, message: Some(message), topic, copy, kind });
+        let (message, copy, seq) = (entry.message.clone(), entry.message, entry.seq);
+        self.transfer(state, Transfer { place: item.place, seq, message, unreadable: false, topic, copy, kind });
     }
 
     /// A message goes to another topic; the polling thread publishes it.
@@ -252,7 +251,7 @@ impl Member {
         let Some(topic) = topic else {
             match origin {
                 Origin::Delivery(_) => lot.finish(seq, &message),
-                Origin::Apart => lot.finish_apart(seq),
+                Origin::Unreadable => lot.finish_apart(seq, &message),
             }
             self.entry.counts.dead_lettered.fetch_add(1, Ordering::Relaxed);
             let reason = letter.failure.reason();
@@ -260,11 +259,12 @@ impl Member {
             return false;
         };
         let copy = letter.into_message();
-        let (message, reply) = match origin {
-            Origin::Delivery(reply) => (Some(message), Some(reply)),
-            Origin::Apart => (None, None),
+        let (unreadable, reply) = match origin {
+            Origin::Delivery(reply) => (false, Some(reply)),
+            Origin::Unreadable => (true, None),
         };
-        self.transfer(state, Transfer { place, seq, message, topic, copy, kind: TransferKind::Dead(reply) });
+        let kind = TransferKind::Dead(reply);
+        self.transfer(state, Transfer { place, seq, message, unreadable, topic, copy, kind });
         true
     }
 
@@ -299,17 +299,13 @@ impl Member {
 
     /// Records of one partition have arrived.
     pub(crate) fn admit(&self, place: Place, arrivals: impl IntoIterator<Item = Arrival>) {
-        let settings = self.settings();
         let own = self.group.as_ref().map(ToString::to_string);
         let mut state = self.state.lock();
         for Arrival { offset, decoded } in arrivals {
             let Some(lot) = state.lot(place) else { return };
             if let Some(problem) = decoded.problem {
                 let topic = lot.partition.0.clone();
-                if let Some((seq, failed)) = lot.admit_apart(offset) {
-                    let letter = self.unreadable(topic, decoded.message, failed, &problem);
-                    self.bury_letter(&mut state, place, seq, letter, &settings, Origin::Apart);
-                }
+                lot.admit_apart(offset, |failed| self.unreadable(topic, decoded.message, failed, &problem));
                 continue;
             }
             let Travel { for_group, retried } = decoded.travel.map(|travel| *travel).unwrap_or_default();
@@ -321,10 +317,8 @@ impl Member {
                         state.timers.push(Reverse(Timer { due, lot: place, entry }));
                     }
                 }
-                None => {
-                    let wanted = for_group.is_none() || for_group == own;
-                    lot.admit(offset, decoded.message, wanted);
-                }
+                None if for_group.is_none() || for_group == own => drop(lot.admit(offset, decoded.message)),
+                None => lot.pass_over(offset),
             }
         }
         if state.has_ready()
@@ -332,6 +326,19 @@ impl Member {
         {
             drop(state);
             reader.wake();
+        }
+    }
+
+    /// What cannot be delivered goes to the dead letters' topic, as far as commits have room to say so.
+    pub(crate) fn bury_unreadable(&self) {
+        let mut state = self.state.lock();
+        if state.ending.is_some() {
+            return;
+        }
+        let mut settings = None;
+        while let Some((place, seq, letter)) = state.next_unreadable() {
+            let settings = settings.get_or_insert_with(|| self.settings());
+            self.bury_letter(&mut state, place, seq, letter, settings, Origin::Unreadable);
         }
     }
 
@@ -379,9 +386,9 @@ impl Member {
             return Some(transfer);
         }
         lot.moving -= 1;
-        match &transfer.message {
-            Some(message) => lot.finish(transfer.seq, message),
-            None => lot.finish_apart(transfer.seq),
+        match transfer.unreadable {
+            false => lot.finish(transfer.seq, &transfer.message),
+            true => lot.finish_apart(transfer.seq, &transfer.message),
         }
         state.moving -= 1;
         if matches!(transfer.kind, TransferKind::Dead(_)) {

@@ -149,6 +149,7 @@ impl Poller {
         if self.member.is_open() {
             busy = self.read();
         }
+        self.member.bury_unreadable();
         self.transfer();
         self.commit();
         self.refresh();

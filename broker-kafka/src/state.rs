@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
-use broker_core::{Error, Message, Result, Timestamp, Topic};
+use broker_core::{DeadLetter, Error, Message, Result, Timestamp, Topic};
 use slab::Slab;
 use tokio::sync::oneshot;
 
@@ -91,8 +91,10 @@ pub(crate) struct Place {
 pub(crate) struct Transfer {
     pub(crate) place: Place,
     pub(crate) seq: u64,
-    /// The original, if it was one that could be delivered.
-    pub(crate) message: Option<Message>,
+    /// The original.
+    pub(crate) message: Message,
+    /// It was one that could not be delivered.
+    pub(crate) unreadable: bool,
     pub(crate) topic: Topic,
     /// What arrives there.
     pub(crate) copy: Message,
@@ -192,13 +194,20 @@ impl State {
     /// It is to go: nothing of it is handed out any more.
     pub(crate) fn let_go(&mut self, place: Place) {
         if let Some(lot) = self.lot(place) {
-            lot.leaving = true;
-            lot.ready.clear();
+            lot.leave();
         }
     }
 
     pub(crate) fn is_quiet(&mut self, place: Place) -> bool {
         self.lot(place).is_none_or(|lot| lot.is_quiet())
+    }
+
+    /// What cannot be delivered and may be sent to the dead letters' topic now.
+    pub(crate) fn next_unreadable(&mut self) -> Option<(Place, u64, DeadLetter)> {
+        self.lots.iter_mut().find_map(|(index, lot)| {
+            let (seq, letter) = lot.next_unreadable()?;
+            Some((Place { index, id: lot.id }, seq, letter))
+        })
     }
 
     /// Whether more of it may be read.
@@ -308,7 +317,7 @@ mod tests {
     fn ack_another(state: &mut State, place: Place) {
         let lot = state.open_lot(place).unwrap();
         let (offset, message) = (lot.tracker.watermark().unwrap(), Message::new("1"));
-        let seq = lot.admit(offset, message.clone(), true).unwrap();
+        let seq = lot.admit(offset, message.clone()).unwrap();
         assert!(lot.tracker.hand_out(seq));
         lot.finish(seq, &message);
     }
@@ -365,7 +374,7 @@ mod tests {
         let lot = state.lot(place).unwrap();
         for offset in 0..500 {
             let key = if offset % 2 == 0 { "slow".to_owned() } else { offset.to_string() };
-            lot.admit(offset, Message::new("1").with_key(key), true);
+            lot.admit(offset, Message::new("1").with_key(key));
         }
         let slow = state.hand_out(1, &entry).remove(0);
         ack_all(&mut state, place, &entry);
@@ -394,11 +403,59 @@ mod tests {
                 0 => Message::new("1").with_key("slow"),
                 _ => Message::new("1").with_expires_at(Timestamp::from_millis(1)),
             };
-            lot.admit(offset, message, true);
+            lot.admit(offset, message);
         }
         assert_eq!(state.hand_out(usize::MAX, &entry).len(), 1);
         let said = state.lot(place).unwrap().tracker.progress().unwrap().encode();
         assert!(said.len() <= 200 * 4 / 3 + 2, "{} bytes", said.len());
+    }
+
+    /// What cannot be read is settled as all else: only where a commit has room to say so, and all of it in the end.
+    #[test]
+    fn what_cannot_be_read_takes_no_room_that_a_commit_has_not() {
+        let mut state = State::default();
+        let entry = GroupEntry::new(broker_core::GroupOptions::new().with_ordered(true).resolve(None).unwrap());
+        let partition = (Topic::new("orders").unwrap(), 0);
+        let place = state.add(|id| Lot::new(id, partition.clone(), Some(Progress::default()), 200, true));
+        let lot = state.lot(place).unwrap();
+        let garbage = Message::new("1");
+        for offset in 0..1_000 {
+            if offset % 2 == 0 {
+                lot.admit(offset, Message::new("1").with_key("slow"));
+            } else {
+                lot.admit_apart(offset, |attempts| DeadLetter {
+                    message: garbage.clone(),
+                    topic: partition.0.clone(),
+                    group: None,
+                    failure: broker_core::Failure::new("it could not be decoded"),
+                    attempts,
+                    first: Timestamp::now(),
+                    last: Timestamp::now(),
+                });
+            }
+        }
+        let bury = |state: &mut State| {
+            let mut buried = 0;
+            while let Some((place, seq, _)) = state.next_unreadable() {
+                state.lot(place).unwrap().finish_apart(seq, &garbage);
+                buried += 1;
+            }
+            buried
+        };
+        let mut buried = bury(&mut state);
+        let said = state.lot(place).unwrap().tracker.progress().unwrap().encode();
+        assert!(buried > 0 && said.len() <= 200 * 4 / 3 + 2, "{buried} buried, {} bytes", said.len());
+        for _ in 0..500 {
+            let next = state.hand_out(1, &entry).remove(0);
+            let lot = state.lot(place).unwrap();
+            lot.out -= 1;
+            lot.finish(next.entry.seq, &next.entry.message);
+            state.out -= 1;
+            buried += bury(&mut state);
+        }
+        let lot = state.lot(place).unwrap();
+        assert_eq!((buried, lot.bytes), (500, 0));
+        assert_eq!(lot.tracker.progress().unwrap().watermark, 1_000);
     }
 
     #[test]

@@ -88,6 +88,14 @@ impl Tracker {
         Admission::Take { seq, failed }
     }
 
+    /// A record at `offset` has arrived that is for somebody else. Nothing is said of it: should it come again, it is as
+    /// much for somebody else.
+    pub(crate) fn pass_over(&mut self, offset: i64) {
+        self.restored.take_done(offset);
+        self.restored.take_attempts(offset);
+        self.position = Some(self.position.map_or(offset + 1, |position| position.max(offset + 1)));
+    }
+
     /// Hands a record out, unless a commit could then have more to say than it can carry.
     pub(crate) fn hand_out(&mut self, seq: u64) -> bool {
         let Some(index) = self.index(seq) else { return false };
@@ -254,6 +262,21 @@ mod tests {
         tracker.finish(seqs[0]);
         tracker.finish(seqs[3]);
         assert_eq!(tracker.progress().unwrap().watermark, 12);
+    }
+
+    #[test]
+    fn what_is_for_somebody_else_is_not_spoken_of() {
+        let mut tracker = Tracker::new(Some(Progress::default()), CAPACITY);
+        let mut held = Vec::new();
+        for offset in 0..2_000 {
+            match offset % 2 {
+                0 => held.push(taken(&mut tracker, offset)),
+                _ => tracker.pass_over(offset),
+            }
+        }
+        assert_eq!(tracker.progress(), Some(Progress::default()));
+        held.into_iter().for_each(|seq| tracker.finish(seq));
+        assert_eq!(tracker.progress(), Some(Progress { watermark: 2_000, ..Progress::default() }));
     }
 
     #[derive(Clone, Debug)]
