@@ -199,10 +199,16 @@ pub(crate) fn start_offsets(admin: &Admin, partitions: &[Partition], start: &Sta
             }
             // A partition that is not named is read from its beginning: nothing is skipped unasked.
             let mut offsets = admin.offsets(partitions, At::Beginning)?;
-            for ((_, number), offset) in &mut offsets {
-                if let Some((_, wanted)) = positions.iter().find(|(partition, _)| partition == number) {
-                    *offset = *wanted;
+            let ends = admin.offsets(partitions, At::End)?;
+            for (partition, offset) in &mut offsets {
+                let Some((_, wanted)) = positions.iter().find(|(number, _)| *number == partition.1) else { continue };
+                // To Kafka an offset that is not there yet is a mistake, and what it was to mean is lost.
+                if let Some((_, end)) = ends.iter().find(|(one, end)| one == partition && end < wanted) {
+                    let (topic, number) = partition;
+                    let why = format!("start position {wanted}: partition {number} of {topic} ends at {end}");
+                    return Err(Error::invalid(why));
                 }
+                *offset = *wanted;
             }
             Ok(offsets)
         }

@@ -85,6 +85,14 @@ impl Lot {
         }
     }
 
+    /// The partition anew, whose log ends at `end` now and goes on from there: what is settled below stays so, and is to be
+    /// said at once. Its id is still to be given.
+    pub(crate) fn cut(&self, end: i64) -> Self {
+        let progress = self.tracker.progress().map(|progress| progress.cut(end));
+        let (partition, ordered) = (self.partition.clone(), self.lanes.is_some());
+        Self { dirty: true, ..Self::new(0, partition, progress, self.tracker.capacity(), ordered) }
+    }
+
     /// A record has arrived. `None` if it was settled before.
     pub(crate) fn admit(&mut self, offset: i64, message: Message) -> Option<u64> {
         let Admission::Take { seq, failed } = self.tracker.admit(offset) else {

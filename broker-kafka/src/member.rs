@@ -297,12 +297,16 @@ impl Member {
         change(&mut self.state.lock())
     }
 
-    /// Records of one partition have arrived.
-    pub(crate) fn admit(&self, place: Place, arrivals: impl IntoIterator<Item = Arrival>) {
+    /// Records of one partition have arrived. One that lies before those of earlier is not admitted, nor what follows it,
+    /// and its offset is the answer: the log was cut there.
+    pub(crate) fn admit(&self, place: Place, arrivals: impl IntoIterator<Item = Arrival>) -> Option<i64> {
         let own = self.group.as_ref().map(ToString::to_string);
         let mut state = self.state.lock();
         for Arrival { offset, decoded } in arrivals {
-            let Some(lot) = state.lot(place) else { return };
+            let lot = state.lot(place)?;
+            if lot.tracker.is_behind(offset) {
+                return Some(offset);
+            }
             if let Some(problem) = decoded.problem {
                 let topic = lot.partition.0.clone();
                 lot.admit_apart(offset, |failed| self.unreadable(topic, decoded.message, failed, &problem));
@@ -327,6 +331,7 @@ impl Member {
             drop(state);
             reader.wake();
         }
+        None
     }
 
     /// What cannot be delivered goes to the dead letters' topic, as far as commits have room to say so.

@@ -208,7 +208,10 @@ impl Poller {
     fn admit_stray(&mut self, record: &BorrowedMessage<'_>) {
         let Ok(topic) = Topic::new(record.topic()) else { return };
         if let Some(place) = self.places.get(&(topic, record.partition())) {
-            self.member.admit(*place, [arrival(record, self.admin.config().format, &mut self.copies)]);
+            let arrival = arrival(record, self.admin.config().format, &mut self.copies);
+            if let Some(end) = self.member.admit(*place, [arrival]) {
+                self.cut(*place, end);
+            }
         }
     }
 
@@ -358,6 +361,7 @@ impl Poller {
         let mut busy = false;
         let format = self.admin.config().format;
         let (mut arrivals, mut copies) = (std::mem::take(&mut self.arrivals), std::mem::take(&mut self.copies));
+        let mut cut = Vec::new();
         for (place, queue) in &self.queues {
             if !self.member.state(|state| state.has_room(*place)) {
                 continue;
@@ -368,11 +372,31 @@ impl Poller {
             });
             busy |= read == BATCH;
             if !arrivals.is_empty() {
-                self.member.admit(*place, arrivals.drain(..));
+                let end = self.member.admit(*place, arrivals.drain(..));
+                cut.extend(end.map(|end| (*place, end)));
             }
         }
         (self.arrivals, self.copies) = (arrivals, copies);
+        cut.into_iter().for_each(|(place, end)| self.cut(place, end));
         busy
+    }
+
+    /// The log of a partition does not go on where it was read to, but earlier: its topic was deleted and made again, or its
+    /// leader had not all of it (KIP-320). What is there now under the offsets of before are other records, to be delivered.
+    /// librdkafka reads on at the end it found, or at the beginning; we go back as far as something is not settled.
+    fn cut(&mut self, place: Place, end: i64) {
+        let Some((anew, partition, from)) = self.member.state(|state| state.cut(place, end)) else { return };
+        let (topic, number) = &partition;
+        self.report_error(Err(Error::backend(format!("partition {number} of {topic}: its log was cut at {end}"))));
+        // Without waiting: what was read before is left out from now on.
+        let sought = self.consumer.seek(topic.as_str(), *number, Offset::Offset(from), Duration::ZERO);
+        self.report(sought);
+        for (of_queue, _) in &mut self.queues {
+            if *of_queue == place {
+                *of_queue = anew;
+            }
+        }
+        self.places.insert(partition, anew);
     }
 
     // --- to other topics ----------------------------------------------------------------------------

@@ -75,6 +75,17 @@ impl Progress {
         self.done.len() + self.attempts.len()
     }
 
+    /// What is left of it where the log ends at `end`.
+    pub(crate) fn cut(mut self, end: i64) -> Self {
+        self.watermark = self.watermark.min(end);
+        self.done.retain_mut(|range| {
+            range.end = range.end.min(end);
+            !range.is_empty()
+        });
+        self.attempts.retain(|(offset, _)| *offset < end);
+        self
+    }
+
     /// The offset after the last one it speaks of.
     pub(crate) fn end(&self) -> i64 {
         let done = self.done.back().map_or(self.watermark, |range| range.end);
@@ -184,6 +195,21 @@ mod tests {
         fn what_others_wrote_is_no_danger(watermark in any::<i64>(), text in ".{0,40}") {
             let _ = Progress::decode(watermark, &text).map(|progress| progress.end());
         }
+    }
+
+    #[test]
+    fn of_a_log_that_was_cut_nothing_is_said_beyond_its_end() {
+        let mut progress = Progress { watermark: 10, ..Progress::default() };
+        progress.push_done(12..15);
+        progress.push_done(20..21);
+        progress.attempts.extend([(11, 2), (16, 1)]);
+        let cut = |end| progress.clone().cut(end);
+        let mut left = Progress { watermark: 10, ..Progress::default() };
+        left.push_done(12..14);
+        left.attempts.push_back((11, 2));
+        assert_eq!(cut(14), left);
+        assert_eq!(cut(3), Progress { watermark: 3, ..Progress::default() });
+        assert_eq!(cut(30), progress);
     }
 
     #[test]

@@ -191,6 +191,18 @@ impl State {
         }
     }
 
+    /// Its log was cut: the partition as it is from now on, and where to read on.
+    pub(crate) fn cut(&mut self, place: Place, end: i64) -> Option<(Place, Partition, i64)> {
+        let mut anew = self.lot(place)?.cut(end);
+        let (partition, from) = (anew.partition.clone(), anew.tracker.watermark()?);
+        self.remove(place);
+        let place = self.add(|id| {
+            anew.id = id;
+            anew
+        });
+        Some((place, partition, from))
+    }
+
     /// It is to go: nothing of it is handed out any more.
     pub(crate) fn let_go(&mut self, place: Place) {
         if let Some(lot) = self.lot(place) {

@@ -71,7 +71,7 @@ impl Tracker {
 
     /// A record at `offset` has arrived; they arrive in order.
     pub(crate) fn admit(&mut self, offset: i64) -> Admission {
-        if self.position.is_some_and(|position| offset < position) {
+        if self.is_behind(offset) {
             return Admission::Skip;
         }
         let done = self.restored.take_done(offset);
@@ -159,6 +159,16 @@ impl Tracker {
     /// The first offset not settled: what a commit says. `None` if it is not known yet.
     pub(crate) fn watermark(&self) -> Option<i64> {
         self.slots.front().map(|slot| slot.offset).or(self.position)
+    }
+
+    /// Whether `offset` lies before what was admitted already.
+    pub(crate) fn is_behind(&self, offset: i64) -> bool {
+        self.position.is_some_and(|position| offset < position)
+    }
+
+    /// Bytes that a commit's progress may take.
+    pub(crate) fn capacity(&self) -> usize {
+        self.capacity
     }
 
     /// Records admitted and not settled.

@@ -219,3 +219,93 @@ async fn status_tells_lag_flight_assignment_and_the_last_error() -> Result<()> {
     broker.close(Duration::from_secs(10)).await;
     Ok(())
 }
+
+/// Deletes a topic and makes it again, with nothing in it.
+async fn make_again(topic: &Topic) {
+    use broker_kafka::rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+    let mut settings = rdkafka::ClientConfig::new();
+    settings.set("bootstrap.servers", server().url.trim_start_matches("kafka://"));
+    let admin: AdminClient<rdkafka::client::DefaultClientContext> = settings.create().unwrap();
+    admin.delete_topics(&[topic.as_str()], &AdminOptions::new()).await.unwrap().remove(0).unwrap();
+    let new = NewTopic::new(topic.as_str(), 1, TopicReplication::Fixed(1));
+    while admin.create_topics([&new], &AdminOptions::new()).await.unwrap().remove(0).is_err() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// A topic is deleted and made again while it is read: its offsets begin anew, and what lies under those that were acked is
+/// another message. Nothing of it is lost, with a group and without.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_that_is_made_again_is_read_from_its_beginning() -> Result<()> {
+    let (broker, topic) = (broker("&commit_interval=100ms")?, topic("again")?);
+    let group: Group = format!("again@{topic}").parse()?;
+    let mut member = join(&broker, &group, GroupOptions::new()).await?;
+    let mut alone = broker.subscribe(&(&topic).into(), Subscribe::new()).await?;
+    for n in 0..5 {
+        broker.publish(&topic, Message::new(format!("before {n}"))).await?;
+    }
+    for subscription in [&mut member, &mut alone] {
+        for delivery in take(subscription, 5).await? {
+            delivery.ack().await?;
+        }
+    }
+    make_again(&topic).await;
+    for n in 0..3 {
+        // The publisher may hear of it first.
+        while broker.publish(&topic, Message::new(format!("after {n}"))).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+    for subscription in [&mut member, &mut alone] {
+        for (n, delivery) in take(subscription, 3).await?.into_iter().enumerate() {
+            assert_eq!(payload(&delivery), format!("after {n}"));
+            delivery.ack().await?;
+        }
+    }
+    drop(alone);
+    close(&broker).await;
+    assert_eq!(committed(&group, &topic), Some(3));
+    Ok(())
+}
+
+/// What a group has committed lies beyond the end of the log: the log is another one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_beyond_the_end_of_its_log_reads_all_of_it() -> Result<()> {
+    use broker_kafka::rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
+    let (broker, topic) = (broker("")?, topic("beyond")?);
+    let group: Group = format!("beyond@{topic}").parse()?;
+    for n in 0..3 {
+        broker.publish(&topic, Message::new(n.to_string())).await?;
+    }
+    let mut settings = rdkafka::ClientConfig::new();
+    settings.set("bootstrap.servers", server().url.trim_start_matches("kafka://")).set("group.id", group.to_string());
+    let other: BaseConsumer = settings.create().unwrap();
+    let mut list = rdkafka::TopicPartitionList::new();
+    list.add_partition_offset(topic.as_str(), 0, rdkafka::Offset::Offset(1_000)).unwrap();
+    other.commit(&list, CommitMode::Sync).unwrap();
+    let mut member = join(&broker, &group, GroupOptions::new()).await?;
+    let came: Vec<_> = take(&mut member, 3).await?;
+    assert_eq!(came.iter().map(payload).collect::<Vec<_>>(), ["0", "1", "2"]);
+    for delivery in came {
+        delivery.ack().await?;
+    }
+    close(&broker).await;
+    assert_eq!(committed(&group, &topic), Some(3));
+    Ok(())
+}
+
+/// A start that is not there yet is refused: to the server it would be a mistake to be mended by beginning elsewhere.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_beyond_the_end_is_refused() -> Result<()> {
+    let (broker, topic) = (broker("")?, topic("future")?);
+    broker.publish(&topic, Message::new("1")).await?;
+    let at = |offset| GroupOptions::new().with_start(broker_core::StartAt::Position(vec![(0, offset)]));
+    let error = broker.create_group(&format!("far@{topic}").parse()?, at(2)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+    assert!(error.message().contains("ends at 1"), "{error}");
+    let end: Group = format!("end@{topic}").parse()?;
+    assert!(broker.create_group(&end, at(1)).await?);
+    broker.delete_group(&end).await?;
+    close(&broker).await;
+    Ok(())
+}
