@@ -196,8 +196,7 @@ impl Member {
             due: Timestamp::past(wait),
             first: entry.first.unwrap_or(now),
         };
-        let travel = Travel { for_group: None, retried: Some(Box::new(retried)) };
-        let kind = TransferKind::Retry(travel);
+        let kind = TransferKind::Retry(Box::new(retried));
         let (message, copy, seq) = (entry.message.clone(), entry.message, entry.seq);
         self.transfer(state, Transfer { place: item.place, seq, message, unreadable: false, topic, copy, kind });
     }
@@ -376,7 +375,7 @@ impl Member {
         next
     }
 
-    /// A message has arrived where it was sent, or not: then it is to be sent again.
+    /// A message has arrived where it was sent, or not: then it may be to be sent again.
     pub(crate) fn transferred(&self, transfer: Transfer, result: Result<()>) -> Option<Transfer> {
         let mut state = self.state.lock();
         let Some(lot) = state.lot(transfer.place) else {
@@ -387,8 +386,7 @@ impl Member {
             return None;
         };
         if let Err(error) = result {
-            self.entry.failed(&format!("publish to {}: {error}", transfer.topic));
-            return Some(transfer);
+            return self.not_transferred(&mut state, transfer, error);
         }
         lot.moving -= 1;
         match transfer.unreadable {
@@ -405,6 +403,32 @@ impl Member {
             let _ = reply.send(Ok(()));
         }
         None
+    }
+
+    /// A retry is held here, as it would be without retry topics. A dead letter is to be sent again until it is taken; but if
+    /// that is up to somebody else, such as a topic that may not be made, whoever waits for it waits no longer.
+    fn not_transferred(&self, state: &mut State, mut transfer: Transfer, error: Error) -> Option<Transfer> {
+        let error = error.context(format_args!("publish to {}", transfer.topic));
+        self.entry.failed(error.message());
+        let Transfer { place, seq, message, kind, .. } = &mut transfer;
+        match kind {
+            TransferKind::Dead(reply) => {
+                if let Some(reply) = reply.take_if(|_| !error.is_retryable()) {
+                    let _ = reply.send(Err(error));
+                }
+                Some(transfer)
+            }
+            TransferKind::Retry(retried) => {
+                let (failed, first, origin) = (retried.failed, Some(retried.first), Some(retried.topic.clone()));
+                let entry = Entry { seq: *seq, message: message.clone(), failed, first, origin };
+                let due = instant_after(retried.due.since(Timestamp::now()));
+                state.lot(*place)?.moving -= 1;
+                state.moving -= 1;
+                state.timers.push(Reverse(Timer { due, lot: *place, entry }));
+                self.after_settling(state);
+                None
+            }
+        }
     }
 
     // --- transactions -------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ pub(crate) struct Poller {
     assigning: Vec<TopicPartitionList>,
     leaving: Vec<Leaving>,
     moving: Vec<(Transfer, Publish)>,
-    /// Messages that were not taken where they were sent, and when to try again.
+    /// Dead letters that were not taken where they were sent, and when to try again.
     refused: Vec<Transfer>,
     try_again: Instant,
     next_commit: Instant,
@@ -411,7 +411,7 @@ impl Poller {
             let topic = self.publishing.topic(&transfer.topic);
             let travel = match &transfer.kind {
                 TransferKind::Dead(_) => Travel::default(),
-                TransferKind::Retry(travel) => travel.clone(),
+                TransferKind::Retry(retried) => Travel { for_group: None, retried: Some(retried.clone()) },
             };
             let publish = self.publishing.publish_late(&topic, transfer.copy.clone(), travel);
             self.moving.push((transfer, publish));

@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use crate::admin::Partition;
 use crate::lot::{Entry, Lot};
 use crate::progress::Progress;
-use crate::record::Travel;
+use crate::record::Retried;
 use crate::registry::Entry as GroupEntry;
 
 #[derive(Default)]
@@ -105,7 +105,7 @@ pub(crate) enum TransferKind {
     /// To the dead-letter topic; whoever settled it may wait to hear.
     Dead(Option<oneshot::Sender<Result<()>>>),
     /// To a retry topic.
-    Retry(Travel),
+    Retry(Box<Retried>),
 }
 
 /// A delivery handed out.

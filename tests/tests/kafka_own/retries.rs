@@ -172,3 +172,35 @@ async fn an_ordered_key_waits_for_its_retry_all_the_same() -> Result<()> {
     close(&broker).await;
     Ok(())
 }
+
+/// Topics that nobody may make: a retry is held by its member instead of waiting there, and whoever rejects is told. The dead
+/// letter is written once there is a topic for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn where_no_topic_may_be_made_nothing_hangs_and_nothing_is_lost() -> Result<()> {
+    let (other, topic) = (broker("")?, topic("unmade")?);
+    let group: Group = format!("unmade-{:x}@{topic}", fastrand::u64(..)).parse()?;
+    for payload in ["retried", "rejected", "next"] {
+        other.publish(&topic, Message::new(payload)).await?;
+    }
+    let broker = broker("&retry_topics=10ms&auto_create=false")?;
+    let mut member = join(&broker, &group, GroupOptions::new().with_start(broker_core::StartAt::Earliest)).await?;
+    let mut taken = take(&mut member, 3).await?;
+    taken.remove(0).retry_after(Duration::from_millis(20)).await?;
+    let again = take(&mut member, 1).await?.remove(0);
+    assert_eq!((payload(&again).as_str(), again.attempt()), ("retried", 2));
+    again.ack().await?;
+    let rejected = tokio::time::timeout(Duration::from_secs(20), taken.remove(0).reject("no such customer")).await;
+    let error = rejected.expect("an answer").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+    taken.remove(0).ack().await?;
+
+    let dead = Topic::new(format!("dead.{}", group.name))?;
+    drop(other.subscribe(&(&dead).into(), Subscribe::new()).await?);
+    let letters = wait_for_letters(&other, &group, 1).await?;
+    assert_eq!(letters[0].message.payload().as_ref(), b"rejected");
+    close(&broker).await;
+    assert_eq!(committed(&group, &topic), Some(3));
+    assert!(other.delete_group(&group).await?);
+    close(&other).await;
+    Ok(())
+}
