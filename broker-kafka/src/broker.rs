@@ -268,7 +268,7 @@ impl Shared {
         let own: Vec<_> =
             self.registry.members().into_iter().filter(|member| member.group.as_ref() == Some(group)).collect();
         for member in &own {
-            member.end(Instant::now(), Some(gone.clone()));
+            member.end_deleted(gone.clone());
         }
         let deadline = Instant::now() + self.admin.config().connect_timeout;
         while !own.iter().all(|member| member.is_finished()) && Instant::now() < deadline {

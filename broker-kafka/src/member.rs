@@ -180,7 +180,7 @@ impl Member {
 
     /// Nobody waits any more for what the delivery's partition was.
     fn too_late(&self, state: &State) -> Settled {
-        let deleted = state.ending.as_ref().is_some_and(|ending| ending.error.is_some());
+        let deleted = state.ending.as_ref().is_some_and(|ending| ending.deleted);
         if deleted {
             return Settled::Done;
         }
@@ -483,10 +483,29 @@ impl Member {
     /// Hands out no more, waits until `deadline` for what is in flight, then leaves. The reader sees
     /// `error`, or a quiet end.
     pub(crate) fn end(&self, deadline: Instant, error: Option<Error>) {
+        self.begin_ending(Ending { deadline, error, deleted: false });
+    }
+
+    /// Its group is deleted: what is settled from now on is settled for good.
+    pub(crate) fn end_deleted(&self, error: Error) {
+        self.begin_ending(Ending { deadline: Instant::now(), error: Some(error), deleted: true });
+    }
+
+    /// It is out of its group for good: nothing that it holds is its own any more, and what is settled from now on would be in
+    /// no commit.
+    pub(crate) fn end_lost(&self, error: Error) {
+        self.state.lock().lose();
+        self.begin_ending(Ending { deadline: Instant::now(), error: Some(error), deleted: false });
+    }
+
+    fn begin_ending(&self, new: Ending) {
         let mut state = self.state.lock();
         match &mut state.ending {
-            Some(ending) => ending.deadline = ending.deadline.min(deadline),
-            None => state.ending = Some(Ending { deadline, error }),
+            Some(ending) => {
+                ending.deadline = ending.deadline.min(new.deadline);
+                ending.deleted |= new.deleted;
+            }
+            None => state.ending = Some(new),
         }
         let reader = state.reader.take();
         drop(state);

@@ -198,7 +198,9 @@ impl Poller {
         let fatal = matches!(error, KafkaError::MessageConsumptionFatal(_));
         let error = error::failed("receive", error);
         self.member.entry.failed(error.message());
-        if fatal || error.kind() == ErrorKind::Unauthorized {
+        if fatal {
+            self.member.end_lost(error);
+        } else if error.kind() == ErrorKind::Unauthorized {
             self.member.end(Instant::now() + self.admin.config().drain_timeout, Some(error));
         } else {
             self.admin.health().failed(error);

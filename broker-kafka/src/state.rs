@@ -46,6 +46,8 @@ pub(crate) struct Ending {
     pub(crate) deadline: Instant,
     /// What the reader is told; `None` is a quiet end.
     pub(crate) error: Option<Error>,
+    /// Its group is gone, and nobody will be given what is settled late.
+    pub(crate) deleted: bool,
 }
 
 /// So long from now, or as far off as a clock is sure to go: a wait is anybody's to choose.
@@ -189,6 +191,12 @@ impl State {
             self.out -= out;
             self.timers.retain(|Reverse(timer)| timer.lot != place);
         }
+    }
+
+    /// All partitions are somebody else's.
+    pub(crate) fn lose(&mut self) {
+        let places: Vec<Place> = self.lots.iter().map(|(index, lot)| Place { index, id: lot.id }).collect();
+        places.into_iter().for_each(|place| self.remove(place));
     }
 
     /// Its log was cut: the partition as it is from now on, and where to read on.

@@ -130,11 +130,21 @@ async fn a_static_member_comes_back_to_its_partition() -> Result<()> {
     }
     assert_eq!(assigned(&two).await?, theirs);
 
-    // Another with the same id takes its place, and it is told.
+    // Another with the same id takes its place, and it is told. What it still holds comes to the other.
+    publish(100).await?;
+    let held = take(&mut second, 1).await?.remove(0);
     let usurper = open("two")?;
     let third = join(&usurper, &group, GroupOptions::new()).await?;
-    let fenced = tokio::time::timeout(Duration::from_secs(30), second.next()).await.expect("it is told");
-    assert_eq!(fenced.map(drop).unwrap_err().kind(), ErrorKind::Conflict);
+    let fenced = async {
+        while let Some(delivery) = second.next().await? {
+            drop(delivery.release())
+        }
+        Ok(())
+    };
+    let fenced: Result<()> = tokio::time::timeout(Duration::from_secs(30), fenced).await.expect("it is told");
+    assert_eq!(fenced.unwrap_err().kind(), ErrorKind::Conflict);
+    let late = held.ack().await.map(drop).unwrap_err();
+    assert_eq!(late.kind(), ErrorKind::Unavailable, "{late}");
     drop((first, second, third));
     for broker in [&one, &two, &usurper] {
         broker.close(Duration::from_secs(20)).await;
