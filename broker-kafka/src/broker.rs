@@ -21,6 +21,8 @@ use crate::dead::Grave;
 use crate::delivery::Reader;
 use crate::group::{self, GroupClient};
 use crate::member::Member;
+use crate::poller;
+use crate::process::Process;
 use crate::producer::{KafkaProducer, Publishing, RawProducer};
 use crate::progress::Progress;
 use crate::registry::{Entry, Registry};
@@ -28,7 +30,6 @@ use crate::retry_topics::RetryTopics;
 use crate::state::instant_after;
 use crate::stored::Stored;
 use crate::{KafkaConfig, Transaction, check_options};
-use crate::{poller, process};
 
 /// A [`Broker`] on Apache Kafka.
 ///
@@ -221,11 +222,13 @@ impl Shared {
     }
 
     fn transact(&self, transaction: Transaction) -> Result<Vec<Receipt>> {
+        // First of all: whatever fails, its deliveries are given back.
+        let process = Process::new(transaction, self.registry.members());
         self.open()?;
         if self.admin.config().transactional_id.is_none() {
             return Err(Error::unsupported("transactions: the broker's URL names no transactional_id"));
         }
-        process::run(&self.publishing, &self.registry.members(), transaction)
+        process.run(&self.publishing)
     }
 
     fn alter(&self, group: &Group, options: &GroupOptions) -> Result<()> {

@@ -3,11 +3,12 @@
 //! The transaction commits the progress that its partitions have when its deliveries are settled. Until it
 //! has ended the members' own commits say nothing of these partitions: one that the server takes in between
 //! would count over it, and what the transaction acked would come again after a crash (in Kafka the later
-//! of two commits stands, whatever it says).
+//! of two commits stands, whatever it says). For the same reason all of it, from the look at the partitions to the acks,
+//! is done on the transactions' one thread: the next transaction has to know what this one has acked.
 
 use std::sync::Arc;
 
-use broker_core::{Error, Receipt, Result};
+use broker_core::{Delivery, Error, Message, Receipt, Result, Topic};
 use rdkafka::consumer::Consumer as _;
 
 use crate::delivery::Batch;
@@ -19,40 +20,72 @@ use crate::stored::Stored;
 use crate::transaction::Offsets;
 use crate::{Transaction, check_message};
 
-/// Runs a transaction, whose deliveries came to one of `members`.
-pub(crate) fn run(publishing: &Publishing, members: &[Arc<Member>], transaction: Transaction) -> Result<Vec<Receipt>> {
-    let (messages, deliveries) = transaction.into_parts();
-    for (topic, message) in &messages {
-        if topic.is_reserved() {
-            return Err(Error::invalid(format!("topic {topic}: it is the broker's own; publish to another")));
+/// A transaction under way.
+pub(crate) struct Process {
+    pub(crate) messages: Vec<(Topic, Message)>,
+    deliveries: Untried,
+    members: Vec<Arc<Member>>,
+    held: Vec<Held>,
+}
+
+impl Process {
+    /// `transaction`, whose deliveries came to some of `members`.
+    pub(crate) fn new(transaction: Transaction, members: Vec<Arc<Member>>) -> Self {
+        let (messages, deliveries) = transaction.into_parts();
+        Self { messages, deliveries: Untried(deliveries), members, held: Vec::new() }
+    }
+
+    /// Runs it, and waits for its outcome.
+    pub(crate) fn run(self, publishing: &Publishing) -> Result<Vec<Receipt>> {
+        for (topic, message) in &self.messages {
+            if topic.is_reserved() {
+                return Err(Error::invalid(format!("topic {topic}: it is the broker's own; publish to another")));
+            }
+            check_message(message)?;
         }
-        check_message(message)?;
+        let outcome = publishing.transactions()?.process(self);
+        pollster::block_on(outcome).map_err(|_| Error::backend("a transaction ended without an answer")).flatten()
     }
-    let mut by_member: Vec<(&Arc<Member>, Vec<&Item>)> = Vec::new();
-    for delivery in &deliveries {
-        let Some((batch, index)) = delivery.batch::<Batch>() else { return Err(strange()) };
-        let ours = members.iter().find(|member| Arc::ptr_eq(member, &batch.member) && member.group.is_some());
-        let member = ours.ok_or_else(strange)?;
-        match by_member.iter_mut().find(|(known, _)| Arc::ptr_eq(known, member)) {
-            Some((_, items)) => items.push(batch.item(index)),
-            None => by_member.push((member, vec![batch.item(index)])),
+
+    /// What it says of groups; their members' own commits are held back until it ends.
+    pub(crate) fn begin(&mut self) -> Result<Vec<Offsets>> {
+        let mut by_member: Vec<(&Arc<Member>, Vec<&Item>)> = Vec::new();
+        for delivery in &self.deliveries.0 {
+            let Some((batch, index)) = delivery.batch::<Batch>() else { return Err(strange()) };
+            let ours = self.members.iter().find(|member| Arc::ptr_eq(member, &batch.member) && member.group.is_some());
+            let member = ours.ok_or_else(strange)?;
+            match by_member.iter_mut().find(|(known, _)| Arc::ptr_eq(known, member)) {
+                Some((_, items)) => items.push(batch.item(index)),
+                None => by_member.push((member, vec![batch.item(index)])),
+            }
+        }
+        let (mut offsets, mut held) = (Vec::new(), Vec::new());
+        for (member, items) in by_member {
+            let (said, guard) = begin(member, &items)?;
+            offsets.push(said);
+            held.push(guard);
+        }
+        self.held = held;
+        Ok(offsets)
+    }
+
+    /// It is committed: in memory, too, as the server was told.
+    pub(crate) fn committed(mut self) {
+        for delivery in std::mem::take(&mut self.deliveries.0) {
+            let _ = pollster::block_on(delivery.ack());
         }
     }
-    let (mut offsets, mut held) = (Vec::new(), Vec::new());
-    for (member, items) in by_member {
-        let (said, guard) = begin(member, &items)?;
-        offsets.push(said);
-        held.push(guard);
+}
+
+/// Deliveries that are given back untried, unless they were taken out.
+struct Untried(Vec<Delivery>);
+
+impl Drop for Untried {
+    fn drop(&mut self) {
+        for delivery in std::mem::take(&mut self.0) {
+            let _ = pollster::block_on(delivery.release());
+        }
     }
-    let outcome = publishing.transactions()?.process(messages, offsets);
-    let outcome =
-        pollster::block_on(outcome).map_err(|_| Error::backend("a transaction ended without an answer")).flatten();
-    for delivery in deliveries {
-        // In memory, as the server was told: it has the acks already, or none of them.
-        let _ = pollster::block_on(if outcome.is_ok() { delivery.ack() } else { delivery.release() });
-    }
-    drop(held);
-    outcome
 }
 
 fn strange() -> Error {

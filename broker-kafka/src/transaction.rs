@@ -18,11 +18,12 @@ use rdkafka::consumer::ConsumerGroupMetadata;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{DeliveryResult, Message as _, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProducer};
-use rustc_hash::FxHashSet;
+use rustc_hash::{FxHashMap, FxHashSet};
 use tokio::sync::oneshot;
 
 use crate::admin::Admin;
 use crate::client::{self, Health, Role, millis, rest};
+use crate::process::Process;
 use crate::tickets::Tickets;
 use crate::wire::Written;
 use crate::{KafkaConfig, error, record};
@@ -99,7 +100,7 @@ pub(crate) type Offsets = (TopicPartitionList, ConsumerGroupMetadata);
 enum Job {
     Together(Outgoing),
     Alone(Vec<Outgoing>),
-    Process { messages: Vec<(Topic, Message)>, offsets: Vec<Offsets>, reply: oneshot::Sender<Result<Vec<Receipt>>> },
+    Process(Process, oneshot::Sender<Result<Vec<Receipt>>>),
 }
 
 impl Transactions {
@@ -132,13 +133,9 @@ impl Transactions {
     }
 
     /// Publishes, and commits offsets with it.
-    pub(crate) fn process(
-        &self,
-        messages: Vec<(Topic, Message)>,
-        offsets: Vec<Offsets>,
-    ) -> oneshot::Receiver<Result<Vec<Receipt>>> {
+    pub(crate) fn process(&self, process: Process) -> oneshot::Receiver<Result<Vec<Receipt>>> {
         let (reply, outcome) = oneshot::channel();
-        let _ = self.jobs.send(Job::Process { messages, offsets, reply });
+        let _ = self.jobs.send(Job::Process(process, reply));
         outcome
     }
 }
@@ -157,8 +154,30 @@ struct Worker {
     known: FxHashSet<Topic>,
 }
 
-/// Partition and offset of a record, or why there are none.
-type Outcome = Result<(i32, i64)>;
+/// Partition and offset of a record.
+type Place = (i32, i64);
+
+/// Where a record is, or why it is nowhere.
+type Outcome = Result<Place>;
+
+/// A transaction that came to nothing.
+struct Aborted {
+    cause: Error,
+    /// Why each record failed, of those that did so by themselves.
+    own: Vec<Option<Error>>,
+}
+
+impl Aborted {
+    /// The error of each record.
+    fn each(self) -> impl Iterator<Item = Error> {
+        let others = with_others(self.own.iter().flatten().next().unwrap_or(&self.cause));
+        self.own.into_iter().map(move |own| own.unwrap_or_else(|| others.clone()))
+    }
+
+    fn first(self) -> Error {
+        self.own.into_iter().flatten().next().unwrap_or(self.cause)
+    }
+}
 
 /// What became of the records of one transaction.
 #[derive(Default)]
@@ -206,75 +225,124 @@ impl Worker {
                         }
                     }
                     together.retain(|message| self.tickets.take(message.ticket));
-                    self.publish(&together);
+                    self.publish_together(together);
                 }
                 Job::Alone(batch) => {
                     // Whoever dropped the batch dropped all of it, the first message first.
                     if batch.first().is_none_or(|first| self.tickets.take(first.ticket)) {
-                        self.publish(&batch);
+                        self.publish_alone(&batch);
                     } else {
                         let withdrawn = Error::closed("the batch was withdrawn");
                         batch.iter().skip(1).for_each(|one| self.tickets.complete(one.ticket, Err(withdrawn.clone())));
                     }
                 }
-                Job::Process { messages, offsets, reply } => {
-                    let borrowed: Vec<_> = messages.iter().map(|(topic, message)| (topic, message)).collect();
-                    let outcome = self.transact(&borrowed, &offsets).and_then(all);
-                    let receipt = |((_, message), (partition, offset)): (&(Topic, Message), (i32, i64))| {
-                        let mut receipt = Receipt::new(message.id().clone());
-                        receipt.partition = Some(partition);
-                        receipt.offset = Some(offset).filter(|offset| *offset >= 0);
-                        receipt
-                    };
-                    let _ = reply.send(outcome.map(|places| messages.iter().zip(places).map(receipt).collect()));
+                Job::Process(process, reply) => {
+                    let _ = reply.send(self.process(process));
                 }
             }
         }
     }
 
-    fn publish(&mut self, messages: &[Outgoing]) {
+    /// What waited together. One that is refused for what it is fails alone: the others go on without it.
+    fn publish_together(&mut self, mut messages: Vec<Outgoing>) {
+        while let Err(aborted) = self.publish(&messages) {
+            let refused = |own: &Option<Error>| own.as_ref().is_some_and(|own| !own.is_retryable());
+            let all_alone = aborted.own.iter().flatten().all(|own| !own.is_retryable());
+            if !all_alone || !aborted.own.iter().any(refused) {
+                return self.fail(&messages, aborted);
+            }
+            let mut own = aborted.own.into_iter();
+            messages.retain(|message| match own.next().flatten() {
+                Some(error) => {
+                    self.tickets.complete(message.ticket, Err(error));
+                    false
+                }
+                None => true,
+            });
+        }
+    }
+
+    fn publish_alone(&mut self, messages: &[Outgoing]) {
+        if let Err(aborted) = self.publish(messages) {
+            self.fail(messages, aborted);
+        }
+    }
+
+    fn fail(&self, messages: &[Outgoing], aborted: Aborted) {
+        messages.iter().zip(aborted.each()).for_each(|(one, error)| self.tickets.complete(one.ticket, Err(error)));
+    }
+
+    fn publish(&mut self, messages: &[Outgoing]) -> std::result::Result<(), Aborted> {
+        if messages.is_empty() {
+            return Ok(());
+        }
         let borrowed: Vec<_> = messages.iter().map(|outgoing| (&outgoing.topic, &outgoing.message)).collect();
-        if borrowed.is_empty() {
-            return;
-        }
-        match self.transact(&borrowed, &[]) {
-            Ok(outcomes) => {
-                messages
-                    .iter()
-                    .zip(outcomes)
-                    .for_each(|(message, outcome)| self.tickets.complete(message.ticket, outcome));
-            }
-            Err(error) => messages.iter().for_each(|message| self.tickets.complete(message.ticket, Err(error.clone()))),
-        }
+        let placed = self.transact(&borrowed, &[])?;
+        messages.iter().zip(placed).for_each(|(message, place)| self.tickets.complete(message.ticket, Ok(place)));
+        Ok(())
     }
 
-    /// One transaction. `Ok` tells what became of each record: all of them have a place, or none has and
-    /// each says why.
-    fn transact(&mut self, messages: &[(&Topic, &Message)], offsets: &[Offsets]) -> Result<Vec<Outcome>> {
-        for (topic, _) in messages {
-            if !self.known.contains(*topic) {
-                self.admin.ensure_topic(topic).map_err(|error| error.context(format_args!("publish to {topic}")))?;
-                self.known.insert((*topic).clone());
-            }
-        }
+    fn process(&mut self, mut process: Process) -> Result<Vec<Receipt>> {
+        let offsets = process.begin()?;
+        let borrowed: Vec<_> = process.messages.iter().map(|(topic, message)| (topic, message)).collect();
+        let placed = self.transact(&borrowed, &offsets).map_err(Aborted::first)?;
+        let receipt = |((_, message), (partition, offset)): (&(Topic, Message), Place)| {
+            let mut receipt = Receipt::new(message.id().clone());
+            receipt.partition = Some(partition);
+            receipt.offset = Some(offset).filter(|offset| *offset >= 0);
+            receipt
+        };
+        let receipts = process.messages.iter().zip(placed).map(receipt).collect();
+        process.committed();
+        Ok(receipts)
+    }
+
+    /// One transaction: where each record is. If it is aborted there is none of them.
+    fn transact(
+        &mut self,
+        messages: &[(&Topic, &Message)],
+        offsets: &[Offsets],
+    ) -> std::result::Result<Vec<Place>, Aborted> {
+        self.find(messages)?;
         self.outcomes.lock().begin(messages.len());
-        let client = self.client()?;
-        client.begin_transaction().map_err(|error| error::failed("begin a transaction", &error))?;
-        let committed = self.fill(messages, offsets).and_then(|()| self.commit());
+        let none = |cause| Aborted { cause, own: vec![None; messages.len()] };
+        let client = self.client().map_err(none)?;
+        let begun = client.begin_transaction().map_err(|error| error::failed("begin a transaction", &error));
+        let committed = begun.and_then(|()| self.fill(messages, offsets)).and_then(|()| self.commit());
         let outcomes = std::mem::take(&mut self.outcomes.lock().outcomes);
-        match committed {
-            Ok(()) => Ok(outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(|| Err(unknown()))).collect()),
-            Err(error) => {
-                self.abort(&error);
-                // What failed by itself says how; what was purged, or had been written, failed with it.
-                let own = |outcome: Option<Outcome>| outcome?.err().filter(|own| own.kind() != ErrorKind::Closed);
-                let own: Vec<Option<Error>> = outcomes.into_iter().map(own).collect();
-                let others = with_others(own.iter().flatten().next().unwrap_or(&error));
-                match own.is_empty() {
-                    true => Err(error),
-                    false => Ok(own.into_iter().map(|own| Err(own.unwrap_or_else(|| others.clone()))).collect()),
+        let placed = committed
+            .and_then(|()| outcomes.iter().map(|outcome| outcome.clone().unwrap_or_else(|| Err(unknown()))).collect());
+        placed.map_err(|cause| {
+            self.abort(&cause);
+            // What failed by itself says how; what was purged, or had been written, failed with it.
+            let own = |outcome: Option<Outcome>| outcome?.err().filter(|own| own.kind() != ErrorKind::Closed);
+            let own: Vec<_> = outcomes.into_iter().map(own).collect();
+            for ((topic, _), own) in messages.iter().zip(&own) {
+                // It was deleted: the next to publish there looks for it again.
+                if own.as_ref().is_some_and(|own| own.kind() == ErrorKind::NotFound) {
+                    self.known.remove(*topic);
                 }
             }
+            Aborted { cause, own }
+        })
+    }
+
+    /// Finds or creates the topics.
+    fn find(&mut self, messages: &[(&Topic, &Message)]) -> std::result::Result<(), Aborted> {
+        let mut missing: FxHashMap<&Topic, Error> = FxHashMap::default();
+        for (topic, _) in messages {
+            if self.known.contains(*topic) || missing.contains_key(topic) {
+                continue;
+            }
+            match self.admin.ensure_topic(topic) {
+                Ok(()) => drop(self.known.insert((*topic).clone())),
+                Err(error) => drop(missing.insert(topic, error.context(format_args!("publish to {topic}")))),
+            }
+        }
+        let own: Vec<_> = messages.iter().map(|(topic, _)| missing.get(topic).cloned()).collect();
+        match own.iter().flatten().next().cloned() {
+            None => Ok(()),
+            Some(cause) => Err(Aborted { cause, own }),
         }
     }
 
@@ -395,11 +463,6 @@ impl Worker {
         begun.map_err(|error| health.explain(error::failed("begin with transactions", &error)))?;
         Ok(client)
     }
-}
-
-/// All places, or the first error.
-fn all(outcomes: Vec<Outcome>) -> Result<Vec<(i32, i64)>> {
-    outcomes.into_iter().collect()
 }
 
 /// The error of what failed because something else did.

@@ -145,6 +145,85 @@ async fn what_is_consumed_and_what_is_produced_stand_or_fall_together() -> Resul
     Ok(())
 }
 
+/// Many at once, each with one ack of the same partition: each says what those before it have acked. The server is as far as
+/// they are together, though the member itself commits nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn transactions_at_once_take_nothing_back_of_each_other() -> Result<()> {
+    const MESSAGES: usize = 30;
+    let (broker, topic) = (transactional("&commit_interval=1h")?, topic("atonce")?);
+    let group: Group = format!("atonce@{topic}").parse()?;
+    let mut member = join(&broker, &group, GroupOptions::new()).await?;
+    let messages = (0..MESSAGES).map(|n| Message::new(n.to_string())).collect();
+    broker.publish_batch(&topic, messages).await?.into_iter().for_each(|result| drop(result.unwrap()));
+    let taken = take(&mut member, MESSAGES).await?;
+    let under_way: Vec<_> =
+        taken.into_iter().map(|delivery| tokio::spawn(broker.transact(Transaction::new().ack(delivery)))).collect();
+    for one in under_way {
+        one.await.unwrap()?;
+    }
+    // The transactions' markers lie behind the batch, not among its records.
+    assert_eq!(committed(&group, &topic), Some(MESSAGES as i64));
+    broker.delete_group(&group).await?;
+    close(&broker).await;
+    Ok(())
+}
+
+/// A transaction that is refused before it begins is no attempt of what it was to ack.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_to_be_acked_is_given_back_untried() -> Result<()> {
+    let (broker, topic) = (transactional("")?, topic("untried")?);
+    let group: Group = format!("untried@{topic}").parse()?;
+    let mut member = join(&broker, &group, GroupOptions::new()).await?;
+    broker.publish(&topic, Message::new("1")).await?;
+    let refused =
+        |delivery| Transaction::new().publish(Topic::new("broker-own").unwrap(), Message::new("")).ack(delivery);
+    for _ in 0..3 {
+        let delivery = take(&mut member, 1).await?.remove(0);
+        assert_eq!(delivery.attempt(), 1);
+        let error = broker.transact(refused(delivery)).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+    }
+    take(&mut member, 1).await?.remove(0).ack().await?;
+    broker.delete_group(&group).await?;
+    close(&broker).await;
+    Ok(())
+}
+
+/// Publishes that wait share a transaction, not their faults.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_refused_fails_alone() -> Result<()> {
+    let (broker, missing) = (transactional("&auto_create=false")?, topic("missing")?);
+    // The server refuses a whole batch of a partition, so that what is too large has a topic of its own.
+    let topics = [topic("one")?, topic("other")?, topic("small")?];
+    for topic in &topics {
+        small(topic).await;
+    }
+    let publisher = |topic| broker.publisher(topic, broker_core::PublisherOptions::new()).unwrap();
+    let publishers: Vec<_> = topics.iter().chain([&missing]).map(publisher).collect();
+    let mut good = Vec::new();
+    let mut refused = Vec::new();
+    for n in 0..50 {
+        good.push(publishers[n % 2].publish(Message::new(n.to_string())));
+        match n % 20 {
+            3 => refused.push((ErrorKind::NotFound, publishers[3].publish(Message::new("lost")))),
+            7 => refused.push((ErrorKind::TooLarge, publishers[2].publish(Message::new(vec![b'x'; 5_000])))),
+            _ => {}
+        }
+    }
+    for publish in good {
+        publish.await?;
+    }
+    for (kind, publish) in refused {
+        assert_eq!(publish.await.unwrap_err().kind(), kind);
+    }
+    for (first, topic) in topics.iter().take(2).enumerate() {
+        let expected: Vec<_> = (0..50).filter(|n| n % 2 == first).map(|n| n.to_string()).collect();
+        assert_eq!(contents(topic, "read_committed"), expected);
+    }
+    close(&broker).await;
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn whoever_comes_second_with_a_transactional_id_takes_it() -> Result<()> {
     let id = format!("&transactional_id=taken-{:x}", fastrand::u64(..));
