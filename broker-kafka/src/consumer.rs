@@ -3,14 +3,14 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use broker_core::{Error, Result};
+use broker_core::Result;
 use crossbeam_channel::Sender;
 use parking_lot::Mutex;
 use rdkafka::TopicPartitionList;
 use rdkafka::client::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext, RebalanceProtocol};
-use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::types::RDKafkaRespErr;
 
 use crate::admin::{Admin, Partition};
@@ -64,12 +64,8 @@ pub(crate) fn make(admin: &Admin, source: &Source, number: usize, rouse: &Sender
         settings.set("group.instance.id", if number == 0 { id.clone() } else { format!("{id}.{number}") });
     }
     client::hand_on(&mut settings, admin.config(), Role::Consumer);
-    let callbacks = Callbacks {
-        health: Arc::clone(admin.health()),
-        rebalances: Mutex::default(),
-        closing: AtomicBool::new(false),
-        commits_failed: Mutex::default(),
-    };
+    let callbacks =
+        Callbacks { health: Arc::clone(admin.health()), rebalances: Mutex::default(), closing: AtomicBool::new(false) };
     let consumer = Client::from_config_and_context(&settings, callbacks);
     let mut consumer = consumer.map_err(|error| client::not_made(&error))?;
     let rouse = rouse.clone();
@@ -87,8 +83,6 @@ pub(crate) struct Callbacks {
     pub(crate) rebalances: Mutex<Vec<(RDKafkaRespErr, TopicPartitionList)>>,
     /// The thread has done its part: what is assigned or revoked now is answered at once.
     pub(crate) closing: AtomicBool,
-    /// Commits that the server did not take.
-    pub(crate) commits_failed: Mutex<Vec<(Error, TopicPartitionList)>>,
 }
 
 impl ClientContext for Callbacks {
@@ -112,14 +106,6 @@ impl ConsumerContext for Callbacks {
             };
         } else {
             self.rebalances.lock().push((what, partitions.clone()));
-        }
-    }
-
-    fn commit_callback(&self, result: KafkaResult<()>, carried: &TopicPartitionList) {
-        match result {
-            Ok(()) => self.health.recovered(),
-            Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => {}
-            Err(error) => self.commits_failed.lock().push((error::failed("commit", &error), carried.clone())),
         }
     }
 }

@@ -35,6 +35,7 @@ mod stored;
 mod tracker;
 
 mod batch;
+mod committer;
 mod consumer;
 mod delivery;
 mod member;

@@ -55,6 +55,9 @@ pub(crate) struct Lot {
     pub(crate) dirty: bool,
     /// A commit was sent.
     pub(crate) sent: bool,
+    /// Commits in the background that are not answered. While there is one no other is sent, nor a transaction begun: what the
+    /// server could not take at once is sent again, and would come after what is sent now.
+    pub(crate) unanswered: usize,
     /// Its last commit is made: what is settled now would be in none, and is refused.
     pub(crate) sealed: bool,
 }
@@ -81,6 +84,7 @@ impl Lot {
             leaving: false,
             dirty: false,
             sent: false,
+            unanswered: 0,
             sealed: false,
         }
     }

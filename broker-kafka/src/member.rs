@@ -433,36 +433,45 @@ impl Member {
 
     // --- transactions -------------------------------------------------------------------------------
 
-    /// What a commit says when these deliveries are settled, too, and the partitions that they are of, for
-    /// which other commits are held back until [`end_transaction`](Self::end_transaction).
-    pub(crate) fn begin_transaction(&self, items: &[&Item]) -> Result<(Commits, Vec<Place>)> {
+    /// The partitions of these deliveries, for which other commits are held back until
+    /// [`end_transaction`](Self::end_transaction).
+    pub(crate) fn begin_transaction(&self, items: &[&Item]) -> Result<Vec<Place>> {
         let mut state = self.state.lock();
         if state.closed {
             return Err(Error::closed("the broker is closed; the messages come back"));
         }
-        let (mut places, mut settling): (Vec<Place>, Vec<Vec<u64>>) = (Vec::new(), Vec::new());
+        let mut places: Vec<Place> = Vec::new();
         for item in items {
-            if state.open_lot(item.place).is_none() {
-                return Err(moved());
-            }
-            let known = places.iter().position(|place| *place == item.place);
-            match known.and_then(|known| settling.get_mut(known)) {
-                Some(seqs) => seqs.push(item.entry.seq),
-                None => {
-                    places.push(item.place);
-                    settling.push(vec![item.entry.seq]);
-                }
+            state.open_lot(item.place).ok_or_else(moved)?;
+            if !places.contains(&item.place) {
+                places.push(item.place);
             }
         }
-        let mut commits = Vec::with_capacity(places.len());
-        for (place, mut seqs) in places.iter().zip(settling) {
-            seqs.sort_unstable();
+        for place in &places {
             if let Some(lot) = state.lot(*place) {
                 lot.transactions += 1;
-                commits.extend(lot.tracker.progress_with(&seqs).map(|progress| (lot.partition.clone(), progress)));
             }
         }
-        Ok((commits, places))
+        Ok(places)
+    }
+
+    /// Whether a commit of these partitions is still under way.
+    pub(crate) fn is_committing(&self, places: &[Place]) -> bool {
+        self.state.lock().is_committing(Some(places))
+    }
+
+    /// What a commit of these partitions says when these deliveries, which are theirs, are settled, too.
+    pub(crate) fn progress_with(&self, places: &[Place], items: &[&Item]) -> Result<Commits> {
+        let mut state = self.state.lock();
+        let mut commits = Vec::with_capacity(places.len());
+        for place in places {
+            let lot = state.open_lot(*place).ok_or_else(moved)?;
+            let mut settling: Vec<u64> =
+                items.iter().filter(|item| item.place == *place).map(|item| item.entry.seq).collect();
+            settling.sort_unstable();
+            commits.extend(lot.tracker.progress_with(&settling).map(|progress| (lot.partition.clone(), progress)));
+        }
+        Ok(commits)
     }
 
     /// The transaction has ended, one way or the other, and its deliveries are settled.

@@ -23,6 +23,7 @@ use rustc_hash::FxHashMap;
 
 use crate::admin::{Admin, Partition, list};
 use crate::batch::{BATCH, Batches};
+use crate::committer::{Answer, Committer};
 use crate::consumer::{Client, Source, assign, make, unassign};
 use crate::group;
 use crate::lot::Lot;
@@ -56,6 +57,7 @@ pub(crate) struct Poller {
     admin: Arc<Admin>,
     publishing: Arc<Publishing>,
     consumer: Arc<Client>,
+    committer: Committer,
     /// The queues of the partitions that are here.
     queues: Vec<(Place, Batches)>,
     places: FxHashMap<Partition, Place>,
@@ -97,6 +99,7 @@ pub(crate) fn start(
         member,
         admin,
         publishing,
+        committer: Committer::start(&consumer, rouse.clone())?,
         consumer,
         queues: Vec::new(),
         places: FxHashMap::default(),
@@ -273,8 +276,9 @@ impl Poller {
                 self.leaving.push(leaving);
                 continue;
             }
-            let committed = lost || self.commit_now(Some(&leaving.places));
-            if !committed && now < leaving.deadline + REBALANCE {
+            let patience = leaving.deadline + REBALANCE;
+            let committed = lost || self.commit_now(Some(&leaving.places), patience);
+            if !committed && now < patience {
                 // The group is just between two generations: a moment later it takes commits again.
                 self.member.state(|state| state.unseal(Some(&leaving.places)));
                 self.leaving.push(leaving);
@@ -442,43 +446,67 @@ impl Poller {
         if self.member.group.is_none() {
             return;
         }
-        let failed = std::mem::take(&mut *self.consumer.context().commits_failed.lock());
-        for (error, carried) in failed {
-            self.member.entry.failed(error.message());
-            self.member.state(|state| state.not_committed(&named(&carried)));
-        }
+        self.hear_answers();
         let now = Instant::now();
         if now < self.next_commit {
             return;
         }
         self.next_commit = now + self.admin.config().commit_interval;
         let commits = self.member.state(|state| state.commits());
-        self.send_commit(&commits, CommitMode::Async);
+        if commits.is_empty() {
+            return;
+        }
+        let partitions = carried(&commits);
+        match self.commit_list(&commits) {
+            Ok(list) => self.committer.commit(partitions, list),
+            Err(error) => {
+                self.member.state(|state| state.answered(&partitions));
+                self.not_committed(&partitions, error);
+            }
+        }
+    }
+
+    fn hear_answers(&self) {
+        for Answer { partitions, result } in self.committer.answers() {
+            self.member.state(|state| state.answered(&partitions));
+            match result {
+                Ok(()) => self.admin.health().recovered(),
+                Err(error) => self.not_committed(&partitions, error),
+            }
+        }
     }
 
     /// Commits for the last time, and waits until the server has it; false if it may have it a moment later, and who
-    /// tries again unseals what is to be in it.
-    fn commit_now(&self, places: Option<&[Place]>) -> bool {
+    /// tries again unseals what is to be in it. Until `patience` it waits for what was sent in the background.
+    fn commit_now(&self, places: Option<&[Place]>, patience: Instant) -> bool {
         if self.member.group.is_none() {
             return true;
         }
+        self.hear_answers();
+        if Instant::now() < patience && self.member.state(|state| state.is_committing(places)) {
+            return false;
+        }
         let commits = self.member.state(|state| state.last_commits(places));
-        self.send_commit(&commits, CommitMode::Sync)
-    }
-
-    fn send_commit(&self, commits: &[(Partition, Progress)], mode: CommitMode) -> bool {
         if commits.is_empty() {
             return true;
         }
-        let stored = Stored::new(&self.member.entry.settings());
-        let sent = group::commit_list(&stored, commits)
-            .and_then(|list| self.consumer.commit(&list, mode).map_err(|error| error::failed("commit", &error)));
+        let sent = self.commit_list(&commits).and_then(|list| {
+            self.consumer.commit(&list, CommitMode::Sync).map_err(|error| error::failed("commit", &error))
+        });
         let Err(error) = sent else { return true };
-        let carried: Vec<Partition> = commits.iter().map(|(partition, _)| partition.clone()).collect();
-        self.member.state(|state| state.not_committed(&carried));
         let passing = error.kind() == ErrorKind::Unavailable;
-        self.report_error(Err(error));
+        self.not_committed(&carried(&commits), error);
         !passing
+    }
+
+    fn commit_list(&self, commits: &[(Partition, Progress)]) -> Result<TopicPartitionList> {
+        group::commit_list(&Stored::new(&self.member.entry.settings()), commits)
+    }
+
+    /// The server has not taken a commit of these: it is to be said again.
+    fn not_committed(&self, partitions: &[Partition], error: Error) {
+        self.member.state(|state| state.not_committed(partitions));
+        self.report_error(Err(error));
     }
 
     // --- the end ------------------------------------------------------------------------------------
@@ -502,7 +530,7 @@ impl Poller {
         // Acks of before are committed whatever comes after; between two generations the group takes no
         // commit, and what comes next in its rebalance is for this thread to do.
         let deadline = Instant::now() + REBALANCE;
-        while !self.commit_now(None) && Instant::now() < deadline && !self.consumer.assignment_lost() {
+        while !self.commit_now(None, deadline) && Instant::now() < deadline && !self.consumer.assignment_lost() {
             self.member.state(|state| state.unseal(None));
             self.serve_events();
             self.finish_leaving();
@@ -523,7 +551,8 @@ impl Poller {
             });
         }
         self.unsubscribe();
-        let Self { member, consumer, .. } = self;
+        let Self { member, consumer, committer, .. } = self;
+        drop(committer);
         // Ending a client may take long, or forever; whoever waits for this member does not wait for that.
         let (ended, end) = crossbeam_channel::bounded(1);
         let ending = move || {
@@ -557,6 +586,10 @@ impl Poller {
 
 /// How long a member that goes waits for a rebalance under way.
 const REBALANCE: Duration = Duration::from_secs(5);
+
+fn carried(commits: &[(Partition, Progress)]) -> Vec<Partition> {
+    commits.iter().map(|(partition, _)| partition.clone()).collect()
+}
 
 /// The partitions of a list of librdkafka's.
 fn named(list: &TopicPartitionList) -> Vec<Partition> {

@@ -7,10 +7,12 @@
 //! is done on the transactions' one thread: the next transaction has to know what this one has acked.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use broker_core::{Delivery, Error, Message, Receipt, Result, Topic};
 use rdkafka::consumer::Consumer as _;
 
+use crate::client::rest;
 use crate::delivery::Batch;
 use crate::group;
 use crate::member::Member;
@@ -47,8 +49,8 @@ impl Process {
         pollster::block_on(outcome).map_err(|_| Error::backend("a transaction ended without an answer")).flatten()
     }
 
-    /// What it says of groups; their members' own commits are held back until it ends.
-    pub(crate) fn begin(&mut self) -> Result<Vec<Offsets>> {
+    /// What it says of groups; their members' own commits are held back until it ends, and those under way are waited for.
+    pub(crate) fn begin(&mut self, patience: Duration) -> Result<Vec<Offsets>> {
         let mut by_member: Vec<(&Arc<Member>, Vec<&Item>)> = Vec::new();
         for delivery in &self.deliveries.0 {
             let Some((batch, index)) = delivery.batch::<Batch>() else { return Err(strange()) };
@@ -61,7 +63,7 @@ impl Process {
         }
         let (mut offsets, mut held) = (Vec::new(), Vec::new());
         for (member, items) in by_member {
-            let (said, guard) = begin(member, &items)?;
+            let (said, guard) = begin(member, &items, patience)?;
             offsets.push(said);
             held.push(guard);
         }
@@ -104,15 +106,22 @@ impl Drop for Held {
     }
 }
 
-fn begin(member: &Arc<Member>, items: &[&Item]) -> Result<(Offsets, Held)> {
+fn begin(member: &Arc<Member>, items: &[&Item], patience: Duration) -> Result<(Offsets, Held)> {
     let consumer = member.consumer.get().and_then(std::sync::Weak::upgrade);
     let consumer = consumer.ok_or_else(|| Error::unavailable("the subscription has ended; the message comes back"))?;
     // Before the partitions are looked at: should one of them move in between, this is of a generation that
     // the server takes no offsets from.
     let generation = consumer.group_metadata();
     let generation = generation.ok_or_else(|| Error::unavailable("the member is in no group yet"))?;
-    let (commits, places) = member.begin_transaction(items)?;
-    let held = Held { member: Arc::clone(member), places };
+    let held = Held { member: Arc::clone(member), places: member.begin_transaction(items)? };
+    let deadline = Instant::now() + patience;
+    while member.is_committing(&held.places) {
+        if Instant::now() > deadline {
+            return Err(Error::timeout("a commit before the transaction is not answered"));
+        }
+        rest(Duration::from_millis(1));
+    }
+    let commits = member.progress_with(&held.places, items)?;
     let list = group::commit_list(&Stored::new(&member.entry.settings()), &commits)?;
     Ok(((list, generation), held))
 }

@@ -241,8 +241,26 @@ impl State {
 
     /// What is to be committed: what changed since the last commit, of all partitions.
     pub(crate) fn commits(&mut self) -> Vec<(Partition, Progress)> {
-        let changed = self.lots.iter_mut().filter(|(_, lot)| lot.dirty && lot.transactions == 0);
-        changed.filter_map(|(_, lot)| lot.commit()).collect()
+        let free = |lot: &Lot| lot.dirty && lot.transactions == 0 && lot.unanswered == 0;
+        let changed = self.lots.iter_mut().filter(|(_, lot)| free(lot));
+        changed
+            .filter_map(|(_, lot)| {
+                let commit = lot.commit()?;
+                lot.unanswered += 1;
+                Some(commit)
+            })
+            .collect()
+    }
+
+    /// Whether a commit of `places`, or of any, is not answered.
+    pub(crate) fn is_committing(&self, places: Option<&[Place]>) -> bool {
+        self.lots.iter().any(|(index, lot)| lot.unanswered > 0 && is_among(places, Place { index, id: lot.id }))
+    }
+
+    /// A commit of these partitions was answered.
+    pub(crate) fn answered(&mut self, partitions: &[Partition]) {
+        let carried = self.lots.iter_mut().filter(|(_, lot)| partitions.contains(&lot.partition));
+        carried.for_each(|(_, lot)| lot.unanswered = lot.unanswered.saturating_sub(1));
     }
 
     /// What is to be committed for the last time, of `places` or of all: also what was sent before,
@@ -253,7 +271,7 @@ impl State {
         free.filter_map(|(index, lot)| {
             let last = is_among(places, Place { index, id: lot.id });
             lot.sealed |= last;
-            if lot.dirty || (last && lot.sent) { lot.commit() } else { None }
+            if (lot.dirty && lot.unanswered == 0) || (last && (lot.dirty || lot.sent)) { lot.commit() } else { None }
         })
         .collect()
     }
@@ -346,6 +364,11 @@ mod tests {
         commits.into_iter().map(|((_, number), progress)| (number, progress.watermark)).collect()
     }
 
+    fn refused(state: &mut State, partitions: &[Partition]) {
+        state.answered(partitions);
+        state.not_committed(partitions);
+    }
+
     #[test]
     fn a_commit_that_failed_says_its_own_again_and_unseals_nothing() {
         let mut state = State::default();
@@ -353,13 +376,16 @@ mod tests {
         // In the background, of both; its failure is heard of after the last commit of one was taken.
         assert_eq!(offsets(state.commits()), [(0, 1), (1, 1)]);
         assert_eq!(offsets(state.last_commits(Some(&[going]))), [(0, 1)]);
-        state.not_committed(&[first.clone(), second.clone()]);
+        refused(&mut state, &[first.clone(), second.clone()]);
         assert!(state.open_lot(going).is_none(), "its last commit is made");
         assert!(state.open_lot(staying).is_some());
         assert_eq!(offsets(state.commits()), [(0, 1), (1, 1)]);
-        // Of one only.
-        state.not_committed(std::slice::from_ref(&second));
+        // Of one only. While a commit is not answered none follows it.
+        state.commit_all();
+        assert_eq!(offsets(state.commits()), []);
+        refused(&mut state, std::slice::from_ref(&second));
         assert_eq!(offsets(state.commits()), [(1, 1)]);
+        state.answered(&[first, second]);
         state.commit_all();
         assert!(state.open_lot(going).is_none());
         assert_eq!(offsets(state.commits()), [(0, 1), (1, 1)]);

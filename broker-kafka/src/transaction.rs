@@ -283,7 +283,7 @@ impl Worker {
     }
 
     fn process(&mut self, mut process: Process) -> Result<Vec<Receipt>> {
-        let offsets = process.begin()?;
+        let offsets = process.begin(self.config.publish_timeout)?;
         let borrowed: Vec<_> = process.messages.iter().map(|(topic, message)| (topic, message)).collect();
         let placed = self.transact(&borrowed, &offsets).map_err(Aborted::first)?;
         let receipt = |((_, message), (partition, offset)): (&(Topic, Message), Place)| {

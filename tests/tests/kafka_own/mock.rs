@@ -145,3 +145,63 @@ async fn a_group_follows_its_coordinator() -> Result<()> {
     broker.close(Duration::from_secs(5)).await;
     Ok(())
 }
+
+/// What the server has for a group in the topic's first partition.
+fn offset(cluster: &MockCluster<'static, DefaultProducerContext>, group: &Group) -> rdkafka::Offset {
+    use broker_kafka::rdkafka::consumer::{BaseConsumer, Consumer as _};
+    let mut settings = rdkafka::ClientConfig::new();
+    settings.set("bootstrap.servers", cluster.bootstrap_servers()).set("group.id", group.to_string());
+    let other: BaseConsumer = settings.create().unwrap();
+    let mut list = rdkafka::TopicPartitionList::new();
+    list.add_partition(TOPIC, 0);
+    other.committed_offsets(list, Duration::from_secs(10)).unwrap().elements()[0].offset()
+}
+
+/// The server refuses a commit, and nothing is acked after it: what it said is said again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_is_refused_is_made_again() -> Result<()> {
+    let cluster = cluster();
+    let broker = open(&cluster, "commit_interval=50ms")?;
+    let group: Group = format!("refused@{TOPIC}").parse()?;
+    let mut member = join(&broker, &group, GroupOptions::new()).await?;
+    broker.publish(&orders(), Message::new("1")).await?;
+    let delivery = take(&mut member, 1).await?.remove(0);
+    // What the member has to say at first is said.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let refused = [RDKafkaRespErr::RD_KAFKA_RESP_ERR_GROUP_AUTHORIZATION_FAILED; 2];
+    cluster.request_errors(RDKafkaApiKey::OffsetCommit, &refused);
+    delivery.ack().await?;
+    let began = Instant::now();
+    while offset(&cluster, &group) != rdkafka::Offset::Offset(1) {
+        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", offset(&cluster, &group));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    broker.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+/// The server cannot take a commit at once, and librdkafka sends it again a little later: what was acked meanwhile is not
+/// committed in between, only to be taken back by it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_is_sent_again_takes_nothing_back() -> Result<()> {
+    let cluster = cluster();
+    let broker =
+        open(&cluster, "commit_interval=20ms&librdkafka.retry.backoff.ms=1000&librdkafka.retry.backoff.max.ms=1000")?;
+    let group: Group = format!("overtaken@{TOPIC}").parse()?;
+    let mut member = join(&broker, &group, GroupOptions::new()).await?;
+    for n in 0..5 {
+        broker.publish(&orders(), Message::new(n.to_string())).await?;
+    }
+    let taken = take(&mut member, 5).await?;
+    // What the member has to say at first is said.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    cluster.request_errors(RDKafkaApiKey::OffsetCommit, &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_REQUEST_TIMED_OUT]);
+    for delivery in taken {
+        delivery.ack().await?;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(offset(&cluster, &group), rdkafka::Offset::Offset(5));
+    broker.close(Duration::from_secs(5)).await;
+    Ok(())
+}
