@@ -64,11 +64,13 @@ pub(crate) struct Holds {
     pub(crate) disabled: bool,
     /// The endpoint has not said yet that it wants pushes.
     pub(crate) unconsented: bool,
+    /// Whoever had it pushed may no longer.
+    pub(crate) unauthorized: bool,
 }
 
 impl Holds {
     fn any(self) -> bool {
-        self.paused || self.disabled || self.unconsented
+        self.paused || self.disabled || self.unconsented || self.unauthorized
     }
 }
 
@@ -367,6 +369,11 @@ impl Core {
     /// Nothing is pushed before the endpoint consents.
     pub(crate) fn set_unconsented(&mut self, unconsented: bool) {
         self.holds.unconsented = unconsented;
+    }
+
+    /// Nothing is pushed while its owner may not have it pushed.
+    pub(crate) fn set_unauthorized(&mut self, unauthorized: bool) {
+        self.holds.unauthorized = unauthorized;
     }
 
     pub(crate) fn stop(&mut self) {

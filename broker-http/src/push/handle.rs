@@ -44,6 +44,8 @@ pub struct PushOptions {
     pub(crate) disabled: bool,
     /// Whether the endpoint has yet to consent.
     pub(crate) unconsented: bool,
+    /// Whether whoever had it pushed may no longer.
+    pub(crate) unauthorized: bool,
 }
 
 impl PushOptions {
@@ -51,7 +53,8 @@ impl PushOptions {
     pub fn new(name: GroupName, spec: impl Into<Arc<SubscriptionSpec>>) -> Self {
         let spec = spec.into();
         let group = Group::new(spec.group.clone().unwrap_or_else(|| name.clone()), spec.filter.clone());
-        Self { name, group, spec, paused: false, observer: None, disabled: false, unconsented: false }
+        let (paused, disabled, unconsented, unauthorized) = (false, false, false, false);
+        Self { name, group, spec, paused, observer: None, disabled, unconsented, unauthorized }
     }
 
     /// Sets whether it waits for [`Push::resume`].
@@ -144,6 +147,8 @@ pub enum PushState {
     Disabled,
     /// The endpoint has not said yet that it wants pushes, and the server asks for that.
     Unconsented,
+    /// The identity that had it pushed may no longer subscribe so.
+    Unauthorized,
     /// The breaker is open: the endpoint only fails, and is probed now and then.
     Open,
     /// Over: stopped, the broker closed or the group was deleted.
@@ -162,6 +167,7 @@ impl PushState {
             Self::Paused => "paused",
             Self::Disabled => "disabled",
             Self::Unconsented => "unconsented",
+            Self::Unauthorized => "unauthorized",
             Self::Open => "open",
             Self::Ended => "ended",
         }
@@ -190,7 +196,7 @@ impl Push {
     /// [`Invalid`](broker_core::ErrorKind::Invalid) for settings without an endpoint, or with an
     /// endpoint, header or key that cannot be used.
     pub fn start(broker: Arc<dyn Broker>, options: PushOptions, client: &PushClient) -> Result<Self> {
-        let PushOptions { name, group, spec, paused, observer, disabled, unconsented } = options;
+        let PushOptions { name, group, spec, paused, observer, disabled, unconsented, unauthorized } = options;
         let endpoint = spec
             .endpoint
             .as_ref()
@@ -198,7 +204,7 @@ impl Push {
         let route = Route::new(client.for_spec(&spec)?, Target::new(endpoint)?.with_h2(spec.http2));
         let encoder = Encoder::new(&spec, client.outgoing())?;
         let test_topic = test_topic(&group)?;
-        let holds = Holds { paused, disabled, unconsented };
+        let holds = Holds { paused, disabled, unconsented, unauthorized };
         let engine = Engine::new(Parts { broker, name, group, spec, encoder, route, observer, holds });
         tokio::spawn(Arc::clone(&engine).drive());
         Ok(Self { engine, test_topic })
@@ -233,6 +239,11 @@ impl Push {
         self.engine.lock().core.holds().unconsented
     }
 
+    /// Pushes nothing more until its owner may have it pushed, or goes on.
+    pub(crate) fn set_unauthorized(&self, unauthorized: bool) {
+        self.engine.change(|core| core.set_unauthorized(unauthorized));
+    }
+
     /// Remembers why it does not push.
     pub(crate) fn note(&self, why: &str) {
         self.engine.lock().core.note(why);
@@ -263,6 +274,8 @@ impl Push {
         PushStatus {
             state: if core.is_ending() {
                 PushState::Ended
+            } else if core.holds().unauthorized {
+                PushState::Unauthorized
             } else if core.holds().disabled {
                 PushState::Disabled
             } else if core.holds().unconsented {

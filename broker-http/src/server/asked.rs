@@ -54,6 +54,8 @@ pub(crate) enum Pending {
     Make {
         spec: Box<SubscriptionSpec>,
         only_new: bool,
+        /// Who asked for it.
+        owner: Option<GroupName>,
         /// What its settings hold.
         reservation: Reservation,
     },
@@ -137,10 +139,10 @@ pub(crate) async fn consent(State(shared): State<Arc<Shared>>, uri: Uri, headers
         Pending::Permit(standing) => {
             permit(shared, standing.upgrade().ok_or_else(waited)?, permission).await?;
         }
-        Pending::Make { spec, only_new, reservation } => {
+        Pending::Make { spec, only_new, owner, reservation } => {
             finish(async move {
                 shared.registry.check_free(name.as_str())?;
-                shared.registry.put(&shared, name, *spec, only_new, Some(permission)).await?;
+                shared.registry.put(&shared, name, *spec, only_new, (owner, Some(permission))).await?;
                 drop(reservation);
                 shared.try_save().await
             })

@@ -140,9 +140,9 @@ pub fn redrive(body: &[u8]) {
 pub fn state(text: &[u8]) {
     let Ok(kept) = parse(text) else { return };
     let mut writer = Writer::new();
-    for Kept { name, spec, paused, disabled, declared, consent } in &kept {
+    for Kept { name, spec, paused, disabled, declared, owner, consent } in &kept {
         let spec = serde_json::to_string(spec).expect("settings are JSON");
-        writer.push(name, [*paused, *disabled, *declared], consent.as_ref(), &spec);
+        writer.push(name, [*paused, *disabled, *declared], owner.as_ref(), consent.as_ref(), &spec);
     }
     assert_eq!(parse(&writer.finish()).expect("our own file"), kept);
 }

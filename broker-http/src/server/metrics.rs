@@ -319,12 +319,13 @@ impl Page {
 
     /// How pushes are doing: the breaker is open where the state is `open`.
     fn pushes(&mut self, pushes: &[(String, PushStatus)]) {
-        const STATES: [(PushState, &str); 6] = [
+        const STATES: [(PushState, &str); 7] = [
             (PushState::Active, "active"),
             (PushState::Open, "open"),
             (PushState::Paused, "paused"),
             (PushState::Disabled, "disabled"),
             (PushState::Unconsented, "unconsented"),
+            (PushState::Unauthorized, "unauthorized"),
             (PushState::Ended, "ended"),
         ];
         self.head("broker_push_states", "Push subscriptions by state; open is an open breaker.", "gauge");

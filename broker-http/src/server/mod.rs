@@ -224,6 +224,8 @@ impl Server {
                 None => !kept.declared,
                 Some(spec) if spec.filter == kept.spec.filter && spec.group == kept.spec.group => {
                     kept.consent = kept.consent.take().filter(|_| spec.endpoint == kept.spec.endpoint);
+                    // It is the operator's now, whoever made it.
+                    kept.owner = None;
                     kept.spec = SubscriptionSpec { start: kept.spec.start.clone(), ..spec.clone() };
                     true
                 }
@@ -335,9 +337,11 @@ impl Server {
     /// Replaces the identities and their rules: the next request is held to the new ones, and so are streams
     /// (of events, lines or a WebSocket) and pulls that wait: they end where their token or certificate is no
     /// longer their identity's, or the rules no longer allow what they do. Other requests under way finish.
-    /// Whoever stays, with the same rate, has left of it what was left.
+    /// Pushes of an identity that may no longer have them are held, and lose nothing of their backlog, until it may
+    /// again or another takes them over. Whoever stays, with the same rate, has left of it what was left.
     pub fn set_access(&self, access: Access) {
         self.shared.gate.set(&access);
+        self.shared.registry.reauthorize(&self.shared);
     }
 
     /// Takes up what can change while a server is at work: limits, identities, topics, development mode,
@@ -365,6 +369,7 @@ impl Server {
         shared.leases.set_max(limits.leases);
         shared.limits.store(Arc::new(limits));
         shared.gate.set(&options.access());
+        shared.registry.reauthorize(shared);
         shared.publishers.set_topics(options.topics().clone());
         options.instruct(&shared.push_client);
         let before = shared.options.swap(Arc::new(options));

@@ -56,6 +56,10 @@ pub(crate) struct Subscribed {
     unpaused: Notify,
     /// The settings as the state file has them, secrets included; written once they are asked for.
     json: OnceLock<Box<str>>,
+    /// The identity that had it made, or changed it last.
+    owner: RwLock<Option<GroupName>>,
+    /// Whether its pushes are held because its owner may not have them.
+    disowned: Mutex<bool>,
     /// Its endpoint's consent to pushes, if it was asked and gave it.
     permission: RwLock<Option<Permission>>,
     /// Asks for it while it lacks.
@@ -71,6 +75,7 @@ pub(crate) struct Subscribed {
 struct Inherited {
     paused: bool,
     disabled: bool,
+    owner: Option<GroupName>,
     permission: Option<Permission>,
 }
 
@@ -117,6 +122,11 @@ impl Subscribed {
         *self.paused.read()
     }
 
+    /// The identity that answers for it; the operator does if there is none.
+    pub(crate) fn owner(&self) -> Option<GroupName> {
+        self.owner.read().clone()
+    }
+
     /// Refuses a change of what stays as it is for life.
     fn check_stays(&self, group: &Group, spec: &SubscriptionSpec) -> Answer<()> {
         let fixed = |what: &str, before: String, after: String| {
@@ -160,6 +170,24 @@ impl Subscribed {
         let lacks = shared.lacks_consent(self.permission.read().as_ref());
         push.set_unconsented(lacks);
         *seeking = lacks.then(|| consent::seek(shared, self));
+    }
+
+    /// Holds pushes while their owner may not have them pushed.
+    fn reauthorize(&self, shared: &Shared) {
+        let Some(push) = self.push() else { return };
+        // Held, so that of two changes the later one counts.
+        let mut held = self.disowned.lock();
+        let owner = self.owner();
+        let disowned = shared.gate.disowns(owner.as_ref(), &self.spec);
+        push.set_unauthorized(disowned);
+        match (std::mem::replace(&mut *held, disowned), disowned) {
+            (false, true) => tracing::warn!(
+                subscription = %self.name, identity = owner.as_ref().map_or("", GroupName::as_str),
+                "the identity that had it pushed may no longer: it is held until that changes or another takes it over by PUT"
+            ),
+            (true, false) => tracing::info!(subscription = %self.name, "it may be pushed again, and goes on"),
+            _ => {}
+        }
     }
 
     /// Ends this life: what is in flight is settled as it comes in, leases come back at once.
@@ -215,14 +243,14 @@ impl Registry {
     }
 
     /// Makes or replaces a subscription (or, `only_new`, does not replace it). Goes on to its end
-    /// whatever becomes of who asked. What the endpoint permitted bounds its rate.
+    /// whatever becomes of who asked, whose it is then. What the endpoint permitted bounds its rate.
     pub(crate) async fn put(
         &self,
         shared: &Arc<Shared>,
         name: GroupName,
         mut spec: SubscriptionSpec,
         only_new: bool,
-        permission: Option<Permission>,
+        (owner, permission): (Option<GroupName>, Option<Permission>),
     ) -> Answer<(Put, Arc<Subscribed>)> {
         let _changing = self.changing.lock().await;
         if shared.is_draining() {
@@ -241,7 +269,7 @@ impl Registry {
                 }
                 limit(&mut spec, permission.as_ref());
                 self.groups.join(&*shared.broker, &group, &spec).await?;
-                let inherited = Inherited { permission, ..Inherited::default() };
+                let inherited = Inherited { owner, permission, ..Inherited::default() };
                 match self.insert(shared, name, group.clone(), spec, inherited) {
                     Ok(made) => Ok((Put::Made, made)),
                     Err(error) => {
@@ -257,7 +285,7 @@ impl Registry {
                 ErrorKind::Conflict,
                 format!("if-none-match: subscription {name} is there already"),
             )),
-            Some(have) => self.replace(shared, have, group, spec, permission).await,
+            Some(have) => self.replace(shared, have, group, spec, (owner, permission)).await,
         }
     }
 
@@ -270,13 +298,18 @@ impl Registry {
 
     /// Sees that a subscription has `group`: makes one to pull, called as the group, if there is none.
     /// Tells whether it did.
-    pub(crate) async fn stand_for(&self, shared: &Arc<Shared>, group: &Group) -> Answer<bool> {
+    pub(crate) async fn stand_for(
+        &self,
+        shared: &Arc<Shared>,
+        group: &Group,
+        owner: Option<GroupName>,
+    ) -> Answer<bool> {
         let stands = || self.groups.settings(group).is_some();
         if stands() {
             return Ok(false);
         }
         let (name, spec) = (&group.name, SubscriptionSpec::new(group.filter.clone()));
-        match self.put(shared, name.clone(), spec, true, None).await {
+        match self.put(shared, name.clone(), spec, true, (owner, None)).await {
             Ok(_) => Ok(true),
             // Somebody else made it meanwhile.
             Err(_) if stands() => Ok(false),
@@ -293,7 +326,7 @@ impl Registry {
         have: Arc<Subscribed>,
         group: Group,
         mut spec: SubscriptionSpec,
-        permission: Option<Permission>,
+        (owner, permission): (Option<GroupName>, Option<Permission>),
     ) -> Answer<(Put, Arc<Subscribed>)> {
         have.check_stays(&group, &spec)?;
         spec.start.clone_from(&have.spec.start);
@@ -307,10 +340,15 @@ impl Registry {
                 self.changed();
                 have.reconsider(shared);
             }
+            if have.owner() != owner {
+                *have.owner.write() = owner;
+                self.changed();
+                have.reauthorize(shared);
+            }
             return Ok((Put::Unchanged, have));
         }
         let disabled = have.push().is_some_and(Push::is_disabled) && same;
-        let inherited = Inherited { paused: have.is_paused(), disabled, permission };
+        let inherited = Inherited { paused: have.is_paused(), disabled, owner, permission };
         let replaced = self.insert(shared, have.name.clone(), group, spec, inherited)?;
         have.end(shared);
         Ok((Put::Replaced, replaced))
@@ -326,12 +364,14 @@ impl Registry {
         inherited: Inherited,
     ) -> Result<Arc<Subscribed>> {
         let spec = Arc::new(spec);
-        let Inherited { paused, disabled, permission } = inherited;
+        let Inherited { paused, disabled, owner, permission } = inherited;
         let how = match spec.endpoint {
             Some(_) => {
                 let mut options = PushOptions::new(name.clone(), self.pushed_as(&group, &spec)).with_paused(paused);
                 options.disabled = disabled;
                 options.unconsented = shared.lacks_consent(permission.as_ref());
+                // It is told of once it is in the table.
+                options.unauthorized = shared.gate.disowns(owner.as_ref(), &spec);
                 How::Push(shared.start_push(options)?)
             }
             None => How::Pull(Pull::new()),
@@ -347,6 +387,8 @@ impl Registry {
             paused: RwLock::new(paused),
             unpaused: Notify::new(),
             json: OnceLock::new(),
+            owner: RwLock::new(owner),
+            disowned: Mutex::new(false),
             permission: RwLock::new(permission),
             seeking: Mutex::default(),
             runtime: Handle::current(),
@@ -355,6 +397,7 @@ impl Registry {
         self.table.write().insert(name.as_str().into(), Arc::clone(&subscribed));
         // Once it is in the table: options that change from now on find it there.
         subscribed.reconsider(shared);
+        subscribed.reauthorize(shared);
         if subscribed.pull().is_some() {
             self.watch(shared);
         }
@@ -402,7 +445,8 @@ impl Registry {
         match self.find(subscribed.name.as_str()) {
             Ok(have) if Arc::ptr_eq(&have, subscribed) => {
                 let (group, spec) = (have.group.clone(), (*have.spec).clone());
-                self.replace(shared, have, group, spec, Some(permission)).await.map(drop)
+                let owner = have.owner();
+                self.replace(shared, have, group, spec, (owner, Some(permission))).await.map(drop)
             }
             _ => Ok(()),
         }
@@ -411,6 +455,11 @@ impl Registry {
     /// Endpoints are asked in another way from now on.
     pub(crate) fn reconsider(&self, shared: &Arc<Shared>) {
         self.table.read().values().for_each(|subscribed| subscribed.reconsider(shared));
+    }
+
+    /// The rules have changed: pushes whose owner may no longer have them stop, and those go on whose owner may again.
+    pub(crate) fn reauthorize(&self, shared: &Shared) {
+        self.table.read().values().for_each(|subscribed| subscribed.reauthorize(shared));
     }
 
     /// Pauses or resumes; what the endpoint had disabled, `resume` enables, and one that has not
@@ -445,7 +494,8 @@ impl Registry {
             let disabled = subscribed.push().is_some_and(Push::is_disabled);
             let declared = self.declared.read().contains(&subscribed.name);
             let states = [subscribed.is_paused(), disabled, declared];
-            writer.push(&subscribed.name, states, subscribed.permission.read().as_ref(), subscribed.spec_json());
+            let (owner, permission) = (subscribed.owner(), subscribed.permission.read());
+            writer.push(&subscribed.name, states, owner.as_ref(), permission.as_ref(), subscribed.spec_json());
         }
         (change, writer.finish())
     }
@@ -455,7 +505,7 @@ impl Registry {
         let _changing = self.changing.lock().await;
         // They stood beside each other, whichever of them said what their group has.
         let asked = Groups::asked_by(kept.iter().map(|kept| (group_of(&kept.name, &kept.spec), &kept.spec)));
-        for Kept { name, mut spec, paused, disabled, consent: permission, .. } in kept {
+        for Kept { name, mut spec, paused, disabled, owner, consent: permission, .. } in kept {
             limit(&mut spec, permission.as_ref());
             let group = group_of(&name, &spec);
             self.groups
@@ -463,7 +513,7 @@ impl Registry {
                 .await
                 .map_err(|error| error.context(format!("restore subscription {name}")))?;
             let named = format!("restore subscription {name}");
-            let inherited = Inherited { paused, disabled, permission };
+            let inherited = Inherited { paused, disabled, owner, permission };
             self.insert(shared, name, group, spec, inherited).map_err(|error| error.context(named))?;
         }
         Ok(())

@@ -77,7 +77,7 @@ pub(crate) async fn open(
     }
     let name = group.as_ref().map(GroupName::to_string);
     let (subscription, tally) = match group {
-        Some(group) => join(&shared, filter, group, MAX_LENT).await?,
+        Some(group) => join(&shared, filter, group, right.owner(), MAX_LENT).await?,
         None => (copy(&shared, &filter, StartAt::New).await?, Arc::default()),
     };
     let holder = Arc::new(Holder::counted_by(tally));

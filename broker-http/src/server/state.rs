@@ -40,6 +40,9 @@ pub(crate) struct Kept {
     /// Whether it was there because the operator declared it: no longer declared, it goes.
     #[serde(default)]
     pub(crate) declared: bool,
+    /// The identity that had it made, or changed it last; it is the operator's if there was none.
+    #[serde(default)]
+    pub(crate) owner: Option<GroupName>,
     /// Its endpoint's consent to pushes, if it was asked.
     #[serde(default)]
     pub(crate) consent: Option<Permission>,
@@ -59,6 +62,7 @@ impl Writer {
         &mut self,
         name: &GroupName,
         [paused, disabled, declared]: [bool; 3],
+        owner: Option<&GroupName>,
         consent: Option<&Permission>,
         spec: &str,
     ) {
@@ -66,10 +70,12 @@ impl Writer {
         let paused = if paused { r#""paused":true,"# } else { "" };
         let disabled = if disabled { r#""disabled":true,"# } else { "" };
         let declared = if declared { r#""declared":true,"# } else { "" };
+        let owner = owner.map(|owner| format!(r#""owner":"{owner}","#)).unwrap_or_default();
         let consent = consent.and_then(|consent| serde_json::to_string(consent).ok());
         let consent = consent.map(|consent| format!(r#""consent":{consent},"#)).unwrap_or_default();
         // A name's grammar needs no escaping; writing to a vector cannot fail.
-        let _ = write!(self.0, "{comma}\n{{\"name\":\"{name}\",{paused}{disabled}{declared}{consent}\"spec\":{spec}}}");
+        let states = format!("{paused}{disabled}{declared}{owner}{consent}");
+        let _ = write!(self.0, "{comma}\n{{\"name\":\"{name}\",{states}\"spec\":{spec}}}");
     }
 
     pub(crate) fn finish(mut self) -> Vec<u8> {
@@ -192,15 +198,16 @@ mod tests {
 
     fn kept(name: &str) -> Kept {
         let json = format!(
-            r#"{{"name":"{name}","spec":{{"filter":"orders.>","endpoint":"http://127.0.0.1:1/","signing":{{"secret":"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"}}}},"paused":true,"consent":{{"origin":"broker.example","rate":2.5}}}}"#
+            r#"{{"name":"{name}","spec":{{"filter":"orders.>","endpoint":"http://127.0.0.1:1/","signing":{{"secret":"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"}}}},"paused":true,"owner":"billing","consent":{{"origin":"broker.example","rate":2.5}}}}"#
         );
         serde_json::from_str(&json).unwrap()
     }
 
     fn text(kept: &[Kept]) -> Vec<u8> {
         let mut writer = Writer::new();
-        for Kept { name, spec, paused, disabled, declared, consent } in kept {
-            writer.push(name, [*paused, *disabled, *declared], consent.as_ref(), &serde_json::to_string(spec).unwrap());
+        for Kept { name, spec, paused, disabled, declared, owner, consent } in kept {
+            let spec = serde_json::to_string(spec).unwrap();
+            writer.push(name, [*paused, *disabled, *declared], owner.as_ref(), consent.as_ref(), &spec);
         }
         writer.finish()
     }

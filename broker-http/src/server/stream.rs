@@ -67,7 +67,7 @@ pub(crate) async fn stream(State(shared): State<Arc<Shared>>, request: Request) 
     }
     let right = Right::of(&shared, caller, &[Action::Subscribe], filter.clone());
     let (subscription, seeking) = match (group, parts.headers.get("last-event-id")) {
-        (Some(group), _) => (join(&shared, filter, group, MESSAGES_AT_ONCE * 2).await?, Seeking::No),
+        (Some(group), _) => (join(&shared, filter, group, right.owner(), MESSAGES_AT_ONCE * 2).await?, Seeking::No),
         (None, None) => ((copy(&shared, &filter, StartAt::New).await?, Arc::default()), Seeking::No),
         (None, Some(last)) => {
             let (subscription, seeking) = resume(&shared, &filter, last).await?;
@@ -106,12 +106,13 @@ pub(crate) async fn join(
     shared: &Arc<Shared>,
     filter: TopicFilter,
     name: GroupName,
+    owner: Option<GroupName>,
     max_in_flight: usize,
 ) -> Answer<(Subscription, Arc<Tally>)> {
     let group = Group::new(name, filter);
     let (making, wanted) = (Arc::clone(shared), group.clone());
     finish(async move {
-        if making.registry.stand_for(&making, &wanted).await? {
+        if making.registry.stand_for(&making, &wanted, owner).await? {
             making.try_save().await?;
         }
         Ok(())

@@ -12,7 +12,7 @@ use http::{HeaderMap, StatusCode, Uri, header};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::access::{Action, Caller};
+use super::access::Caller;
 use super::asked::Pending;
 use super::consent::Consent;
 use super::problem::{Answer, Problem};
@@ -36,6 +36,10 @@ pub(crate) const LIST_BYTES: u64 = 64 << 10;
 
 /// Bytes of a subscription's settings: they are held as long as it stands.
 const SPEC_BYTES: usize = 64 << 10;
+
+/// Why pushes are held whose owner may not have them, and what to do.
+const DISOWNED: &str = "the identity that had it pushed may no longer subscribe to its filter, or publish to the dead-letter \
+    topic it names: PUT it as an identity that may, or give that right back; its backlog is kept";
 
 /// Finishes a change whatever becomes of who asked for it.
 pub(crate) async fn finish<T: Send + 'static>(change: impl Future<Output = Answer<T>> + Send + 'static) -> Answer<T> {
@@ -61,11 +65,8 @@ pub(crate) async fn put(
         return Err(Problem::too_large(format!("a subscription's settings have {SPEC_BYTES} bytes of JSON at most")));
     }
     let spec = SubscriptionSpec::from_json(&json)?;
-    if let Some(Extension(caller)) = caller {
-        caller.check(Action::Subscribe, &spec.filter)?;
-        // Dead letters are published there.
-        spec.dead_letter.as_ref().map_or(Ok(()), |topic| caller.check(Action::Publish, &topic.into()))?;
-    }
+    let caller = caller.map(|Extension(caller)| caller);
+    shared.gate.check_subscription(caller.as_ref(), &spec)?;
     shared.registry.check_free(name.as_str())?;
     if let Some(endpoint) = &spec.endpoint {
         shared.check_endpoint(endpoint)?;
@@ -78,7 +79,8 @@ pub(crate) async fn put(
         }
     };
     finish(async move {
-        let pending = Pending::Make { spec: Box::new(spec.clone()), only_new, reservation };
+        let owner = caller.as_ref().and_then(Caller::owner);
+        let pending = Pending::Make { spec: Box::new(spec.clone()), only_new, owner: owner.clone(), reservation };
         let permission = match shared.ask_endpoint(&name, &spec, pending).await? {
             Consent::NeedNot => None,
             Consent::Given(permission) => Some(permission),
@@ -87,25 +89,30 @@ pub(crate) async fn put(
                 return Ok(respond(StatusCode::ACCEPTED, &json!({ "name": name, "consent": "awaited" })));
             }
         };
-        let (put, subscribed) = shared.registry.put(&shared, name, spec, only_new, permission).await?;
+        let (put, subscribed) = shared.registry.put(&shared, name, spec, only_new, (owner, permission)).await?;
         shared.try_save().await?;
         let status = if put == Put::Made { StatusCode::CREATED } else { StatusCode::OK };
-        Ok(respond(status, &view(&shared, &subscribed, None)))
+        Ok(respond(status, &view(&shared, &subscribed, caller.as_ref(), None)))
     })
     .await
 }
 
 /// `GET /subscriptions/{name}`
-pub(crate) async fn get(State(shared): State<Arc<Shared>>, reader: Reader, uri: Uri) -> Answer {
+pub(crate) async fn get(
+    State(shared): State<Arc<Shared>>,
+    caller: Option<Extension<Caller>>,
+    reader: Reader,
+    uri: Uri,
+) -> Answer {
     no_query(&uri)?;
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
-    show(&shared, &reader, &subscribed).await
+    show(&shared, caller.as_deref(), &reader, &subscribed).await
 }
 
-async fn show(shared: &Shared, reader: &Reader, subscribed: &Subscribed) -> Answer {
+async fn show(shared: &Shared, caller: Option<&Caller>, reader: &Reader, subscribed: &Subscribed) -> Answer {
     let status = shared.broker.status().await?;
     let turn = reader.turn(LIST_BYTES).await;
-    let view = view(shared, subscribed, Some(&status)).to_string().into_bytes();
+    let view = view(shared, subscribed, caller, Some(&status)).to_string().into_bytes();
     Ok(json_response(StatusCode::OK, reader.answer(turn, view)))
 }
 
@@ -148,7 +155,7 @@ pub(crate) async fn list(
         if last.is_some() {
             out.push(b',');
         }
-        out.extend_from_slice(view(&shared, subscribed, Some(&status)).to_string().as_bytes());
+        out.extend_from_slice(view(&shared, subscribed, caller.as_deref(), Some(&status)).to_string().as_bytes());
         last = Some(subscribed);
         if out.len() >= FULL_BYTES {
             break;
@@ -161,28 +168,44 @@ pub(crate) async fn list(
 }
 
 /// `POST /subscriptions/{name}/pause`
-pub(crate) async fn pause(State(shared): State<Arc<Shared>>, reader: Reader, uri: Uri) -> Answer {
-    set_paused(shared, reader, uri, true).await
+pub(crate) async fn pause(
+    State(shared): State<Arc<Shared>>,
+    caller: Option<Extension<Caller>>,
+    reader: Reader,
+    uri: Uri,
+) -> Answer {
+    set_paused(shared, caller, reader, uri, true).await
 }
 
 /// `POST /subscriptions/{name}/resume`
-pub(crate) async fn resume(State(shared): State<Arc<Shared>>, reader: Reader, uri: Uri) -> Answer {
-    set_paused(shared, reader, uri, false).await
+pub(crate) async fn resume(
+    State(shared): State<Arc<Shared>>,
+    caller: Option<Extension<Caller>>,
+    reader: Reader,
+    uri: Uri,
+) -> Answer {
+    set_paused(shared, caller, reader, uri, false).await
 }
 
-async fn set_paused(shared: Arc<Shared>, reader: Reader, uri: Uri, paused: bool) -> Answer {
+async fn set_paused(
+    shared: Arc<Shared>,
+    caller: Option<Extension<Caller>>,
+    reader: Reader,
+    uri: Uri,
+    paused: bool,
+) -> Answer {
     no_query(&uri)?;
     let name = name_in_path(&uri)?.into_owned();
     finish(async move {
         let subscribed = shared.registry.pause(&shared, &name, paused).await?;
         shared.try_save().await?;
-        show(&shared, &reader, &subscribed).await
+        show(&shared, caller.as_deref(), &reader, &subscribed).await
     })
     .await
 }
 
 /// `POST /subscriptions/{name}/test`
-pub(crate) async fn test(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer {
+pub(crate) async fn test(State(shared): State<Arc<Shared>>, caller: Option<Extension<Caller>>, uri: Uri) -> Answer {
     no_query(&uri)?;
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
     let push = subscribed.push().ok_or_else(|| {
@@ -196,7 +219,7 @@ pub(crate) async fn test(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer 
     }
     let outcome = push.test().await;
     let status = shared.broker.status().await?;
-    let mut view = view(&shared, &subscribed, Some(&status));
+    let mut view = view(&shared, &subscribed, caller.as_deref(), Some(&status));
     set(&mut view, "test", attempt_view(&outcome));
     Ok(respond(StatusCode::OK, &view))
 }
@@ -338,8 +361,8 @@ async fn redrive_slowly(shared: Arc<Shared>, subscribed: Arc<Subscribed>, mut le
     }
 }
 
-/// A subscription as it is shown: every default filled in, no secret.
-fn view(shared: &Shared, subscribed: &Subscribed, status: Option<&Status>) -> Value {
+/// A subscription as it is shown to somebody: every default filled in, no secret.
+fn view(shared: &Shared, subscribed: &Subscribed, caller: Option<&Caller>, status: Option<&Status>) -> Value {
     let mut view = serde_json::to_value(&*subscribed.spec).unwrap_or_default();
     set(&mut view, "name", json!(subscribed.name));
     set(&mut view, "group", json!(subscribed.group.name));
@@ -351,6 +374,11 @@ fn view(shared: &Shared, subscribed: &Subscribed, status: Option<&Status>) -> Va
         set(&mut view, "dead_letter", json!(settings.dead_letter));
     }
     redact(&mut view);
+    if let Some(owner) = subscribed.owner()
+        && caller.is_none_or(|caller| caller.may_see_owner(&owner, &subscribed.spec.filter))
+    {
+        set(&mut view, "owner", json!(owner));
+    }
     let group = status.and_then(|status| status.group(&subscribed.group));
     set(&mut view, "status", status_view(subscribed, status.is_some(), group));
     view
@@ -385,7 +413,11 @@ fn status_view(subscribed: &Subscribed, asked: bool, group: Option<&GroupStatus>
                     PushState::Ended => PushState::Disabled,
                     state => state,
                 },
-                "last_error": own.last_error.or(last_error),
+                "last_error": match own.state {
+                    // Whose it is, is shown to whom it concerns.
+                    PushState::Unauthorized => Some(DISOWNED.to_owned()),
+                    _ => own.last_error.or(last_error),
+                },
                 "last_success": own.last_success,
             })
         }

@@ -12,6 +12,7 @@ mod idempotency;
 mod lifecycle;
 mod limits;
 mod metrics;
+mod owners;
 mod places;
 mod publish;
 mod pull;

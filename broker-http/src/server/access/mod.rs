@@ -4,6 +4,7 @@
 mod certificate;
 mod identity;
 mod need;
+mod owner;
 mod rate;
 mod right;
 mod throttle;

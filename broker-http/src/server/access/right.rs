@@ -6,11 +6,11 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use broker_core::TopicFilter;
+use broker_core::{GroupName, TopicFilter};
 
 use super::super::Shared;
 use super::super::problem::Answer;
-use super::{Action, Caller, Shown, unauthorized};
+use super::{Action, Caller, Gate, Shown, unauthorized};
 
 /// That a caller, or everybody where nobody need be known, may do this on these topics.
 pub(crate) struct Right {
@@ -38,6 +38,11 @@ impl Right {
         Arc::new(Self { shared: Arc::clone(shared), caller, actions, filter, held: AtomicU64::new(NEVER) })
     }
 
+    /// Whose is what is made for it.
+    pub(crate) fn owner(&self) -> Option<GroupName> {
+        self.caller.as_ref().and_then(Caller::owner)
+    }
+
     /// Whether it is so now.
     pub(crate) fn holds(&self) -> bool {
         self.check().is_ok()
@@ -58,15 +63,7 @@ impl Right {
     }
 
     fn look(&self) -> Answer<()> {
-        let access = Arc::clone(&self.shared.gate.access.read());
-        if access.is_open() {
-            return Ok(());
-        }
-        let known = self.caller.as_ref().and_then(|before| {
-            let known = access.by(&before.shown).filter(|known| known.identity.name == before.name())?;
-            Some(Caller { known: Arc::clone(known), shown: before.shown.clone() })
-        });
-        let now = known.ok_or_else(|| unauthorized("who asked for this is nobody here any more"))?;
+        let Some(now) = self.shared.gate.known_now(self.caller.as_ref())? else { return Ok(()) };
         self.actions.iter().try_for_each(|action| now.check(*action, &self.filter))
     }
 
@@ -89,6 +86,25 @@ impl Right {
                 }
             }
         })
+    }
+}
+
+impl Gate {
+    /// Who made a request, by what it showed then and the rules of now; `None` where nobody need be known.
+    ///
+    /// # Errors
+    ///
+    /// 401 where that is nobody's now, or somebody else's.
+    pub(super) fn known_now(&self, caller: Option<&Caller>) -> Answer<Option<Caller>> {
+        let access = Arc::clone(&self.access.read());
+        if access.is_open() {
+            return Ok(None);
+        }
+        let known = caller.and_then(|before| {
+            let known = access.by(&before.shown).filter(|known| known.identity.name == before.name())?;
+            Some(Caller { known: Arc::clone(known), shown: before.shown.clone() })
+        });
+        known.map(Some).ok_or_else(|| unauthorized("who asked for this is nobody here any more"))
     }
 }
 
