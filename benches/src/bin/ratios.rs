@@ -6,6 +6,11 @@ use broker_benches::cli::{self, Arguments, Outcome};
 use broker_benches::peers;
 use clap::Parser;
 
+/// The daemon's, for both sides of every comparison.
+#[cfg(feature = "mimalloc")]
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let mut arguments = Arguments::parse();
     let theirs: Vec<_> = arguments.names.extract_if(.., |name| peers::is_peers(name)).collect();
