@@ -72,7 +72,7 @@ pub struct Limits {
     /// is forgotten, then publishers are refused, and whoever takes messages out goes on. An eighth of it each is what
     /// may be encoded for readers and for endpoints before the next waits (none of them is given more while it holds as
     /// much as is free), and what the bodies of one identity may hold
-    /// that are under way. Half of it is what deliveries of a broker elsewhere (RabbitMQ,
+    /// that are under way, and what begun heads of more than 8 KiB may hold over HTTP/1, of which then the first ends. Half of it is what deliveries of a broker elsewhere (RabbitMQ,
     /// Kafka) may take from there to their settlement: then a subscription takes one at a time. What
     /// others publish to `memory:` in this process is bounded by its groups' backlogs.
     pub memory_bytes: u64,

@@ -293,7 +293,7 @@ impl Connection {
                 Ok::<_, Infallible>(response.map(|body| Guarded::new(body, busy, version)))
             }
         });
-        let stream = Watched::new(stream, Arc::clone(&activity.wire), Arc::clone(&self.shared));
+        let stream = Watched::new(stream, &activity, Arc::clone(&self.shared));
         let serving = self.builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
         let mut serving = pin!(serving);
         let mut closing = false;

@@ -232,6 +232,11 @@ impl Ledger {
         Reservation { books: self.clone(), bytes: 0, bounded: false, share: None }
     }
 
+    /// What begun heads may hold that have no end yet.
+    pub(crate) fn room_of_heads(&self) -> u64 {
+        share(self.max())
+    }
+
     /// What is encoded of messages for whoever asked.
     pub(crate) fn answers(&self) -> &Outgoing {
         &self.0.answers
@@ -249,7 +254,7 @@ impl Books {
     }
 }
 
-/// Of all that may be held: what may be encoded of messages for readers, for endpoints, and what the bodies of one identity
+/// Of all that may be held: what may be encoded of messages for readers, for endpoints, what begun heads hold, and what the bodies of one identity
 /// hold that are under way.
 fn share(max: u64) -> u64 {
     (max / 8).max(1)

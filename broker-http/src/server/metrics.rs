@@ -31,6 +31,7 @@ pub(crate) enum Refusal {
     AnswerTimeout,
     UriTooLong,
     HeadTooLarge,
+    Heads,
     Malformed,
     Flood,
     Tls,
@@ -53,7 +54,7 @@ pub(crate) enum Refusal {
 }
 
 impl Refusal {
-    const ALL: [(Self, &'static str); 29] = [
+    const ALL: [(Self, &'static str); 30] = [
         (Self::Unauthenticated, "unauthenticated"),
         (Self::Forbidden, "forbidden"),
         (Self::Attempts, "attempts"),
@@ -64,6 +65,7 @@ impl Refusal {
         (Self::AnswerTimeout, "answer_timeout"),
         (Self::UriTooLong, "uri_too_long"),
         (Self::HeadTooLarge, "head_too_large"),
+        (Self::Heads, "heads"),
         (Self::Malformed, "malformed"),
         (Self::Flood, "flood"),
         (Self::Tls, "tls"),

@@ -8,6 +8,7 @@ pub(crate) mod body;
 mod charge;
 mod frames;
 mod guarded;
+mod heads;
 mod inflate;
 mod limits;
 mod listen;
@@ -81,6 +82,7 @@ use crate::traces::Traces;
 use crate::{Endpoint, SubscriptionSpec};
 use access::Gate;
 use asked::Asked;
+use heads::Heads;
 use idempotency::Answers;
 use leases::Leases;
 use listen::Connections;
@@ -133,6 +135,7 @@ pub(crate) struct Shared {
     pub(crate) gate: Gate,
     pub(crate) ledger: Ledger,
     readers: Readers,
+    heads: Heads,
     pub(crate) publishers: Publishers,
     pub(crate) idempotency: Answers,
     pub(crate) registry: Registry,
@@ -170,6 +173,7 @@ impl Server {
             push_client: options.push_client().with_outgoing(ledger.pushes().clone()),
             ledger,
             readers: Readers::default(),
+            heads: Heads::default(),
             idempotency: Answers::new(limits.idempotency_bytes),
             registry: Registry::default(),
             asked: Asked::default(),

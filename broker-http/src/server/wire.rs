@@ -12,7 +12,10 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
 
+use super::activity::Activity;
 use super::frames::{Frames, Heard};
+use super::heads::Begun;
+use super::metrics::Refusal;
 use super::owed::Owed;
 use super::{Shared, rest};
 
@@ -24,8 +27,8 @@ pub(crate) const HEAD_TOO_SLOW: &[u8] = b"HTTP/1.1 408 Request Timeout\r\n\
 /// What the connection and whoever watches it have in common.
 #[derive(Debug, Default)]
 pub(crate) struct Wire {
-    /// Bytes came since a request was last begun or answered.
-    heard: AtomicBool,
+    /// Bytes that came since a request was last begun or answered.
+    heard: AtomicUsize,
     /// The next read answers 408 and is the end.
     late: AtomicBool,
     /// How many bytes of `PRI` the connection began with; HTTP/2's preface does, no method of ours.
@@ -53,7 +56,7 @@ const OTHER: u8 = u8::MAX;
 impl Wire {
     /// A request was read, or is answered: what comes from now on belongs to the next.
     pub(crate) fn forget(&self) {
-        self.heard.store(false, Ordering::Relaxed);
+        self.heard.store(0, Ordering::Relaxed);
     }
 
     /// A request was answered.
@@ -69,7 +72,7 @@ impl Wire {
     /// Ends a connection on which part of a head stands still; false if nothing was begun, or not in
     /// HTTP/1.
     pub(crate) fn end_late(&self) -> bool {
-        let late = self.heard.load(Ordering::Relaxed) && !self.is_http2();
+        let late = self.heard.load(Ordering::Relaxed) > 0 && !self.is_http2();
         if late {
             self.late.store(true, Ordering::Release);
         }
@@ -113,7 +116,7 @@ impl Wire {
         if bytes.is_empty() {
             return;
         }
-        self.heard.store(true, Ordering::Relaxed);
+        self.heard.fetch_add(bytes.len(), Ordering::Relaxed);
         let seen = usize::from(self.preface.load(Ordering::Relaxed));
         if let Some(expected) = PREFACE.get(seen..).filter(|rest| !rest.is_empty()) {
             let same = bytes.iter().zip(expected).take_while(|(have, want)| have == want).count();
@@ -128,6 +131,9 @@ impl Wire {
 pub(crate) struct Watched<S> {
     stream: S,
     wire: Arc<Wire>,
+    activity: Arc<Activity>,
+    /// Over HTTP/1, if it is a large one.
+    head: Option<Begun>,
     /// Who counts what HTTP/2 refuses.
     shared: Arc<Shared>,
     frames: Frames,
@@ -152,10 +158,12 @@ enum Closing {
 }
 
 impl<S> Watched<S> {
-    pub(crate) fn new(stream: S, wire: Arc<Wire>, shared: Arc<Shared>) -> Self {
+    pub(crate) fn new(stream: S, activity: &Arc<Activity>, shared: Arc<Shared>) -> Self {
         Self {
             stream,
-            wire,
+            wire: Arc::clone(&activity.wire),
+            activity: Arc::clone(activity),
+            head: None,
             shared,
             frames: Frames::default(),
             heard: Heard::default(),
@@ -163,6 +171,18 @@ impl<S> Watched<S> {
             ahead: Default::default(),
             closing: Closing::Not,
         }
+    }
+
+    /// Over HTTP/1, what there is of a head that is not whole counts.
+    fn count_head(&mut self) {
+        if self.activity.is_active() {
+            self.head = None;
+            return;
+        }
+        let most = self.shared.ledger.room_of_heads().max(self.shared.limits().header_bytes as u64);
+        let heard = self.wire.heard.load(Ordering::Relaxed);
+        let ended = self.shared.heads.grow(&mut self.head, heard, most, &self.shared.ledger, &self.activity);
+        (0..ended).for_each(|_| self.shared.metrics.refused(Refusal::Heads));
     }
 
     /// So much of this was written.
@@ -237,6 +257,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Watched<S> {
         if this.wire.preface.load(Ordering::Relaxed) != OTHER {
             this.heard.read(bytes);
             this.wire.begun.store(this.wire.is_http2() && this.heard.has_begun(), Ordering::Relaxed);
+        } else {
+            this.count_head();
         }
         Poll::Ready(Ok(()))
     }
@@ -266,6 +288,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         // The connection flushes whenever it was looked at and has nothing more to write.
         self.check_end(cx)?;
+        if self.head.is_some() {
+            self.count_head();
+        }
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 

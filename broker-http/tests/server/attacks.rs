@@ -92,6 +92,48 @@ async fn a_head_drop_by_drop_is_no_way_around_it() {
     refused_at_last(&running, "head_timeout", 1).await;
 }
 
+/// Before anybody knows who sends them.
+#[tokio::test]
+async fn heads_without_an_end_are_bounded_together() {
+    let running = limited(|limits| limits.memory_bytes = 8 << 20).await;
+    let line = format!("x-large: {}\r\n", "y".repeat(1_000));
+    let mut begun = Vec::new();
+    for _ in 0..40 {
+        let mut stream = running.connect().await;
+        stream
+            .write_all(format!("GET /healthz HTTP/1.1\r\nhost: localhost\r\n{}", line.repeat(59)).as_bytes())
+            .await
+            .unwrap();
+        begun.push(stream);
+    }
+    // An eighth of it holds 17 of them.
+    refused_at_last(&running, "heads", 40 - 17).await;
+    for stream in &mut begun[..40 - 17] {
+        let mut answer = Vec::new();
+        let _ = soon(stream.read_to_end(&mut answer)).await;
+        assert!(answer.is_empty(), "{}", String::from_utf8_lossy(&answer));
+    }
+    let metrics = running.get("/metrics").await.text();
+    let held = metrics.lines().find_map(|line| line.strip_prefix("broker_memory_bytes ")).unwrap();
+    assert!((800_000..=1 << 20).contains(&held.parse::<u64>().unwrap()), "{held}");
+    // Others are served meanwhile, also those with much to say, and who began last.
+    let large = "y".repeat(40_000);
+    assert_eq!(running.send("GET /healthz", &[("x-large", &large)], "").await.status, 200);
+    assert_eq!(running.post("/topics/a", "x").await.status, 202);
+    let last = begun.last_mut().unwrap();
+    last.write_all(b"\r\n").await.unwrap();
+    crate::support::read_until(last, "ok\n").await;
+    assert_eq!(refused(&running, "heads").await, 40 - 17 + 1);
+    // Idle after its answer it holds nothing.
+    drop(begun.drain(..39));
+    soon(async {
+        while !running.get("/metrics").await.text().contains("broker_memory_bytes 0\n") {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_connection_that_is_only_idle_just_ends() {
     let running = limited(|limits| limits.header_timeout = Duration::from_millis(200)).await;
