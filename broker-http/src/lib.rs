@@ -13,6 +13,7 @@ mod outgoing;
 pub mod push;
 mod server;
 mod tls;
+mod tokens;
 mod traces;
 pub mod webhook;
 

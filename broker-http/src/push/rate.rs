@@ -1,43 +1,39 @@
-//! How many messages a second an endpoint gets: a token bucket.
+//! How many messages a second an endpoint gets.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::tokens::Tokens;
+
 /// A bucket that fills at a rate and holds a tenth of a second of it (one message at least), so
 /// that a limit holds over short times too.
 #[derive(Debug)]
 pub(crate) struct Rate {
-    per_second: f64,
-    burst: f64,
-    tokens: f64,
-    at: Instant,
+    tokens: Tokens,
 }
 
 impl Rate {
     /// A full bucket. `per_second` is finite and above zero.
     pub(crate) fn new(per_second: f64, now: Instant) -> Self {
-        let burst = (per_second / 10.0).max(1.0);
-        Self { per_second, burst, tokens: burst, at: now }
+        Self { tokens: Tokens::new(per_second, (per_second / 10.0).max(1.0), now) }
     }
 
     /// Messages that may be sent now, or when the next one may.
     pub(crate) fn available(&mut self, now: Instant) -> Result<usize, Instant> {
-        let passed = now.saturating_duration_since(self.at).as_secs_f64();
-        self.tokens = (self.tokens + passed * self.per_second).min(self.burst);
-        self.at = self.at.max(now);
-        if self.tokens >= 1.0 {
-            return Ok(self.tokens as usize);
+        let tokens = self.tokens.left(now);
+        if tokens >= 1.0 {
+            return Ok(tokens as usize);
         }
         // A day at most, so that the slowest rate is no overflow; rounded up, so that the token is
         // there when the time has come.
-        let wait = ((1.0 - self.tokens) / self.per_second).min(86_400.0);
-        Err(now + Duration::from_secs_f64(wait) + Duration::from_micros(1))
+        let wait = self.tokens.until(1.0).min(Duration::from_secs(86_400));
+        Err(now + wait + Duration::from_micros(1))
     }
 
     /// So many are sent.
     pub(crate) fn take(&mut self, messages: usize) {
-        self.tokens -= messages as f64;
+        self.tokens.take(messages as f64);
     }
 }
 

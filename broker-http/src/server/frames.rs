@@ -7,9 +7,16 @@ use super::metrics::Refusal;
 
 /// Bytes of a frame's head.
 const HEAD: usize = 9;
+const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
+const PING: u8 = 6;
 const GOAWAY: u8 = 7;
+/// The flag of an answer to a ping.
+const ACK: u8 = 1;
+
+/// Bytes of data after which it may be told how much more may be sent.
+const UPDATED: usize = 512;
 
 /// Follows the frames that are written, however they are cut.
 #[derive(Debug, Default)]
@@ -25,6 +32,15 @@ pub(crate) struct Frames {
     own: usize,
     /// The stream of the last of these, which a reset follows.
     refused: u32,
+    asked: Asked,
+}
+
+/// What was written that the other side says something to.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Asked {
+    /// Frames that tell how much of the data may be sent on: two for each frame of it, and many for a large one.
+    pub(crate) updates: usize,
+    pub(crate) pings: usize,
 }
 
 impl Frames {
@@ -50,6 +66,11 @@ impl Frames {
         }
     }
 
+    /// What was written since this was last asked.
+    pub(crate) fn asked(&mut self) -> Asked {
+        std::mem::take(&mut self.asked)
+    }
+
     /// Bytes of the frame that say something.
     fn looked_at(&self) -> usize {
         match self.begun {
@@ -60,12 +81,15 @@ impl Frames {
     }
 
     fn end(&mut self, given: usize, refused: &mut impl FnMut(Refusal)) {
-        let [l0, l1, l2, kind, _, s0, s1, s2, s3, reset @ .., c0, c1, c2, c3] = self.begun;
+        let [l0, l1, l2, kind, flags, s0, s1, s2, s3, reset @ .., c0, c1, c2, c3] = self.begun;
         let stream = u32::from_be_bytes([s0, s1, s2, s3]);
-        // The length has three bytes.
-        self.skip = (u32::from_be_bytes([0, l0, l1, l2]) as usize).saturating_sub(self.have - HEAD);
+        // It has three bytes.
+        let length = u32::from_be_bytes([0, l0, l1, l2]) as usize;
+        self.skip = length.saturating_sub(self.have - HEAD);
         self.have = 0;
         match kind {
+            DATA => self.asked.updates += 2 + length / UPDATED,
+            PING if flags & ACK == 0 => self.asked.pings += 1,
             HEADERS => {
                 self.answers += 1;
                 if self.answers > given + self.own {
@@ -108,6 +132,17 @@ pub(crate) struct Heard {
     rest: usize,
     /// A head without an end.
     open: bool,
+    said: Said,
+}
+
+/// Frames by what they say.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Said {
+    pub(crate) requests: usize,
+    /// Answers to pings.
+    pub(crate) pongs: usize,
+    /// All others but data and what goes on of a head.
+    pub(crate) others: usize,
 }
 
 impl Heard {
@@ -130,7 +165,18 @@ impl Heard {
             if kind == HEADERS || kind == CONTINUATION {
                 self.open = flags & END_HEADERS == 0;
             }
+            match kind {
+                HEADERS => self.said.requests += 1,
+                PING if flags & ACK != 0 => self.said.pongs += 1,
+                DATA | CONTINUATION => {}
+                _ => self.said.others += 1,
+            }
         }
+    }
+
+    /// What was read since this was last asked.
+    pub(crate) fn said(&mut self) -> Said {
+        std::mem::take(&mut self.said)
     }
 
     pub(crate) fn has_begun(&self) -> bool {

@@ -87,16 +87,19 @@ pub fn connection(input: &[u8]) {
     let written = |pieces: &[&[u8]]| {
         let (mut frames, mut seen) = (Frames::default(), Vec::new());
         pieces.iter().for_each(|piece| frames.written(piece, usize::from(*given), |refusal| seen.push(refusal)));
-        seen
+        (seen, frames.asked())
     };
     assert_eq!(written(&pieces), written(&[bytes]));
     let (mut heard, mut read) = (Heard::default(), 0);
+    let mut whole = Heard::default();
+    whole.read(bytes);
     for piece in pieces {
         heard.read(piece);
         read += piece.len();
         let so_far = bytes.get(..read).expect("it is a part of all");
         assert_eq!(heard.has_begun(), has_begun(so_far), "after {read} bytes");
     }
+    assert_eq!(heard.said(), whole.said());
 }
 
 /// Read frame by frame: whether the last of them, a head, or what a connection begins with, is not whole.

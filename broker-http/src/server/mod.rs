@@ -6,6 +6,7 @@ mod access;
 mod activity;
 pub(crate) mod body;
 mod charge;
+mod chatter;
 mod frames;
 mod guarded;
 mod heads;

@@ -25,6 +25,7 @@ use tokio_tungstenite::tungstenite::{Error, Message};
 
 use super::Shared;
 use super::access::Right;
+use super::chatter::Chatter;
 use super::leases::{Hand, Holder, Places};
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
@@ -53,11 +54,6 @@ const DEFAULT_HOLD: Duration = Duration::from_secs(30);
 /// How often the other side is asked whether it is there, and how long it may be silent.
 const PING: Duration = Duration::from_secs(15);
 const SILENCE: Duration = Duration::from_secs(45);
-
-/// Frames that say nothing of what is lent (pings, credit, what cannot be read, leases that are gone): so many at
-/// once, so many a second besides, and two for each delivery lent.
-const CHATTER: f64 = 1_000.0;
-const CHATTER_A_SECOND: f64 = 100.0;
 
 /// How long an ended socket waits for the other side's end.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -229,7 +225,7 @@ impl Lending {
                         Some(Err(error)) => return fault(&error),
                         Some(Ok(Message::Close(_))) | None => return None,
                     };
-                    if !settles && !self.chatter.may_go_on(heard) {
+                    if !settles && !self.chatter.may_go_on(1, heard) {
                         self.shared.metrics.refused(Refusal::Flood);
                         return Some(goodbye(CloseCode::Policy, "too many frames that settle nothing"));
                     }
@@ -290,7 +286,8 @@ impl Lending {
         if self.ready.is_empty() {
             self.places = None;
         }
-        self.chatter.earn(count);
+        // For each credit is given anew, and its lease may have ended when it is settled.
+        self.chatter.earn(2 * count);
         self.shared.metrics.streamed(count);
         let events: Vec<_> = deliveries.iter().map(|delivery| delivery.received().clone()).collect();
         let ids = self.shared.leases.grant(places, deliveries, self.hold).ok()?;
@@ -316,31 +313,6 @@ impl Lending {
         };
         send(socket, answer.to_string().into(), self.shared.limits().body_timeout).await?;
         Some(settles)
-    }
-}
-
-/// How many frames may still come that settle nothing.
-struct Chatter {
-    left: f64,
-    at: Instant,
-}
-
-impl Chatter {
-    fn new(now: Instant) -> Self {
-        Self { left: CHATTER, at: now }
-    }
-
-    /// Deliveries were lent: for each credit is given anew, and its lease may have ended when it is settled.
-    fn earn(&mut self, deliveries: usize) {
-        self.left = (self.left + 2.0 * deliveries as f64).min(CHATTER + 2.0 * MAX_LENT as f64);
-    }
-
-    /// One more has come.
-    fn may_go_on(&mut self, now: Instant) -> bool {
-        let since = now.saturating_duration_since(std::mem::replace(&mut self.at, now)).as_secs_f64();
-        let refilled = (self.left + since * CHATTER_A_SECOND).min(CHATTER);
-        self.left = self.left.max(refilled) - 1.0;
-        self.left >= 0.0
     }
 }
 

@@ -10,10 +10,11 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep};
 
 use super::activity::Activity;
-use super::frames::{Frames, Heard};
+use super::chatter::Chatter;
+use super::frames::{Asked, Frames, Heard, Said};
 use super::heads::Begun;
 use super::metrics::Refusal;
 use super::owed::Owed;
@@ -138,12 +139,22 @@ pub(crate) struct Watched<S> {
     shared: Arc<Shared>,
     frames: Frames,
     heard: Heard,
+    /// Frames that may still come and ask for nothing.
+    chatter: Chatter,
+    /// Pings that are to be answered.
+    pings: usize,
     /// Bytes of [`HEAD_TOO_SLOW`] written.
     told: usize,
     /// Bytes read while looking for the end, and how many of them were taken.
     ahead: (Vec<u8>, usize),
     closing: Closing,
 }
+
+/// Frames that may come with a request: how much of its answer may be sent, what it depends on, its reset.
+const A_REQUEST: usize = 4;
+
+/// What the answer to a ping that nobody sent counts as: h2 logs each.
+const UNASKED: usize = 100;
 
 /// Bytes read while looking for the end, at most; beyond them it is not looked for.
 const AHEAD_BYTES: usize = 16 << 10;
@@ -167,6 +178,8 @@ impl<S> Watched<S> {
             shared,
             frames: Frames::default(),
             heard: Heard::default(),
+            chatter: Chatter::new(Instant::now()),
+            pings: 0,
             told: 0,
             ahead: Default::default(),
             closing: Closing::Not,
@@ -185,6 +198,21 @@ impl<S> Watched<S> {
         (0..ended).for_each(|_| self.shared.metrics.refused(Refusal::Heads));
     }
 
+    /// Over HTTP/2, whether what was read is no flood of frames that ask for nothing, each of which h2 takes as it
+    /// comes.
+    fn check_chatter(&mut self) -> io::Result<()> {
+        let Said { requests, pongs, others } = self.heard.said();
+        self.chatter.earn(requests * A_REQUEST);
+        let asked = pongs.min(self.pings);
+        self.pings -= asked;
+        let chatter = others + (pongs - asked) * UNASKED;
+        if chatter > 0 && !self.chatter.may_go_on(chatter, Instant::now()) {
+            self.shared.metrics.refused(Refusal::Flood);
+            return Err(io::Error::other("a flood of frames that ask for nothing"));
+        }
+        Ok(())
+    }
+
     /// So much of this was written.
     fn wrote<'a>(&mut self, mut count: usize, pieces: impl IntoIterator<Item = &'a [u8]>) {
         if !self.wire.is_http2() {
@@ -196,6 +224,9 @@ impl<S> Watched<S> {
             count -= written.len();
             self.frames.written(written, given, |refusal| self.shared.metrics.refused(refusal));
         }
+        let Asked { updates, pings } = self.frames.asked();
+        self.chatter.earn(updates);
+        self.pings += pings;
     }
 }
 
@@ -257,6 +288,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Watched<S> {
         if this.wire.preface.load(Ordering::Relaxed) != OTHER {
             this.heard.read(bytes);
             this.wire.begun.store(this.wire.is_http2() && this.heard.has_begun(), Ordering::Relaxed);
+            this.check_chatter()?;
         } else {
             this.count_head();
         }

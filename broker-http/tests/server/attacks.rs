@@ -708,6 +708,80 @@ async fn a_flood_of_continuations_is_cut_off() {
     refused_at_last(&running, "flood", 1).await;
 }
 
+/// Each is taken as it comes, and some are answered: one connection kept a core busy, or filled the log.
+#[tokio::test]
+async fn a_flood_of_frames_that_ask_for_nothing_is_cut_off() {
+    let running = limited(|_| {}).await;
+    let floods = [
+        ("WINDOW_UPDATE", frame(8, 0, 0, &[0, 0, 0, 1])),
+        ("PRIORITY", frame(2, 0, 1, &[0, 0, 0, 0, 16])),
+        ("SETTINGS", frame(4, 0, 0, &[])),
+        ("PING", frame(6, 0, 0, &[0; 8])),
+        ("PING that answers none", frame(6, 1, 0, &[0; 8])),
+        ("unknown", frame(48, 0, 0, &[])),
+    ];
+    for (count, (name, flood)) in (1..).zip(floods) {
+        let stream = running.connect().await;
+        let (mut read, mut write) = stream.into_split();
+        tokio::spawn(async move { tokio::io::copy(&mut read, &mut tokio::io::sink()).await });
+        write.write_all(&[&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &frame(4, 0, 0, &[])].concat()).await.unwrap();
+        let block = flood.repeat(100);
+        let cut = soon(async {
+            for _ in 0..2_000 {
+                if write.write_all(&block).await.is_err() {
+                    return true;
+                }
+            }
+            false
+        })
+        .await;
+        assert!(cut, "200,000 frames were taken: {name}");
+        refused_at_last(&running, "flood", count).await;
+        assert_eq!(running.get("/healthz").await.status, 200);
+    }
+}
+
+/// Tells for each frame how much more it takes, and asks whether the other side is there.
+#[tokio::test]
+async fn a_reader_that_says_much_of_what_it_reads_is_no_flood() {
+    let running = limited(|_| {}).await;
+    running.put("big", r#"{"filter":"big"}"#).await;
+    for _ in 0..9 {
+        assert_eq!(running.post("/topics/big", &"x".repeat(900_000)).await.status, 202);
+    }
+    let (mut read, mut write) = running.connect().await.into_split();
+    let mut begin = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    begin.extend(frame(4, 0, 0, &[]));
+    let path = "/subscriptions/big/pull";
+    let length = u8::try_from(path.len()).unwrap();
+    // POST.
+    let head = [&[0x83, 0x86, 0x04, length], path.as_bytes(), &[0x01, 9], b"localhost"].concat();
+    begin.extend(frame(1, 5, 1, &head));
+    write.write_all(&begin).await.unwrap();
+    let (mut frames, mut bytes, mut over) = (0, 0, false);
+    soon(async {
+        while !over {
+            let mut head = [0; 9];
+            read.read_exact(&mut head).await.unwrap();
+            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+            read.read_exact(&mut vec![0; length as usize]).await.unwrap();
+            match (head[3], head[4] & 1) {
+                (0, last) => {
+                    (frames, bytes, over) = (frames + 1, bytes + length, last == 1);
+                    let window = length.max(1).to_be_bytes();
+                    let said = [frame(8, 0, 0, &window), frame(8, 0, 1, &window), frame(6, 0, 0, &[1; 8])].concat();
+                    write.write_all(&said).await.unwrap();
+                }
+                (6, 0) => write.write_all(&frame(6, 1, 0, &[0; 8])).await.unwrap(),
+                _ => {}
+            }
+        }
+    })
+    .await;
+    assert!(frames > 400 && bytes > 8_000_000, "{bytes} bytes in {frames} frames");
+    assert_eq!(refused(&running, "flood").await, 0);
+}
+
 /// A connection that takes little before it is read from.
 async fn narrow(running: &Running) -> TcpStream {
     let socket = TcpSocket::new_v4().unwrap();

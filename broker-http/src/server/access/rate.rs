@@ -6,74 +6,55 @@ use tokio::time::Instant;
 
 use http::{HeaderMap, HeaderValue};
 
+use crate::tokens::Tokens;
+
 /// A bucket that holds `burst` and fills at `per_second`. It may be overdrawn by a batch, whose size
 /// is known only once it is read, and then lets nobody through until it is full again that far.
 #[derive(Debug)]
 pub(crate) struct Bucket {
-    per_second: f64,
-    burst: f64,
-    state: Mutex<State>,
-}
-
-#[derive(Debug)]
-struct State {
-    left: f64,
-    at: Instant,
+    tokens: Mutex<Tokens>,
 }
 
 impl Bucket {
     pub(crate) fn new(per_second: f64, burst: Option<u32>) -> Self {
         let burst = burst.map_or_else(|| per_second.ceil().max(1.0), f64::from);
-        Self { per_second, burst, state: Mutex::new(State { left: burst, at: Instant::now() }) }
-    }
-
-    fn filled(&self, state: &mut State) {
-        let now = Instant::now();
-        state.left = (state.left + now.duration_since(state.at).as_secs_f64() * self.per_second).min(self.burst);
-        state.at = now;
-    }
-
-    fn until(&self, wanted: f64, left: f64) -> Duration {
-        // A rate is never less than a thousandth.
-        Duration::try_from_secs_f64((wanted - left).max(0.0) / self.per_second).unwrap_or(Duration::MAX)
+        Self { tokens: Mutex::new(Tokens::new(per_second, burst, Instant::now())) }
     }
 
     /// Takes one, or tells how long until there is one.
     pub(crate) fn take(&self) -> Result<(), Duration> {
-        let mut state = self.state.lock();
-        self.filled(&mut state);
-        if state.left < 1.0 {
-            return Err(self.until(1.0, state.left));
+        let mut tokens = self.tokens.lock();
+        if tokens.left(Instant::now()) < 1.0 {
+            return Err(tokens.until(1.0));
         }
-        state.left -= 1.0;
+        tokens.take(1.0);
         Ok(())
     }
 
     /// Takes more than one thing let through turned out to be.
     pub(crate) fn overdraw(&self, count: usize) {
-        let mut state = self.state.lock();
-        self.filled(&mut state);
-        state.left -= count as f64;
+        let mut tokens = self.tokens.lock();
+        tokens.left(Instant::now());
+        tokens.take(count as f64);
     }
 
     /// How long until nothing is owed: what a stream waits for before it reads on.
     pub(crate) fn owed(&self) -> Duration {
-        let mut state = self.state.lock();
-        self.filled(&mut state);
-        self.until(0.0, state.left)
+        let mut tokens = self.tokens.lock();
+        tokens.left(Instant::now());
+        tokens.until(0.0)
     }
 
     /// `RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers-10): what may be done,
     /// and what is left of it.
     pub(crate) fn tell(&self, headers: &mut HeaderMap) {
-        let left = {
-            let mut state = self.state.lock();
-            self.filled(&mut state);
-            state.left
+        let (burst, per_second, left, full) = {
+            let mut tokens = self.tokens.lock();
+            let (left, burst) = (tokens.left(Instant::now()), tokens.burst());
+            (burst, tokens.per_second(), left, tokens.until(burst).as_secs_f64().ceil())
         };
-        let window = (self.burst / self.per_second).ceil().max(1.0);
-        let full = self.until(self.burst, left).as_secs_f64().ceil();
-        let policy = format!("\"identity\";q={};w={window}", self.burst);
+        let window = (burst / per_second).ceil().max(1.0);
+        let policy = format!("\"identity\";q={burst};w={window}");
         let now = format!("\"identity\";r={};t={full}", left.max(0.0).floor());
         for (name, text) in [("ratelimit-policy", policy), ("ratelimit", now)] {
             if let Ok(value) = HeaderValue::try_from(text) {
