@@ -58,14 +58,17 @@ pub(crate) async fn stream(State(shared): State<Arc<Shared>>, request: Request) 
     if shared.is_draining() {
         return Err(Problem::draining());
     }
-    let place = Place::take(&shared)?;
     let reader = Reader::of(&shared, &parts.extensions);
     let caller = parts.extensions.remove::<Caller>();
+    // A group is not its reader's alone: what is read is gone for the others. A socket settles, whatever it reads.
+    let takes = group.is_some() || upgrade.is_some();
+    let actions: &[_] = if takes { &[Action::Subscribe, Action::Settle] } else { &[Action::Subscribe] };
+    let right = Right::of(&shared, caller, actions, filter.clone());
+    right.check()?;
+    let place = Place::take(&shared)?;
     if let Some(upgrade) = upgrade {
-        let right = Right::of(&shared, caller, &[Action::Subscribe, Action::Settle], filter.clone());
         return socket::open(upgrade, shared, (place, right, reader), filter, group, hold).await;
     }
-    let right = Right::of(&shared, caller, &[Action::Subscribe], filter.clone());
     let (subscription, seeking) = match (group, parts.headers.get("last-event-id")) {
         (Some(group), _) => (join(&shared, filter, group, right.owner(), MESSAGES_AT_ONCE * 2).await?, Seeking::No),
         (None, None) => ((copy(&shared, &filter, StartAt::New).await?, Arc::default()), Seeking::No),

@@ -105,6 +105,50 @@ async fn each_may_do_what_its_rules_allow_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn what_takes_messages_out_of_a_group_takes_settle_as_well_as_subscribe() {
+    let orders = || ["orders.>".parse().unwrap()];
+    let all = [Action::Publish, Action::Subscribe, Action::Settle, Action::Admin];
+    let access = Access::new([
+        identity("ops").allowing(all, [">".parse().unwrap()]),
+        identity("reader").allowing([Action::Subscribe], orders()),
+        identity("worker").allowing([Action::Settle], orders()),
+        identity("both").allowing([Action::Subscribe, Action::Settle], orders()),
+        identity("admin").allowing([Action::Admin], orders()),
+    ]);
+    let running = Running::with(ServerOptions::new().with_access(access.unwrap())).await;
+    assert_eq!(ask(&running, "ops", "PUT /subscriptions/q", r#"{"filter":"orders.>"}"#).await.status, 201);
+    assert_eq!(ask(&running, "ops", "POST /topics/orders.a", "x").await.status, 202);
+    let push = r#"{"filter":"orders.>","endpoint":"http://127.0.0.1:9/"}"#;
+    let expires = r#"{"filter":"orders.>","expires":"1ms"}"#;
+    let beside = r#"{"filter":"orders.>","group":"q"}"#;
+    for (request, body) in [
+        ("GET /topics/orders.%3E/stream?group=q", ""),
+        ("GET /topics/orders.%3E/stream?gro%75p=q", ""),
+        ("DELETE /subscriptions/q", ""),
+        ("DELETE /subscriptions/q?keep=true", ""),
+        ("PUT /subscriptions/q", push),
+        ("PUT /subscriptions/q", expires),
+        ("PUT /subscriptions/beside", beside),
+    ] {
+        ask(&running, "reader", request, body).await.is_problem(403, "identity reader may not settle");
+        ask(&running, "worker", request, body).await.is_problem(403, "identity worker may not subscribe");
+    }
+    // It is all there, and a stream of one's own takes nothing of it.
+    stream(&running, "reader").await;
+    assert_eq!(ask(&running, "ops", "GET /subscriptions/q", "").await.json()["status"]["lag"], 1);
+    for who in ["both", "admin"] {
+        assert_eq!(ask(&running, who, "PUT /subscriptions/beside", beside).await.status, 201, "{who}");
+        assert_eq!(ask(&running, who, "DELETE /subscriptions/beside", "").await.status, 204, "{who}");
+    }
+    let group = "GET /topics/orders.%3E/stream?group=q";
+    ask(&running, "admin", group, "").await.is_problem(403, "identity admin may not settle");
+    let mut reads = running.connect().await;
+    let head = format!("{group} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer both\r\n\r\n");
+    reads.write_all(head.as_bytes()).await.unwrap();
+    read_until(&mut reads, "data: ").await;
+}
+
+#[tokio::test]
 async fn the_default_dead_letter_topic_takes_no_right_to_publish() {
     let running = guarded().await;
     assert_eq!(ask(&running, "ops", "PUT /subscriptions/watch", r#"{"filter":"dead.>"}"#).await.status, 201);

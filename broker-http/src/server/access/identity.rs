@@ -71,12 +71,13 @@ pub struct Allow {
 pub enum Action {
     /// Publishing to a topic; also naming it as a dead-letter topic.
     Publish,
-    /// Making, showing, changing, pausing and deleting subscriptions, and reading streams.
+    /// Reading streams of one's own, and showing, pausing and resuming subscriptions; with `settle` also what takes
+    /// messages out of a group that others may share: streams of a group, and making, changing and deleting subscriptions.
     Subscribe,
     /// Pulling from a subscription that stands, and settling what was pulled.
     Settle,
-    /// All that `subscribe` is; testing, redriving and purging subscriptions; with the topics `>`
-    /// also metrics and the list of topics.
+    /// All that `subscribe` is; making, changing, testing, redriving, purging and deleting subscriptions; with the topics
+    /// `>` also metrics and the list of topics.
     Admin,
 }
 

@@ -22,6 +22,8 @@ pub(super) enum Need {
     Topics(Vec<Action>, TopicFilter),
     /// This on the topics of a subscription.
     Subscription(Action, String),
+    /// To make, change or delete a subscription.
+    Owning(String),
 }
 
 impl Need {
@@ -44,6 +46,9 @@ impl Need {
             ("subscriptions", None, None, false) => Self::Anybody,
             ("subscriptions", Some(name), third, false) => {
                 let action = match third {
+                    None if method == Method::PUT || method == Method::DELETE => {
+                        return Self::Owning(Cow::into_owned(name));
+                    }
                     None | Some("pause" | "resume" | "attempts") => Action::Subscribe,
                     Some("pull" | "settle") => Action::Settle,
                     Some("dead") if method != Method::DELETE => Action::Subscribe,
@@ -74,6 +79,10 @@ impl Need {
                 // It is not there; the answer, or what is to be made, follows for who may make one.
                 Err(_) if caller.may_at_all(*action) => Ok(()),
                 Err(_) => Err(caller.forbidden(&format!("{action} on any topic"))),
+            },
+            Self::Owning(name) => match shared.registry.find(name) {
+                Ok(subscribed) => caller.check_owning(&subscribed.spec.filter),
+                Err(_) => caller.check_owning_at_all(),
             },
         }
     }
@@ -106,8 +115,8 @@ mod tests {
             ("GET /topics/a.%3E/stream", on(&[Subscribe], "a.>")),
             ("GET /subscriptions", Need::Anybody),
             ("GET /subscriptions/q", of(Subscribe, "q")),
-            ("PUT /subscriptions/q", of(Subscribe, "q")),
-            ("DELETE /subscriptions/%71", of(Subscribe, "q")),
+            ("PUT /subscriptions/q", Need::Owning("q".to_owned())),
+            ("DELETE /subscriptions/%71", Need::Owning("q".to_owned())),
             ("POST /subscriptions/q/pause", of(Subscribe, "q")),
             ("POST /subscriptions/q/resume", of(Subscribe, "q")),
             ("GET /subscriptions/q/attempts", of(Subscribe, "q")),

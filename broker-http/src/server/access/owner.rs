@@ -12,12 +12,39 @@ impl Identity {
     fn lacks_for(&self, spec: &SubscriptionSpec) -> Option<(Action, TopicFilter)> {
         // Dead letters are published there.
         let publishes = spec.dead_letter.as_ref().map(|topic| (Action::Publish, topic.into()));
-        let needs = [Some((Action::Subscribe, spec.filter.clone())), publishes];
-        needs.into_iter().flatten().find(|(action, filter)| !self.may(*action, filter))
+        let owning = self.lacks_to_own(&spec.filter).map(|action| (action, spec.filter.clone()));
+        owning.or_else(|| publishes.filter(|(action, filter)| !self.may(*action, filter)))
+    }
+
+    /// The first right that it lacks to make, change or delete a subscription to `filter`. Each can take messages out of
+    /// its group, whoever else they are for: a push is settled by its endpoint's answer, another backlog or `expires` drops
+    /// some, and the backlog goes with the last of a group.
+    fn lacks_to_own(&self, filter: &TopicFilter) -> Option<Action> {
+        if self.may(Action::Admin, filter) {
+            return None;
+        }
+        OWNING.into_iter().find(|action| !self.may(*action, filter))
     }
 }
 
+/// What it takes to own a subscription, for who is no admin.
+const OWNING: [Action; 2] = [Action::Subscribe, Action::Settle];
+
 impl Caller {
+    /// Refuses to make, change or delete a subscription to `filter` to who may not.
+    pub(super) fn check_owning(&self, filter: &TopicFilter) -> Answer<()> {
+        self.known.identity.lacks_to_own(filter).map_or(Ok(()), |action| self.check(action, filter))
+    }
+
+    /// The same, where it is not known yet of what filter.
+    pub(super) fn check_owning_at_all(&self) -> Answer<()> {
+        let lacks = OWNING.into_iter().find(|action| !self.may_at_all(*action));
+        match lacks.filter(|_| !self.may_at_all(Action::Admin)) {
+            Some(action) => Err(self.forbidden(&format!("{action} on any topic"))),
+            None => Ok(()),
+        }
+    }
+
     /// Its name, as an owner's.
     pub(crate) fn owner(&self) -> Option<GroupName> {
         // An identity's name has the grammar.
