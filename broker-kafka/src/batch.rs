@@ -11,6 +11,7 @@
 
 use std::ffi::{CStr, CString};
 use std::marker::PhantomData;
+use std::mem::ManuallyDrop;
 use std::ptr::{self, NonNull};
 use std::slice;
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use rdkafka::bindings;
 use rdkafka::consumer::Consumer as _;
 use rdkafka::consumer::base_consumer::PartitionQueue;
 use rdkafka::error::{KafkaError, KafkaResult};
-use rdkafka::message::{Header, Headers, Message, Timestamp};
+use rdkafka::message::{BorrowedMessage, Header, Headers, Message, Timestamp};
 use rdkafka::types::{RDKafkaHeaders, RDKafkaMessage, RDKafkaQueue, RDKafkaRespErr};
 
 use crate::admin::Partition;
@@ -82,7 +83,12 @@ pub(crate) struct Record<'a> {
     queue: PhantomData<&'a Batches>,
 }
 
-impl Record<'_> {
+impl<'a> Record<'a> {
+    /// A record of rdkafka's, which stays its own: read as ours are.
+    pub(crate) fn of(message: &'a BorrowedMessage<'_>) -> Option<ManuallyDrop<Self>> {
+        Some(ManuallyDrop::new(Record { record: NonNull::new(message.ptr())?, queue: PhantomData }))
+    }
+
     fn fields(&self) -> &RDKafkaMessage {
         // SAFETY: librdkafka gave this record away; it is valid and unchanged until it is destroyed.
         unsafe { self.record.as_ref() }
@@ -177,6 +183,22 @@ impl Message for Record<'_> {
 pub(crate) struct RecordHeaders([u8; 0]);
 
 impl RecordHeaders {
+    /// Name and value as they are: a name is anybody's bytes. A value that is null is empty.
+    pub(crate) fn bytes(&self, index: usize) -> Option<(&[u8], &[u8])> {
+        let (mut name, mut value, mut length) = (ptr::null(), ptr::null(), 0);
+        // SAFETY: the reference was made of valid headers; name and value are theirs, the name ends with NUL, and the
+        // value has that many bytes.
+        unsafe {
+            match bindings::rd_kafka_header_get_all(self.native(), index, &mut name, &mut value, &mut length) {
+                RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR => {
+                    let value = if value.is_null() { &[][..] } else { slice::from_raw_parts(value.cast(), length) };
+                    Some((CStr::from_ptr(name).to_bytes(), value))
+                }
+                _ => None,
+            }
+        }
+    }
+
     fn native(&self) -> *const RDKafkaHeaders {
         ptr::from_ref(self).cast()
     }
@@ -190,17 +212,38 @@ impl Headers for RecordHeaders {
 
     /// `None` also where the name is not UTF-8.
     fn try_get(&self, index: usize) -> Option<Header<'_, &[u8]>> {
-        let (mut name, mut value, mut length) = (ptr::null(), ptr::null(), 0);
-        // SAFETY: the reference was made of valid headers; name and value are theirs, the name ends with NUL, and the
-        // value has that many bytes.
+        let (name, value) = self.bytes(index)?;
+        Some(Header { key: std::str::from_utf8(name).ok()?, value: Some(value) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a record of somebody else's may have: rdkafka panics at the second.
+    #[test]
+    fn the_name_of_a_header_is_anybodys_bytes() {
+        // SAFETY: the headers are made here, read while they are there, and destroyed; names and values have the lengths
+        // that are said, and are copied.
         unsafe {
-            match bindings::rd_kafka_header_get_all(self.native(), index, &mut name, &mut value, &mut length) {
-                RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR => Some(Header {
-                    key: CStr::from_ptr(name).to_str().ok()?,
-                    value: (!value.is_null()).then(|| slice::from_raw_parts(value.cast(), length)),
-                }),
-                _ => None,
+            let native = bindings::rd_kafka_headers_new(2);
+            for (name, value) in [(&b"x"[..], &b"1"[..]), (b"\xff\xfe", b"2")] {
+                bindings::rd_kafka_header_add(
+                    native,
+                    name.as_ptr().cast(),
+                    name.len() as isize,
+                    value.as_ptr().cast(),
+                    value.len() as isize,
+                );
             }
+            let headers = native.cast::<RecordHeaders>().as_ref().unwrap();
+            assert_eq!(headers.count(), 2);
+            assert_eq!(headers.try_get(0).map(|header| (header.key, header.value)), Some(("x", Some(&b"1"[..]))));
+            assert!(headers.try_get(1).is_none());
+            assert_eq!(headers.bytes(1), Some((&b"\xff\xfe"[..], &b"2"[..])));
+            assert_eq!(headers.bytes(2), None);
+            bindings::rd_kafka_headers_destroy(native);
         }
     }
 }

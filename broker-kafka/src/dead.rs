@@ -16,6 +16,7 @@ use rdkafka::message::Message as _;
 use rustc_hash::FxHashMap;
 
 use crate::admin::{Admin, At, Partition, list};
+use crate::batch::Record;
 use crate::client::{self, Context, Role};
 use crate::group::GroupClient;
 use crate::producer::Publishing;
@@ -174,7 +175,7 @@ impl Grave {
 
     /// The dead letter that a record is, if it is one of the group's.
     fn letter(&self, record: &rdkafka::message::BorrowedMessage<'_>) -> Option<DeadLetter> {
-        let decoded = wire::decode(record, Format::Native, &mut Copies::default());
+        let decoded = wire::decode(&*Record::of(record)?, Format::Native, &mut Copies::default());
         let letter = DeadLetter::from_message(decoded.message).ok()?;
         (decoded.problem.is_none() && letter.group.as_ref() == Some(&self.group)).then_some(letter)
     }

@@ -22,7 +22,7 @@ use rdkafka::{Offset, TopicPartitionList};
 use rustc_hash::FxHashMap;
 
 use crate::admin::{Admin, Partition, list};
-use crate::batch::{BATCH, Batches};
+use crate::batch::{BATCH, Batches, Record};
 use crate::committer::{Answer, Committer};
 use crate::consumer::{Client, Source, assign, make, unassign};
 use crate::group;
@@ -213,7 +213,8 @@ impl Poller {
     fn admit_stray(&mut self, record: &BorrowedMessage<'_>) {
         let Ok(topic) = Topic::new(record.topic()) else { return };
         if let Some(place) = self.places.get(&(topic, record.partition())) {
-            let arrival = arrival(record, self.admin.config().format, &mut self.copies);
+            let Some(record) = Record::of(record) else { return };
+            let arrival = arrival(&record, self.admin.config().format, &mut self.copies);
             if let Some(end) = self.member.admit(*place, [arrival]) {
                 self.cut(*place, end);
             }
@@ -597,7 +598,7 @@ fn named(list: &TopicPartitionList) -> Vec<Partition> {
     elements.iter().filter_map(|element| Some((Topic::new(element.topic()).ok()?, element.partition()))).collect()
 }
 
-fn arrival(record: &impl RdMessage, format: Format, copies: &mut Copies) -> Arrival {
+fn arrival(record: &Record<'_>, format: Format, copies: &mut Copies) -> Arrival {
     Arrival { offset: record.offset(), decoded: wire::decode(record, format, copies) }
 }
 

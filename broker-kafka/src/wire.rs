@@ -1,15 +1,14 @@
 //! Records as librdkafka has them.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
 use broker_core::{Message, Timestamp};
 use rdkafka::message::{Header, Headers as _, Message as RdMessage, OwnedHeaders};
 use smallvec::SmallVec;
 
-use crate::record::{Copies, Decoded, Field, Format, Writer, from_headers, place};
+use crate::batch::Record;
+use crate::record::{Copies, Decoded, Field, Format, Writer, from_headers, keep_strange, place};
 
 /// Reads a record.
-pub(crate) fn decode(record: &impl RdMessage, format: Format, copies: &mut Copies) -> Decoded {
+pub(crate) fn decode(record: &Record<'_>, format: Format, copies: &mut Copies) -> Decoded {
     let bare = |id| {
         let payload = record.payload().map(|payload| copies.copy(payload));
         let message =
@@ -19,17 +18,21 @@ pub(crate) fn decode(record: &impl RdMessage, format: Format, copies: &mut Copie
             None => message,
         }
     };
-    let mut headers: SmallVec<[Field<'_>; 6]> = SmallVec::new();
-    // rdkafka panics at a name that is not UTF-8; there is no other way to read one.
-    let read = catch_unwind(AssertUnwindSafe(|| {
-        for header in record.headers().into_iter().flat_map(|headers| headers.iter()) {
-            headers.push((header.key, header.value.unwrap_or_default()));
+    let mut fields: SmallVec<[Field<'_>; 6]> = SmallVec::new();
+    let mut strange: SmallVec<[(&[u8], &[u8]); 0]> = SmallVec::new();
+    if let Some(headers) = record.headers() {
+        for (name, value) in (0..headers.count()).map_while(|index| headers.bytes(index)) {
+            match std::str::from_utf8(name) {
+                Ok(name) => fields.push((name, value)),
+                Err(_) => strange.push((name, value)),
+            }
         }
-    }));
+    }
     let place = || place(record.topic(), record.partition(), record.offset());
-    let mut decoded = from_headers(bare, &headers, format, place);
-    if read.is_err() && decoded.problem.is_none() {
-        decoded.problem = Some("the name of a header is not UTF-8; it and those after it are left out".into());
+    let mut decoded = from_headers(bare, &fields, format, place);
+    if !strange.is_empty() {
+        keep_strange(decoded.message.headers_mut(), &strange);
+        decoded.problem.get_or_insert_with(|| "the name of a header is not UTF-8".into());
     }
     decoded
 }

@@ -21,6 +21,7 @@ use broker_core::{Message, MessageId, Result, Timestamp, Topic};
 
 pub(crate) use copies::Copies;
 pub use format::Format;
+pub(crate) use native::keep_strange;
 
 /// What a message takes along besides itself.
 #[derive(Clone, Debug, Default, PartialEq)]

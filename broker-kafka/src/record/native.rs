@@ -161,13 +161,20 @@ pub(super) fn raw(headers: &[Field<'_>]) -> Headers {
         if *name != ID && !is_ours(name) && kept.append(name, Bytes::copy_from_slice(value)).is_ok() {
             continue;
         }
-        let mut whole: Vec<u8> = name.escape_default().collect::<String>().into_bytes();
-        whole.push(b'=');
-        whole.extend_from_slice(value);
-        // The name is our own and well formed.
-        let _ = kept.append(RAW_HEADER, whole);
+        keep_raw(&mut kept, &name.escape_default().to_string(), value);
     }
     kept
+}
+
+/// Keeps headers whose names are not even UTF-8.
+pub(crate) fn keep_strange(kept: &mut Headers, strange: &[(&[u8], &[u8])]) {
+    strange.iter().for_each(|(name, value)| keep_raw(kept, &name.escape_ascii().to_string(), value));
+}
+
+fn keep_raw(kept: &mut Headers, escaped: &str, value: &[u8]) {
+    let whole = [escaped.as_bytes(), b"=", value].concat();
+    // The name is our own and well formed.
+    let _ = kept.append(RAW_HEADER, whole);
 }
 
 #[cfg(test)]
