@@ -14,6 +14,9 @@ const MAX_METADATA_BYTES: usize = 4096;
 /// Bytes of them that settings may take; the rest is for progress.
 const MAX_SETTINGS_BYTES: usize = 1536;
 
+/// Bytes by which settings can grow while a group has members: the name of a dead-letter topic, and the longest of retries.
+const ALTERABLE_BYTES: usize = 384;
+
 /// A group's settings as they are written.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Stored {
@@ -64,8 +67,11 @@ impl Stored {
                 "the group's settings take {bare} bytes, of at most {MAX_SETTINGS_BYTES}: name fewer start positions"
             )));
         }
+        // What was begun with these settings is said with those of later, too.
+        let fixed = Self { dead_letter: None, retry: RetryPolicy::default(), ..self.clone() };
+        let reserved = bare.max(fixed.metadata(&Progress::default())?.len() + ALTERABLE_BYTES);
         // The member's name and quotes, one entry more than is counted, base64.
-        Ok((MAX_METADATA_BYTES - bare - 48) / 4 * 3)
+        Ok((MAX_METADATA_BYTES - reserved - 48) / 4 * 3)
     }
 
     /// What the metadata of an offset says, which is anybody's to write; `None` if it is not ours.
@@ -82,6 +88,8 @@ impl Stored {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -95,6 +103,24 @@ mod tests {
         assert_eq!(read.settings().unwrap(), settings);
         assert_eq!(read.progress(7), progress);
         assert!(Stored::read("somebody else's").is_none() && Stored::read(r#"{"v":2}"#).is_none());
+    }
+
+    /// A member that holds all that a commit can say goes on when its group is altered.
+    #[test]
+    fn what_fits_beside_settings_fits_beside_those_they_become() {
+        let room = Stored::new(&GroupOptions::new().resolve(None).unwrap()).room().unwrap();
+        let longest = Duration::from_millis(u64::MAX);
+        let retry = RetryPolicy::default().with_max_attempts(u32::MAX).unwrap();
+        let retry = retry.with_backoff(longest, longest, 99.999_999_999_999_99).unwrap();
+        let dead_letter = Topic::new("d".repeat(249)).unwrap();
+        let altered = GroupOptions::new().with_retry(retry).with_dead_letter(dead_letter).resolve(None).unwrap();
+        let mut progress = Progress { watermark: 0, ..Progress::default() };
+        while progress.encode().len() < room / 3 * 4 {
+            let at = progress.end() + 1_000;
+            progress.push_done(at..at + 1);
+        }
+        let said = Stored::new(&altered).metadata(&progress).unwrap();
+        assert!(said.len() <= MAX_METADATA_BYTES, "{} bytes", said.len());
     }
 
     #[test]
