@@ -164,6 +164,10 @@ impl Shared {
         check_group_options(options)?;
         let known = self.registry.group(group).map(|entry| entry.settings());
         let standing = group::ensure(&self.admin, group, options, known)?;
+        if standing.created {
+            // What was known was of another.
+            self.registry.forget(group);
+        }
         Ok((standing.created, self.registry.enter(group, standing.settings)))
     }
 

@@ -149,7 +149,9 @@ pub(crate) fn ensure(
     let client = GroupClient::new(admin, &admin.config().group_id(group))?;
     let committed = client.committed(&partitions)?;
     let existing = committed.iter().any(|one| one.progress.is_some());
-    if existing || known.is_some() {
+    // A pattern's group stands before there is a topic for it to be anywhere in. Another that is nowhere was deleted by somebody
+    // else, or has expired, whatever this process knows.
+    if existing || (known.is_some() && group.filter.is_pattern()) {
         let stored = committed.iter().find_map(|one| one.stored.as_ref()).map(Stored::settings).transpose()?;
         return match known.or(stored) {
             Some(have) => {

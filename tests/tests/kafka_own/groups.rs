@@ -110,3 +110,27 @@ async fn a_pattern_is_not_held_up_by_a_topic_that_is_none_of_ours() -> Result<()
     close(&broker).await;
     Ok(())
 }
+
+/// A group that another process has deleted begins anew, as who joins asks for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_that_was_deleted_elsewhere_begins_anew() -> Result<()> {
+    let (one, two, topic) = (broker("")?, broker("")?, topic("elsewhere")?);
+    let group: Group = format!("elsewhere@{topic}").parse()?;
+    let mut member = join(&one, &group, GroupOptions::new()).await?;
+    one.publish(&topic, Message::new("before")).await?;
+    take(&mut member, 1).await?.remove(0).ack().await?;
+    member.close().await?;
+    assert!(two.delete_group(&group).await?);
+    let ordered = GroupOptions::new().with_ordered(true);
+    let mut member = join(&one, &group, ordered.clone()).await?;
+    one.publish(&topic, Message::new("after")).await?;
+    let delivery = take(&mut member, 1).await?.remove(0);
+    assert_eq!(payload(&delivery), "after");
+    delivery.ack().await?;
+    // Its settings are the new ones, here and there.
+    assert!(!one.create_group(&group, ordered.clone()).await? && !two.create_group(&group, ordered).await?);
+    one.delete_group(&group).await?;
+    close(&one).await;
+    close(&two).await;
+    Ok(())
+}
