@@ -281,26 +281,32 @@ async fn a_topic_that_is_made_again_is_read_from_its_beginning() -> Result<()> {
 /// What a group has committed lies beyond the end of the log: the log is another one.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_group_beyond_the_end_of_its_log_reads_all_of_it() -> Result<()> {
+    use broker_kafka::rdkafka::admin::{AdminClient, AdminOptions};
     use broker_kafka::rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
     let (broker, topic) = (broker("")?, topic("beyond")?);
     let group: Group = format!("beyond@{topic}").parse()?;
-    for n in 0..3 {
+    for n in 0..5 {
         broker.publish(&topic, Message::new(n.to_string())).await?;
     }
     let mut settings = rdkafka::ClientConfig::new();
     settings.set("bootstrap.servers", server().url.trim_start_matches("kafka://")).set("group.id", group.to_string());
+    // Its first records are gone, as they are after a while.
+    let admin: AdminClient<rdkafka::client::DefaultClientContext> = settings.create().unwrap();
+    let mut gone = rdkafka::TopicPartitionList::new();
+    gone.add_partition_offset(topic.as_str(), 0, rdkafka::Offset::Offset(2)).unwrap();
+    admin.delete_records(&gone, &AdminOptions::new()).await.unwrap();
     let other: BaseConsumer = settings.create().unwrap();
     let mut list = rdkafka::TopicPartitionList::new();
     list.add_partition_offset(topic.as_str(), 0, rdkafka::Offset::Offset(1_000)).unwrap();
     other.commit(&list, CommitMode::Sync).unwrap();
     let mut member = join(&broker, &group, GroupOptions::new()).await?;
     let came: Vec<_> = take(&mut member, 3).await?;
-    assert_eq!(came.iter().map(payload).collect::<Vec<_>>(), ["0", "1", "2"]);
+    assert_eq!(came.iter().map(payload).collect::<Vec<_>>(), ["2", "3", "4"]);
     for delivery in came {
         delivery.ack().await?;
     }
     close(&broker).await;
-    assert_eq!(committed(&group, &topic), Some(3));
+    assert_eq!(committed(&group, &topic), Some(5));
     Ok(())
 }
 
