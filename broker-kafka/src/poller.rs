@@ -74,6 +74,9 @@ pub(crate) struct Poller {
     refused: Vec<Transfer>,
     try_again: Instant,
     next_commit: Instant,
+    /// A commit was due while another was not answered: it is made with the answer. Between two rebalances there may be no
+    /// other time for it.
+    held_back: bool,
     /// Without group: when to look for new partitions, and what was found.
     next_refresh: Instant,
     found: (Sender<Vec<Partition>>, Receiver<Vec<Partition>>),
@@ -113,6 +116,7 @@ pub(crate) fn start(
         refused: Vec::new(),
         try_again: now,
         next_commit: now,
+        held_back: false,
         next_refresh: now + refresh,
         found: crossbeam_channel::bounded(1),
     };
@@ -453,7 +457,8 @@ impl Poller {
             return;
         }
         self.next_commit = now + self.admin.config().commit_interval;
-        let commits = self.member.state(|state| state.commits());
+        let (commits, held_back) = self.member.state(|state| (state.commits(), state.is_held_back()));
+        self.held_back = held_back;
         if commits.is_empty() {
             return;
         }
@@ -467,8 +472,12 @@ impl Poller {
         }
     }
 
-    fn hear_answers(&self) {
-        for Answer { partitions, result } in self.committer.answers() {
+    fn hear_answers(&mut self) {
+        let answers: Vec<Answer> = self.committer.answers().collect();
+        if self.held_back && !answers.is_empty() {
+            self.next_commit = Instant::now();
+        }
+        for Answer { partitions, result } in answers {
             self.member.state(|state| state.answered(&partitions));
             match result {
                 Ok(()) => self.admin.health().recovered(),
@@ -479,7 +488,7 @@ impl Poller {
 
     /// Commits for the last time, and waits until the server has it; false if it may have it a moment later, and who
     /// tries again unseals what is to be in it. Until `patience` it waits for what was sent in the background.
-    fn commit_now(&self, places: Option<&[Place]>, patience: Instant) -> bool {
+    fn commit_now(&mut self, places: Option<&[Place]>, patience: Instant) -> bool {
         if self.member.group.is_none() {
             return true;
         }

@@ -252,6 +252,11 @@ impl State {
             .collect()
     }
 
+    /// Whether there is something to commit that waits for the answer to a commit before.
+    pub(crate) fn is_held_back(&self) -> bool {
+        self.lots.iter().any(|(_, lot)| lot.dirty && lot.unanswered > 0)
+    }
+
     /// Whether a commit of `places`, or of any, is not answered.
     pub(crate) fn is_committing(&self, places: Option<&[Place]>) -> bool {
         self.lots.iter().any(|(index, lot)| lot.unanswered > 0 && is_among(places, Place { index, id: lot.id }))
@@ -383,6 +388,7 @@ mod tests {
         // Of one only. While a commit is not answered none follows it.
         state.commit_all();
         assert_eq!(offsets(state.commits()), []);
+        assert!(state.is_held_back());
         refused(&mut state, std::slice::from_ref(&second));
         assert_eq!(offsets(state.commits()), [(1, 1)]);
         state.answered(&[first, second]);
