@@ -217,9 +217,7 @@ impl Registry {
     /// The subscription called `name`.
     pub(crate) fn find(&self, name: &str) -> Answer<Arc<Subscribed>> {
         GroupName::new(name)?;
-        self.table.read().get(name).cloned().ok_or_else(|| {
-            Problem::not_found(format!("there is no subscription {name}; PUT /subscriptions/{name} makes one"))
-        })
+        self.table.read().get(name).cloned().ok_or_else(|| missing(name))
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -233,11 +231,18 @@ impl Registry {
         table.values().filter_map(status).collect()
     }
 
-    /// Subscriptions after `after` in order of name, `limit` at most, and whether there are more.
-    pub(crate) fn list(&self, after: Option<&str>, limit: usize) -> (Vec<Arc<Subscribed>>, bool) {
+    /// Subscriptions after `after` in order of name, of those that `seen` lets through, `limit` at most, and whether there are
+    /// more of these.
+    pub(crate) fn list(
+        &self,
+        after: Option<&str>,
+        limit: usize,
+        seen: impl Fn(&Subscribed) -> bool,
+    ) -> (Vec<Arc<Subscribed>>, bool) {
         let table = self.table.read();
         let from = after.map_or(std::ops::Bound::Unbounded, std::ops::Bound::Excluded);
-        let mut rest = table.range::<str, _>((from, std::ops::Bound::Unbounded)).map(|(_, subscribed)| subscribed);
+        let rest = table.range::<str, _>((from, std::ops::Bound::Unbounded)).map(|(_, subscribed)| subscribed);
+        let mut rest = rest.filter(|subscribed| seen(subscribed));
         let page: Vec<_> = rest.by_ref().take(limit).cloned().collect();
         (page, rest.next().is_some())
     }
@@ -552,6 +557,11 @@ impl Registry {
             }
         });
     }
+}
+
+/// That there is no subscription called so.
+pub(crate) fn missing(name: &str) -> Problem {
+    Problem::not_found(format!("there is no subscription {name}; PUT /subscriptions/{name} makes one"))
 }
 
 /// The group that a subscription is a member of.

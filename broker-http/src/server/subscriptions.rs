@@ -142,16 +142,16 @@ pub(crate) async fn list(
     let limit = query.number("limit", 1..=MAX_PAGE)?.unwrap_or(DEFAULT_PAGE);
     let after = query.text("next")?;
     query.finish()?;
-    let (page, more) = shared.registry.list(after.as_deref(), limit);
-    let status = shared.broker.status().await?;
-    let next = page.last().filter(|_| more).map(|last| last.name.to_string());
-    let seen = |subscribed: &&Arc<Subscribed>| {
+    let seen = |subscribed: &Subscribed| {
         caller.as_ref().is_none_or(|Extension(caller)| caller.may_see(&subscribed.spec.filter))
     };
+    let (page, more) = shared.registry.list(after.as_deref(), limit, seen);
+    let status = shared.broker.status().await?;
+    let next = page.last().filter(|_| more).map(|last| last.name.to_string());
     let turn = reader.turn(LIST_BYTES).await;
     let mut out = br#"{"subscriptions":["#.to_vec();
     let mut last = None;
-    for subscribed in page.iter().filter(seen) {
+    for subscribed in &page {
         if last.is_some() {
             out.push(b',');
         }

@@ -65,7 +65,7 @@ async fn each_may_do_what_its_rules_allow_and_nothing_else() {
         ("billing", "PUT /subscriptions/q", r#"{"filter":"orders.>","dead_letter":"dead.orders"}"#, 201),
         ("ops", "PUT /subscriptions/all", r#"{"filter":">"}"#, 201),
         ("billing", "GET /subscriptions/q", "", 200),
-        ("billing", "GET /subscriptions/all", "", 403),
+        ("billing", "GET /subscriptions/all", "", 404),
         ("billing", "GET /subscriptions/none", "", 404),
         ("shop", "GET /subscriptions/q", "", 403),
         ("billing", "POST /subscriptions/q/pause", "", 200),
@@ -80,7 +80,7 @@ async fn each_may_do_what_its_rules_allow_and_nothing_else() {
         ("ops", "POST /subscriptions/q/pull", "", 403),
         ("worker", "POST /subscriptions/q/pull?wait=0s", "", 200),
         ("worker", "POST /subscriptions/q/settle", "{}", 200),
-        ("worker", "POST /subscriptions/all/pull?wait=0s", "", 403),
+        ("worker", "POST /subscriptions/all/pull?wait=0s", "", 404),
         ("worker", "GET /subscriptions/q", "", 403),
         ("billing", "GET /metrics", "", 403),
         ("ops", "GET /metrics", "", 200),
@@ -146,6 +146,62 @@ async fn what_takes_messages_out_of_a_group_takes_settle_as_well_as_subscribe() 
     let head = format!("{group} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer both\r\n\r\n");
     reads.write_all(head.as_bytes()).await.unwrap();
     read_until(&mut reads, "data: ").await;
+}
+
+#[tokio::test]
+async fn what_somebody_may_not_see_is_answered_as_if_it_were_not_there() {
+    let all = [Action::Publish, Action::Subscribe, Action::Settle, Action::Admin];
+    let access = Access::new([
+        identity("ops").allowing(all, [">".parse().unwrap()]),
+        identity("own").allowing(all, ["own.>".parse().unwrap()]),
+        identity("shop").allowing([Action::Publish], [">".parse().unwrap()]),
+    ]);
+    let running = Running::with(ServerOptions::new().with_access(access.unwrap())).await;
+    for (name, filter) in [("a", "own.>"), ("hidden", "secret.>"), ("hidden2", "secret.>"), ("z", "own.>")] {
+        let spec = format!(r#"{{"filter":"{filter}"}}"#);
+        assert_eq!(ask(&running, "ops", &format!("PUT /subscriptions/{name}"), &spec).await.status, 201);
+    }
+    for (method, path, body) in [
+        ("GET", "", ""),
+        ("GET", "?x=1", ""),
+        ("DELETE", "", ""),
+        ("DELETE", "?keep=what", ""),
+        ("PATCH", "", ""),
+        ("POST", "/pause", ""),
+        ("POST", "/resume", ""),
+        ("POST", "/test", ""),
+        ("GET", "/attempts", ""),
+        ("GET", "/dead", ""),
+        ("DELETE", "/dead", ""),
+        ("DELETE", "/backlog", ""),
+        ("POST", "/redrive", "{}"),
+        ("POST", "/pull?wait=0s", ""),
+        ("POST", "/pull?max=x", ""),
+        ("POST", "/settle", "{"),
+    ] {
+        for (who, status) in [("own", 404), ("shop", 403)] {
+            let [hidden, absent] = ["hidden", "absent"].map(|name| format!("{method} /subscriptions/{name}{path}"));
+            let (hidden, absent) = (ask(&running, who, &hidden, body).await, ask(&running, who, &absent, body).await);
+            assert_eq!(hidden.status, status, "{who} {method} {path}: {}", hidden.text());
+            assert_eq!(hidden.status, absent.status);
+            assert_eq!(hidden.text().replace("hidden", "absent"), absent.text());
+        }
+    }
+    // That a name is taken cannot be hidden from who would take it; what has it, can.
+    let taken = ask(&running, "own", "PUT /subscriptions/hidden", r#"{"filter":"own.>"}"#).await;
+    taken.is_problem(409, "the name hidden is taken");
+    assert!(!taken.text().contains("secret"), "{}", taken.text());
+    // Pages are of what may be seen, and so is where the next begins.
+    let mut listed = Vec::new();
+    let mut next = String::new();
+    for _ in 0..2 {
+        let page = ask(&running, "own", &format!("GET /subscriptions?limit=1{next}"), "").await.json();
+        assert_eq!(page["subscriptions"].as_array().unwrap().len(), 1, "{page}");
+        listed.push(page["subscriptions"][0]["name"].clone());
+        next = page["next"].as_str().map(|next| format!("&next={next}")).unwrap_or_default();
+        assert!(!next.contains("hidden"), "{page}");
+    }
+    assert_eq!((listed, next.as_str()), (vec!["a".into(), "z".into()], ""));
 }
 
 #[tokio::test]

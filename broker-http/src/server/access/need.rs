@@ -2,13 +2,15 @@
 //! in it is nobody's.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use broker_core::TopicFilter;
 use http::{HeaderMap, Method, Uri, header};
 use percent_encoding::percent_decode_str;
 
 use super::super::Shared;
-use super::super::problem::Answer;
+use super::super::problem::{Answer, Problem};
+use super::super::registry::{Subscribed, missing};
 use super::{Action, Caller};
 
 /// The right a request needs.
@@ -22,8 +24,10 @@ pub(super) enum Need {
     Topics(Vec<Action>, TopicFilter),
     /// This on the topics of a subscription.
     Subscription(Action, String),
-    /// To make, change or delete a subscription.
-    Owning(String),
+    /// To make or change a subscription.
+    Making(String),
+    /// To delete one.
+    Deleting(String),
 }
 
 impl Need {
@@ -46,9 +50,8 @@ impl Need {
             ("subscriptions", None, None, false) => Self::Anybody,
             ("subscriptions", Some(name), third, false) => {
                 let action = match third {
-                    None if method == Method::PUT || method == Method::DELETE => {
-                        return Self::Owning(Cow::into_owned(name));
-                    }
+                    None if method == Method::PUT => return Self::Making(Cow::into_owned(name)),
+                    None if method == Method::DELETE => return Self::Deleting(Cow::into_owned(name)),
                     None | Some("pause" | "resume" | "attempts") => Action::Subscribe,
                     Some("pull" | "settle") => Action::Settle,
                     Some("dead") if method != Method::DELETE => Action::Subscribe,
@@ -74,18 +77,34 @@ impl Need {
         match self {
             Self::Nobody | Self::Anybody => Ok(()),
             Self::Topics(actions, filter) => actions.iter().try_for_each(|action| caller.check(*action, filter)),
-            Self::Subscription(action, name) => match shared.registry.find(name) {
+            Self::Subscription(action, name) => match seen(shared, caller, name) {
                 Ok(subscribed) => caller.check(*action, &subscribed.spec.filter),
-                // It is not there; the answer, or what is to be made, follows for who may make one.
-                Err(_) if caller.may_at_all(*action) => Ok(()),
+                Err(missing) if caller.may_at_all(*action) => Err(missing),
                 Err(_) => Err(caller.forbidden(&format!("{action} on any topic"))),
             },
-            Self::Owning(name) => match shared.registry.find(name) {
+            Self::Deleting(name) => match seen(shared, caller, name) {
                 Ok(subscribed) => caller.check_owning(&subscribed.spec.filter),
-                Err(_) => caller.check_owning_at_all(),
+                Err(missing) => caller.check_owning_at_all().and(Err(missing)),
+            },
+            Self::Making(name) => match seen(shared, caller, name) {
+                Ok(subscribed) => caller.check_owning(&subscribed.spec.filter),
+                Err(_) => {
+                    caller.check_owning_at_all()?;
+                    // It cannot be hidden that a name is taken, only what has it.
+                    match shared.registry.find(name) {
+                        Ok(_) => Err(Problem::conflict(format!("the name {name} is taken; take another"))),
+                        Err(_) => Ok(()),
+                    }
+                }
             },
         }
     }
+}
+
+/// A subscription that the caller may know of; any other is answered as if there were none.
+fn seen(shared: &Shared, caller: &Caller, name: &str) -> Answer<Arc<Subscribed>> {
+    let found = shared.registry.find(name)?;
+    if caller.may_see(&found.spec.filter) { Ok(found) } else { Err(missing(name)) }
 }
 
 #[cfg(test)]
@@ -115,8 +134,8 @@ mod tests {
             ("GET /topics/a.%3E/stream", on(&[Subscribe], "a.>")),
             ("GET /subscriptions", Need::Anybody),
             ("GET /subscriptions/q", of(Subscribe, "q")),
-            ("PUT /subscriptions/q", Need::Owning("q".to_owned())),
-            ("DELETE /subscriptions/%71", Need::Owning("q".to_owned())),
+            ("PUT /subscriptions/q", Need::Making("q".to_owned())),
+            ("DELETE /subscriptions/%71", Need::Deleting("q".to_owned())),
             ("POST /subscriptions/q/pause", of(Subscribe, "q")),
             ("POST /subscriptions/q/resume", of(Subscribe, "q")),
             ("GET /subscriptions/q/attempts", of(Subscribe, "q")),
