@@ -206,6 +206,40 @@ async fn a_client_certificate_counts_as_long_as_the_authorities_vouch_for_it() {
 }
 
 #[tokio::test]
+async fn a_client_certificate_that_ends_ends_what_it_proves_over_connections_that_stand() {
+    let folder = tempfile::tempdir().unwrap();
+    let (servers, clients) = (authority(), authority());
+    write(folder.path(), &servers, "localhost");
+    std::fs::write(folder.path().join("clients.pem"), clients.pem()).unwrap();
+    let files = TlsFiles::new(folder.path().join("cert.pem"), folder.path().join("key.pem"));
+    let tls = Tls::load(files.with_client_ca(folder.path().join("clients.pem"))).unwrap();
+    let rule = Identity::new("billing").unwrap().with_certificate("billing.internal".parse().unwrap());
+    let rule = rule.allowing([Action::Publish, Action::Subscribe], [">".parse().unwrap()]);
+    let options = ServerOptions::new().with_access(Access::new([rule]).unwrap());
+    let server = Server::new(Arc::new(MemoryBroker::new()), options);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move { server.serve_tls(listener, tls).await });
+
+    let ends = std::time::SystemTime::now() + Duration::from_secs(4);
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::new(["billing.internal".to_owned()]).unwrap();
+    params.not_after = ends.into();
+    let connector = client(&servers, Some((params.signed_by(&key, &clients).unwrap(), key)));
+    let connect = async || {
+        let stream = TcpStream::connect(address).await.unwrap();
+        connector.connect(ServerName::try_from("localhost").unwrap(), stream).await.unwrap()
+    };
+    let (mut publisher, mut reader) = (soon(connect()).await, soon(connect()).await);
+    soon(say(&mut publisher, "POST /topics/a", "202 Accepted")).await;
+    soon(say(&mut reader, "GET /topics/a/stream", "text/event-stream")).await;
+    // The last chunk: nobody asked for anything meanwhile.
+    soon(hear(&mut reader, "0\r\n\r\n")).await;
+    assert!(std::time::SystemTime::now() >= ends - Duration::from_secs(1), "not before");
+    soon(say(&mut publisher, "POST /topics/a", "401 Unauthorized")).await;
+}
+
+#[tokio::test]
 async fn a_certificate_that_changes_is_taken_up_and_a_broken_one_is_not() {
     let folder = tempfile::tempdir().unwrap();
     let (before, after) = (authority(), authority());

@@ -2,14 +2,16 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
-use broker_core::{Error, Result};
+use broker_core::{Error, Result, Timestamp};
 use parking_lot::Mutex;
 use rustls::pki_types::{CertificateDer, ServerName};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::super::tls::Tls;
 use super::token::TokenHash;
+use super::validity;
 
 /// A client certificate an identity is known by: its fingerprint (`sha256:` and the hash of its DER
 /// form), or a DNS name among its subject alternative names.
@@ -28,16 +30,31 @@ enum Form {
     Dns(String),
 }
 
-/// What the certificate of a connection says, for as long as the authorities of clients vouch for it.
+/// What the certificate of a connection says, for as long as it is good and the authorities of clients vouch for it.
 #[derive(Debug)]
 pub(crate) struct Presented {
     fingerprint: TokenHash,
     names: Vec<String>,
     chain: Vec<CertificateDer<'static>>,
     tls: Tls,
-    /// What is known of it, and after how many changes of the authorities.
-    vouched: Mutex<(u64, bool)>,
+    /// When it, or another of its chain, is good no more.
+    ends: Vec<Option<Timestamp>>,
+    vouched: Mutex<Vouched>,
 }
+
+/// What is known of a certificate.
+#[derive(Clone, Copy, Debug)]
+struct Vouched {
+    /// After how many changes of the authorities.
+    changes: u64,
+    /// When to look again, whatever the authorities do.
+    until: Option<Timestamp>,
+    is: bool,
+}
+
+/// How often a certificate is looked at again that does not say in a way we know until when it is good, and how long is
+/// slept at most until then: clocks are set.
+const LOOK: Duration = Duration::from_secs(60);
 
 impl Presented {
     /// Reads the chain of a certificate that TLS has verified, once it had changed its authorities so often; `None` if
@@ -47,28 +64,48 @@ impl Presented {
         let names = webpki::EndEntityCert::try_from(certificate)
             .map(|parsed| parsed.valid_dns_names().map(str::to_ascii_lowercase).collect())
             .unwrap_or_default();
-        let chain = chain.iter().map(|certificate| certificate.clone().into_owned()).collect();
-        let vouched = Mutex::new((changes, true));
-        Some(Self { fingerprint: TokenHash::of(certificate), names, chain, tls: tls.clone(), vouched })
+        let chain: Vec<_> = chain.iter().map(|certificate| certificate.clone().into_owned()).collect();
+        let now = Timestamp::now();
+        let ends: Vec<_> = chain.iter().map(|one| validity::end(one)).collect();
+        let vouched = Mutex::new(Vouched { changes, until: next(&ends, now), is: true });
+        Some(Self { fingerprint: TokenHash::of(certificate), names, chain, tls: tls.clone(), ends, vouched })
     }
 
-    /// Whether the authorities of now vouch for it; looked at anew where they have changed.
+    /// Whether the authorities of now vouch for it; looked at anew where they have changed, and where it may have ended.
     pub(super) fn is_vouched_for(&self) -> bool {
         let changes = *self.tls.authorities().borrow();
+        let now = Timestamp::now();
         let mut vouched = self.vouched.lock();
-        if vouched.0 != changes {
-            *vouched = (changes, self.tls.vouches_for(&self.chain));
+        if vouched.changes != changes || vouched.until.is_some_and(|until| until <= now) {
+            *vouched = Vouched { changes, until: next(&self.ends, now), is: self.tls.vouches_for(&self.chain) };
         }
-        vouched.1
+        vouched.is
     }
 
-    /// Waits until the authorities are others.
-    pub(super) async fn authorities_changed(&self) {
+    /// Waits until the authorities are others, or it may have ended.
+    pub(super) async fn may_differ(&self) {
         let mut authorities = self.tls.authorities();
-        let known = self.vouched.lock().0;
-        // It lives as long as what is held here.
-        let _ = authorities.wait_for(|changes| *changes != known).await;
+        let Vouched { changes: known, until, .. } = *self.vouched.lock();
+        let ended = async {
+            let Some(until) = until else { return std::future::pending().await };
+            loop {
+                match until.since(Timestamp::now()) {
+                    Duration::ZERO => return,
+                    left => tokio::time::sleep(left.min(LOOK)).await,
+                }
+            }
+        };
+        tokio::select! {
+            // It lives as long as what is held here.
+            _ = authorities.wait_for(|changes| *changes != known) => {}
+            () = ended => {}
+        }
     }
+}
+
+/// The next of these that is still to come.
+fn next(ends: &[Option<Timestamp>], now: Timestamp) -> Option<Timestamp> {
+    ends.iter().map(|end| end.unwrap_or_else(|| now.after(LOOK))).filter(|end| *end > now).min()
 }
 
 impl CertificateName {

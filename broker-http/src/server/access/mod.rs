@@ -9,6 +9,7 @@ mod rate;
 mod right;
 mod throttle;
 mod token;
+mod validity;
 
 use std::net::IpAddr;
 use std::sync::Arc;

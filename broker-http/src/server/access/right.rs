@@ -79,7 +79,7 @@ impl Right {
                     Some(Shown::Certificate(presented)) => {
                         tokio::select! {
                             _ = changed => {}
-                            () = presented.authorities_changed() => {}
+                            () = presented.may_differ() => {}
                         }
                     }
                     _ => drop(changed.await),
