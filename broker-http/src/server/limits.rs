@@ -80,7 +80,8 @@ pub struct Limits {
     pub topic_memory_bytes: u64,
     /// Leases held at a time.
     pub leases: usize,
-    /// Streams (server-sent events) at a time.
+    /// Streams (server-sent events and WebSocket) at a time. One identity is given no further one while it has as many
+    /// as are free.
     pub streams: usize,
     /// Bytes of answers kept for repeated idempotency keys, about 310 for one message's: each is kept
     /// for a day, or from 10 minutes on until a newer one needs its room. Where all are younger a new

@@ -63,9 +63,9 @@ pub(crate) async fn stream(State(shared): State<Arc<Shared>>, request: Request) 
     // A group is not its reader's alone: what is read is gone for the others. A socket settles, whatever it reads.
     let takes = group.is_some() || upgrade.is_some();
     let actions: &[_] = if takes { &[Action::Subscribe, Action::Settle] } else { &[Action::Subscribe] };
-    let right = Right::of(&shared, caller, actions, filter.clone());
+    let right = Right::of(&shared, caller.clone(), actions, filter.clone());
     right.check()?;
-    let place = Place::take(&shared)?;
+    let place = Place::take(&shared, caller.as_ref())?;
     if let Some(upgrade) = upgrade {
         return socket::open(upgrade, shared, (place, right, reader), filter, group, hold).await;
     }
@@ -369,23 +369,32 @@ fn encode_gap(gap: Gap) -> Vec<u8> {
     }
 }
 
-/// One of the streams there may be at a time.
-pub(crate) struct Place(Arc<AtomicUsize>);
+/// One of the streams there may be at a time, counted with those of all and with the caller's own.
+pub(crate) struct Place([Option<Arc<AtomicUsize>>; 2]);
 
 impl Place {
-    fn take(shared: &Shared) -> Answer<Self> {
+    /// Nobody is given another while he has as many as are free: one always is for who has none.
+    fn take(shared: &Shared, caller: Option<&Caller>) -> Answer<Self> {
         let max = shared.limits().streams;
-        let place = Self(Arc::clone(&shared.streams));
-        if place.0.fetch_add(1, Ordering::AcqRel) >= max {
-            return Err(Problem::too_many(format!("there are {max} streams, which is the most; end one first"))
-                .counted(Refusal::Streams));
-        }
-        Ok(place)
+        let count = |open: &AtomicUsize| open.fetch_add(1, Ordering::AcqRel);
+        let open = count(&shared.streams);
+        let own = caller.map(|caller| (caller.name(), count(caller.streams())));
+        let place = Self([Some(Arc::clone(&shared.streams)), caller.map(Caller::streams).cloned()]);
+        let full = match own {
+            _ if open >= max => format!("there are {max} streams, which is the most; end one first"),
+            Some((name, own)) if own > 0 && own >= max - open => format!(
+                "{name} has {own} of the {max} streams, and no more than that are left, which are for others; end one first"
+            ),
+            _ => return Ok(place),
+        };
+        Err(Problem::too_many(full).counted(Refusal::Streams))
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
+        for open in self.0.iter().flatten() {
+            open.fetch_sub(1, Ordering::AcqRel);
+        }
     }
 }

@@ -375,6 +375,30 @@ async fn stream(running: &Running, who: &str) -> TcpStream {
     stream
 }
 
+#[tokio::test]
+async fn one_identity_leaves_streams_for_others() {
+    let reader = |name| identity(name).allowing([Action::Subscribe], ["orders.>".parse().unwrap()]);
+    let access = Access::new([reader("greedy"), reader("late"), reader("last")]).unwrap();
+    let mut limits = broker_http::Limits::default();
+    limits.streams = 4;
+    let running = Running::with(ServerOptions::new().with_access(access).with_limits(limits)).await;
+    let mut greedy = vec![stream(&running, "greedy").await, stream(&running, "greedy").await];
+    let another = async |who| ask(&running, who, "GET /topics/orders.a/stream", "").await;
+    another("greedy").await.is_problem(429, "greedy has 2 of the 4 streams");
+    let mut late = stream(&running, "late").await;
+    another("late").await.is_problem(429, "late has 1 of the 4 streams");
+    let mut last = stream(&running, "last").await;
+    for who in ["greedy", "late", "last"] {
+        another(who).await.is_problem(429, "there are 4 streams");
+    }
+    // What was refused holds nothing, and what has ended gives its place back.
+    for ended in [&mut late, &mut last, &mut greedy[1]] {
+        ended.shutdown().await.unwrap();
+        ended.read_to_end(&mut Vec::new()).await.unwrap();
+    }
+    let _again = stream(&running, "greedy").await;
+}
+
 /// Whether it ended by itself: the last chunk is empty.
 async fn has_ended(stream: &mut TcpStream) -> bool {
     read_until(stream, "0\r\n\r\n").await.ends_with("0\r\n\r\n")

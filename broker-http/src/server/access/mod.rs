@@ -13,6 +13,7 @@ mod validity;
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use broker_core::{Error, ErrorKind, Result, TopicFilter};
@@ -65,6 +66,14 @@ pub(crate) struct Known {
     bodies: Share,
     /// What is encoded for it and not read.
     answers: Part,
+    /// Its streams that are open.
+    streams: Arc<AtomicUsize>,
+}
+
+impl Known {
+    fn new(identity: Identity, bucket: Option<Arc<Bucket>>) -> Self {
+        Self { identity, bucket, bodies: Share::default(), answers: Part::default(), streams: Arc::default() }
+    }
 }
 
 impl Access {
@@ -93,7 +102,7 @@ impl Access {
                 }
             }
             let bucket = identity.rate.map(|rate| Arc::new(Bucket::new(rate, identity.burst)));
-            known.push(Arc::new(Known { identity, bucket, bodies: Share::default(), answers: Part::default() }));
+            known.push(Arc::new(Known::new(identity, bucket)));
         }
         Ok(Self { known })
     }
@@ -108,9 +117,10 @@ impl Access {
         let known = |new: &Arc<Known>| {
             let bucket = bucket(new).or_else(|| new.bucket.clone());
             let old = before.known.iter().find(|old| old.identity.name == new.identity.name);
-            let bodies = old.map_or(&new.bodies, |old| &old.bodies).clone();
-            let answers = old.map_or(&new.answers, |old| &old.answers).clone();
-            Arc::new(Known { identity: new.identity.clone(), bucket, bodies, answers })
+            // What it holds it holds under the new rules, too.
+            let held = old.unwrap_or(new);
+            let (bodies, answers, streams) = (held.bodies.clone(), held.answers.clone(), Arc::clone(&held.streams));
+            Arc::new(Known { identity: new.identity.clone(), bucket, bodies, answers, streams })
         };
         Self { known: self.known.iter().map(known).collect() }
     }
@@ -186,6 +196,11 @@ impl Caller {
     /// What is encoded for it and not read.
     pub(crate) fn answers(&self) -> Part {
         self.known.answers.clone()
+    }
+
+    /// How many streams of its are open.
+    pub(crate) fn streams(&self) -> &Arc<AtomicUsize> {
+        &self.known.streams
     }
 
     pub(crate) fn may(&self, action: Action, filter: &TopicFilter) -> bool {
