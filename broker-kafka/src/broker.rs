@@ -85,13 +85,14 @@ impl KafkaBroker {
     }
 
     /// The raw client that publishes, for what the contract has no words for. It is polled by the
-    /// broker; records that it is given must have ticket [`usize::MAX`], which is nobody's.
+    /// broker; records that it is given must have ticket [`usize::MAX`], which is nobody's. One that meets a fatal
+    /// error is replaced; the next call gives the new one.
     ///
     /// # Errors
     ///
     /// [`Invalid`](broker_core::ErrorKind::Invalid) if librdkafka does not take a setting of the URL.
     pub fn raw_producer(&self) -> Result<Arc<RawProducer>> {
-        self.shared.publishing.client().cloned()
+        self.shared.publishing.client()
     }
 
     /// Publishes messages and acks deliveries, all or nothing: consume, process, produce. Whoever reads what

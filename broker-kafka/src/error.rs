@@ -79,6 +79,16 @@ pub(crate) fn failed(what: impl std::fmt::Display, error: &KafkaError) -> Error 
     }
 }
 
+/// The error that a client of librdkafka ended with: the one that takes its place may do better, unless it is refused for
+/// what we are.
+pub(crate) fn fatal(code: RDKafkaErrorCode, why: &str) -> Error {
+    let kind = match code_kind(code) {
+        kind @ (ErrorKind::Unauthorized | ErrorKind::Unsupported) => kind,
+        _ => ErrorKind::Unavailable,
+    };
+    Error::new(kind, format!("the client had to be replaced, so it may have been written or not: {why}"))
+}
+
 /// An error code of librdkafka met while doing `what`.
 pub(crate) fn coded(what: impl std::fmt::Display, code: RDKafkaErrorCode) -> Error {
     Error::new(code_kind(code), format!("{what}: {code}"))

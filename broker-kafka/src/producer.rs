@@ -2,7 +2,8 @@
 //!
 //! A publish goes straight to librdkafka, which copies it once, and its future is completed from the
 //! delivery callback. It waits in its topic's queue, in the order of the calls, only while the topic
-//! is looked up for the first time or librdkafka's own queue is full.
+//! is looked up for the first time, librdkafka's own queue is full, or the client is being replaced:
+//! one that has met a fatal error (a gap in the idempotent producer's numbers, say) takes nothing more for good.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -11,12 +12,13 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwapOption;
 use broker_core::{Error, ErrorKind, Message, Operation, Producer, Publish, PublishBatch, Result, Topic};
 use parking_lot::{Mutex, RwLock};
 use rdkafka::client::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::message::{DeliveryResult, Message as _, OwnedHeaders};
+use rdkafka::message::{BorrowedMessage, DeliveryResult, Message as _, OwnedHeaders};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer as _, ProducerContext, PurgeConfig};
 use rustc_hash::FxHashMap;
 
@@ -37,6 +39,9 @@ const CROWDED_TURN: Duration = Duration::from_millis(2);
 const IDLE_TURN: Duration = Duration::from_millis(100);
 /// So many turns after the last that waited, none is expected to.
 const CROWDED: u32 = 50;
+/// The least time between two replacements of the client, and the longest that one waits for what the old one had
+/// in flight.
+const REPLACING: Duration = Duration::from_secs(1);
 
 /// The raw client of librdkafka that publishes.
 pub type RawProducer = BaseProducer<Callbacks>;
@@ -48,7 +53,10 @@ pub(crate) struct Publishing {
     config: Arc<KafkaConfig>,
     admin: Arc<Admin>,
     tickets: Arc<Tickets>,
-    client: OnceLock<Result<Arc<RawProducer>>>,
+    /// There once it is needed: making a broker does no I/O. Replaced where it meets a fatal error.
+    client: ArcSwapOption<RawProducer>,
+    /// Held while the first client is made.
+    making: Mutex<()>,
     /// Where publishes go that are in transactions.
     transactions: OnceLock<Result<Transactions>>,
     topics: RwLock<FxHashMap<Topic, Arc<TopicQueue>>>,
@@ -66,7 +74,8 @@ impl Publishing {
             config,
             admin,
             tickets: Arc::default(),
-            client: OnceLock::new(),
+            client: ArcSwapOption::empty(),
+            making: Mutex::default(),
             transactions: OnceLock::new(),
             topics: RwLock::default(),
             queued: AtomicUsize::new(0),
@@ -146,15 +155,15 @@ impl Publishing {
 
     /// `travel` is what it takes along, if it is one of ours and written natively.
     fn begin(&self, topic: &TopicQueue, message: Message, travel: Option<Travel>) -> Publish {
-        let client = match self.client() {
-            Ok(client) => client,
-            Err(error) => return Operation::from(error),
-        };
+        let direct = topic.direct.load(Ordering::Acquire);
+        if !direct && let Err(error) = self.start() {
+            return Operation::from(error);
+        }
         let (ticket, publish) = self.tickets.issue(message.id().clone());
-        if topic.direct.load(Ordering::Acquire) {
-            match self.send(client, &topic.topic, &message, travel.as_ref(), ticket) {
+        if direct {
+            match self.send(&topic.topic, &message, travel.as_ref(), ticket) {
                 Ok(()) => return publish,
-                Err(Refused::Full) => {}
+                Err(Refused::Later) => {}
                 Err(Refused::Failed(error)) => {
                     self.tickets.complete(ticket, Err(error));
                     return publish;
@@ -231,13 +240,12 @@ impl Publishing {
 
     /// Gives librdkafka what waits, in order, as far as there is room.
     fn drain(&self, topic: &TopicQueue, waiting: &mut Waiting) {
-        let Ok(client) = self.client() else { return };
         while let Some(queued) = waiting.messages.pop_front() {
             if self.tickets.take(queued.ticket) {
                 let travel = queued.travel.as_ref();
-                match self.send(client, &topic.topic, &queued.message, travel, queued.ticket) {
+                match self.send(&topic.topic, &queued.message, travel, queued.ticket) {
                     Ok(()) => {}
-                    Err(Refused::Full) => {
+                    Err(Refused::Later) => {
                         self.tickets.queued(queued.ticket);
                         waiting.messages.push_front(queued);
                         return;
@@ -252,12 +260,13 @@ impl Publishing {
 
     fn send(
         &self,
-        client: &RawProducer,
         topic: &Topic,
         message: &Message,
         travel: Option<&Travel>,
         ticket: usize,
     ) -> std::result::Result<(), Refused> {
+        let client = self.client.load();
+        let Some(client) = client.as_ref() else { return Err(Refused::Later) };
         let encoded = record::encode::<Written>(topic, message, travel, self.config.format).map_err(Refused::Failed)?;
         let mut record = BaseRecord::<[u8], [u8], usize>::with_opaque_to(topic.as_str(), ticket);
         record.payload = encoded.payload.as_deref();
@@ -266,12 +275,14 @@ impl Publishing {
         record.headers = encoded.headers.map(OwnedHeaders::from);
         match client.send(record) {
             Ok(()) => Ok(()),
-            Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), _)) => Err(Refused::Full),
+            Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull | RDKafkaErrorCode::Fatal), _)) => {
+                Err(Refused::Later)
+            }
             Err((error, _)) => Err(Refused::Failed(error::failed(format_args!("publish to {topic}"), &error))),
         }
     }
 
-    /// Room was made in librdkafka's queue.
+    /// Room was made in librdkafka's queue, or there is another client.
     fn drain_all(&self) {
         let full: Vec<Arc<TopicQueue>> = self.topics.read().values().cloned().collect();
         for topic in full {
@@ -282,9 +293,21 @@ impl Publishing {
         }
     }
 
-    /// The client, made when it is first needed: making a broker does no I/O.
-    pub(crate) fn client(&self) -> Result<&Arc<RawProducer>> {
-        self.client.get_or_init(|| self.make()).as_ref().map_err(Clone::clone)
+    /// The client of now.
+    pub(crate) fn client(&self) -> Result<Arc<RawProducer>> {
+        self.start()?;
+        self.client.load_full().ok_or_else(closed)
+    }
+
+    /// Makes the first client, if there is none yet.
+    fn start(&self) -> Result<()> {
+        if self.client.load().is_none() {
+            let _making = self.making.lock();
+            if self.client.load().is_none() {
+                self.client.store(Some(self.make()?));
+            }
+        }
+        Ok(())
     }
 
     fn make(&self) -> Result<Arc<RawProducer>> {
@@ -309,33 +332,23 @@ impl Publishing {
             publishing: Weak::clone(&self.this),
             tickets: Arc::clone(&self.tickets),
             health: Arc::clone(self.admin.health()),
+            client: OnceLock::new(),
         };
         let client = BaseProducer::from_config_and_context(&settings, callbacks);
         let client = Arc::new(client.map_err(|error| client::not_made(&error))?);
+        let _ = client.context().client.set(Arc::downgrade(&client));
         let (this, polled) = (Weak::clone(&self.this), Arc::clone(&client));
-        let poll = move || {
-            let mut since_waiting = u32::MAX;
-            while this.strong_count() > 0 {
-                // Librdkafka has room again only when it has taken back what it reported, after the
-                // callbacks: so those who wait have their turn here.
-                let turn = match polled.in_flight_count() {
-                    0 => IDLE_TURN,
-                    _ if since_waiting < CROWDED => CROWDED_TURN,
-                    _ => TURN,
-                };
-                polled.poll(turn);
-                since_waiting = since_waiting.saturating_add(1);
-                if let Some(publishing) = this.upgrade()
-                    && publishing.queued.load(Ordering::Acquire) > 0
-                {
-                    since_waiting = 0;
-                    publishing.drain_all();
-                }
-            }
-        };
-        let spawned = thread::Builder::new().name("broker-kafka-publish".to_owned()).spawn(poll);
+        let spawned =
+            thread::Builder::new().name("broker-kafka-publish".to_owned()).spawn(move || poll(&this, &polled));
         spawned.map_err(|error| Error::backend("start a thread").with_source(error))?;
         Ok(client)
+    }
+
+    /// Another client takes the place of one that is done for, and what waits goes to it.
+    fn replace(&self) -> Result<()> {
+        self.client.store(Some(self.make()?));
+        self.drain_all();
+        Ok(())
     }
 
     /// Takes no more; waits until `deadline` for what was taken, and gives up the rest. Tells how many
@@ -352,7 +365,7 @@ impl Publishing {
             queued.into_iter().for_each(|queued| self.tickets.complete(queued.ticket, Err(closed())));
         }
         if left > 0
-            && let Some(Ok(client)) = self.client.get()
+            && let Some(client) = self.client.load_full()
         {
             // The callbacks of what is purged complete the futures.
             client.purge(PurgeConfig::default().queue().inflight());
@@ -367,6 +380,61 @@ impl Publishing {
     pub(crate) fn stop_intake(&self) {
         self.closed.store(true, Ordering::Release);
     }
+}
+
+/// Polls `client` as long as there are publishers, or until it is replaced.
+fn poll(this: &Weak<Publishing>, client: &Arc<RawProducer>) {
+    let made = Instant::now();
+    let mut since_waiting = u32::MAX;
+    let mut fatal = None;
+    while this.strong_count() > 0 && fatal.is_none() {
+        // Librdkafka has room again only when it has taken back what it reported, after the
+        // callbacks: so those who wait have their turn here.
+        let turn = match client.in_flight_count() {
+            0 => IDLE_TURN,
+            _ if since_waiting < CROWDED => CROWDED_TURN,
+            _ => TURN,
+        };
+        client.poll(turn);
+        since_waiting = since_waiting.saturating_add(1);
+        fatal = client.context().fatal();
+        if let Some(publishing) = this.upgrade()
+            && publishing.queued.load(Ordering::Acquire) > 0
+        {
+            since_waiting = 0;
+            publishing.drain_all();
+        }
+    }
+    let Some(fatal) = fatal else { return };
+    // What it had in flight is answered, or given up, before anything goes by another way: it must not be written after
+    // what was published later.
+    let noticed = Instant::now();
+    let answers = |client: &RawProducer| client.in_flight_count() > 0 && noticed.elapsed() < REPLACING;
+    while this.strong_count() > 0 && (answers(client) || made.elapsed() < REPLACING) {
+        client.poll(CROWDED_TURN);
+    }
+    client.purge(PurgeConfig::default().queue().inflight());
+    client.poll(CROWDED_TURN);
+    while let Some(publishing) = this.upgrade() {
+        match publishing.replace() {
+            Ok(()) => {
+                tracing::warn!(%fatal, "the client that publishes was replaced");
+                break;
+            }
+            Err(error) => {
+                publishing.admin.health().failed(error);
+                drop(publishing);
+                client.poll(REPLACING);
+            }
+        }
+    }
+    // The last to let go of it ends it, which may block: that is to be this thread, not one that publishes.
+    while this.strong_count() > 0 && Arc::strong_count(client) > 1 {
+        client.poll(IDLE_TURN);
+    }
+    // What was given to it just as it ended.
+    client.purge(PurgeConfig::default().queue().inflight());
+    client.poll(CROWDED_TURN);
 }
 
 impl fmt::Debug for Publishing {
@@ -410,8 +478,8 @@ struct Queued {
 }
 
 enum Refused {
-    /// Librdkafka's queue is full.
-    Full,
+    /// Librdkafka's queue is full, or the client is being replaced.
+    Later,
     Failed(Error),
 }
 
@@ -421,6 +489,34 @@ pub struct Callbacks {
     publishing: Weak<Publishing>,
     tickets: Arc<Tickets>,
     health: Arc<Health>,
+    /// The client that calls back.
+    client: OnceLock<Weak<RawProducer>>,
+}
+
+impl Callbacks {
+    /// Why the client is done for, if it is.
+    fn fatal(&self) -> Option<Error> {
+        let (code, why) = self.client.get()?.upgrade()?.client().fatal_error()?;
+        Some(error::fatal(code, &why))
+    }
+
+    /// Why a record is not known to be written.
+    fn failed(&self, record: &BorrowedMessage<'_>, error: &KafkaError) -> Error {
+        let what = format_args!("publish to {}", record.topic());
+        let error = error::failed(what, error);
+        match error.kind() {
+            // The end of the client is why, whatever is said of the record: refused, not sent, given up.
+            ErrorKind::Backend | ErrorKind::Unavailable | ErrorKind::Closed => match self.fatal() {
+                Some(fatal) => {
+                    self.health.failed(fatal.clone());
+                    fatal.context(what)
+                }
+                None if error.kind() == ErrorKind::Closed => closed(),
+                None => self.health.explain(error),
+            },
+            _ => self.health.explain(error),
+        }
+    }
 }
 
 impl ClientContext for Callbacks {
@@ -429,7 +525,7 @@ impl ClientContext for Callbacks {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        self.health.failed(error::failed(reason, &error));
+        self.health.failed(self.fatal().unwrap_or_else(|| error::failed(reason, &error)));
     }
 }
 
@@ -440,13 +536,13 @@ impl ProducerContext for Callbacks {
         let outcome = match result {
             Ok(record) => Ok((record.partition(), record.offset())),
             Err((error, record)) => {
-                let error = error::failed(format_args!("publish to {}", record.topic()), error);
+                let error = self.failed(record, error);
                 if error.kind() == ErrorKind::NotFound
                     && let Some(publishing) = self.publishing.upgrade()
                 {
                     publishing.not_there(record.topic());
                 }
-                Err(if error.kind() == ErrorKind::Closed { closed() } else { self.health.explain(error) })
+                Err(error)
             }
         };
         self.tickets.complete(ticket, outcome);

@@ -71,6 +71,101 @@ async fn too_few_replicas_for_too_long_are_an_error() -> Result<()> {
     Ok(())
 }
 
+/// How librdkafka's idempotent producer ends for good: the server has lost count of its batches.
+const FATAL: RDKafkaRespErr = RDKafkaRespErr::RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER;
+
+/// The client meets a fatal error: what was in flight says that it may be tried again, the status tells it, and a new
+/// client goes on, with what was published meanwhile in its order. As often as it happens.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_is_done_for_is_replaced() -> Result<()> {
+    let cluster = cluster();
+    let broker = open(&cluster, "")?;
+    let mut inbox = broker.subscribe(&(&orders()).into(), Subscribe::new()).await?;
+    for round in 0..3 {
+        broker.publish(&orders(), Message::new("before")).await?;
+        let raw = broker.raw_producer()?;
+        cluster.request_errors(RDKafkaApiKey::Produce, &[FATAL]);
+        let error = broker.publish(&orders(), Message::new("lost")).await.unwrap_err();
+        assert!(error.is_retryable() && error.kind() == ErrorKind::Unavailable, "{round}: {error}");
+        let status = broker.status().await?;
+        assert!(status.last_error.as_ref().is_some_and(|last| last.contains("replaced")), "{:?}", status.last_error);
+        let publisher = broker.publisher(&orders(), broker_core::PublisherOptions::new())?;
+        let publishes: Vec<_> = (0..200).map(|n| publisher.publish(Message::new(n.to_string()))).collect();
+        for publish in publishes {
+            publish.await?;
+        }
+        assert!(!std::sync::Arc::ptr_eq(&raw, &broker.raw_producer()?), "{round}");
+        let mut received = Vec::new();
+        for delivery in take(&mut inbox, 201).await? {
+            received.push(payload(&delivery));
+            delivery.ack().await?;
+        }
+        let expected = std::iter::once("before".to_owned()).chain((0..200).map(|n| n.to_string()));
+        assert_eq!(received, expected.collect::<Vec<_>>());
+    }
+    assert!(broker.close(Duration::from_secs(5)).await.complete);
+    Ok(())
+}
+
+/// The same under load: every publish comes to an end, and each that succeeded is in the log.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_is_done_for_under_load_keeps_nobody_waiting() -> Result<()> {
+    let cluster = cluster();
+    let broker = open(&cluster, "")?;
+    let mut inbox = broker.subscribe(&(&orders()).into(), Subscribe::new()).await?;
+    broker.publish(&orders(), Message::new("first")).await?;
+    let publisher = broker.publisher(&orders(), broker_core::PublisherOptions::new())?;
+    let mut publishes = Vec::new();
+    for n in 0..20_000 {
+        if n % 5_000 == 1_000 {
+            cluster.request_errors(RDKafkaApiKey::Produce, &[FATAL]);
+        }
+        publishes.push((n.to_string(), publisher.publish(Message::new(n.to_string()))));
+        if n % 1_000 == 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    let (mut written, mut failed) = (std::collections::BTreeSet::from(["first".to_owned()]), 0);
+    for (payload, publish) in publishes {
+        match tokio::time::timeout(Duration::from_secs(60), publish).await.expect("an outcome") {
+            Ok(_) => drop(written.insert(payload)),
+            Err(error) => {
+                assert!(error.is_retryable(), "{error}");
+                failed += 1;
+            }
+        }
+    }
+    assert!(failed > 0, "no publish met the error");
+    cluster.clear_request_errors(RDKafkaApiKey::Produce);
+    broker.publish(&orders(), Message::new("last")).await?;
+    let mut received = std::collections::BTreeSet::new();
+    while !received.contains("last") {
+        let delivery = take(&mut inbox, 1).await?.remove(0);
+        received.insert(payload(&delivery));
+        delivery.ack().await?;
+    }
+    assert_eq!(written.difference(&received).count(), 0, "said to be written, and not there");
+    assert!(broker.close(Duration::from_secs(5)).await.complete);
+    Ok(())
+}
+
+/// A dead letter meets the fatal error: it is written by the next client, and the group goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_letter_waits_for_the_next_client() -> Result<()> {
+    let cluster = cluster();
+    cluster.create_topic("dead.letters", 1, 3).unwrap();
+    let broker = open(&cluster, "")?;
+    let group: Group = format!("letters@{TOPIC}").parse()?;
+    let mut member = join(&broker, &group, GroupOptions::new()).await?;
+    broker.publish(&orders(), Message::new("1")).await?;
+    let delivery = take(&mut member, 1).await?.remove(0);
+    cluster.request_errors(RDKafkaApiKey::Produce, &[FATAL]);
+    delivery.reject("no").await?;
+    assert_eq!(super::wait_for_letters(&broker, &group, 1).await?.len(), 1);
+    assert!(broker.close(Duration::from_secs(5)).await.complete);
+    Ok(())
+}
+
 /// Answers that come too late: a publish times out, and the broker goes on when they come in time again.
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_that_time_out_are_errors_and_not_the_end() -> Result<()> {
