@@ -382,7 +382,7 @@ async fn one_identity_leaves_streams_for_others() {
     let mut limits = broker_http::Limits::default();
     limits.streams = 4;
     let running = Running::with(ServerOptions::new().with_access(access).with_limits(limits)).await;
-    let mut greedy = vec![stream(&running, "greedy").await, stream(&running, "greedy").await];
+    let mut greedy = [stream(&running, "greedy").await, stream(&running, "greedy").await];
     let another = async |who| ask(&running, who, "GET /topics/orders.a/stream", "").await;
     another("greedy").await.is_problem(429, "greedy has 2 of the 4 streams");
     let mut late = stream(&running, "late").await;
