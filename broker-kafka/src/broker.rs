@@ -122,7 +122,10 @@ impl KafkaBroker {
     /// [`Invalid`](broker_core::ErrorKind::Invalid) for a delivery that came to no group's member of this
     /// broker; [`Unavailable`](broker_core::ErrorKind::Unavailable) if a delivery's partition has moved;
     /// [`Conflict`](broker_core::ErrorKind::Conflict) if another producer has taken the `transactional_id`;
-    /// and what publishing says. After an error nothing of it has happened, and the deliveries come again.
+    /// and what publishing says. After an error nothing of it has happened, and the deliveries come again; but one
+    /// that says "whether the transaction was committed is not known" means that: the server did not answer in time
+    /// (`publish_timeout`; [`Timeout`](broker_core::ErrorKind::Timeout)) or was another's by then. All of it has
+    /// happened or none, and the deliveries come again in both cases.
     pub fn transact(&self, transaction: Transaction) -> BoxFuture<'static, Result<Vec<Receipt>>> {
         self.blocking(|shared| shared.transact(transaction))
     }

@@ -24,6 +24,9 @@ pub fn error_kind(code: i16) -> ErrorKind {
         22 | 25 | 27 => ErrorKind::Unavailable,
         // CONCURRENT_TRANSACTIONS: the one before is just being ended
         51 => ErrorKind::Unavailable,
+        // OUT_OF_ORDER_SEQUENCE_NUMBER, UNKNOWN_PRODUCER_ID: the server has lost count of the producer's batches; a new
+        // producer begins from 0
+        45 | 59 => ErrorKind::Unavailable,
         // KAFKA_STORAGE_ERROR, FENCED_LEADER_EPOCH, UNKNOWN_LEADER_EPOCH, OFFSET_NOT_AVAILABLE,
         // UNSTABLE_OFFSET_COMMIT, THROTTLING_QUOTA_EXCEEDED
         56 | 74 | 75 | 78 | 88 | 89 => ErrorKind::Unavailable,
@@ -100,7 +103,7 @@ mod tests {
 
     #[test]
     fn what_passes_by_itself_is_worth_another_try() {
-        for code in [5, 6, 7, 15, 19, 27, 56] {
+        for code in [5, 6, 7, 15, 19, 27, 45, 56] {
             assert!(Error::new(error_kind(code), "").is_retryable(), "{code}");
         }
         for code in [3, 10, 17, 29, 35, 36, 58, -1, i16::MAX] {

@@ -160,7 +160,15 @@ type Place = (i32, i64);
 /// Where a record is, or why it is nowhere.
 type Outcome = Result<Place>;
 
-/// A transaction that came to nothing.
+/// How a transaction ended that was not committed.
+enum Ended {
+    /// There is nothing of it.
+    Aborted(Error),
+    /// The server was asked to commit it, and what came of that is not known.
+    Unknown(Error),
+}
+
+/// A transaction that came to nothing, or is not known to have come to anything.
 struct Aborted {
     cause: Error,
     /// Why each record failed, of those that did so by themselves.
@@ -170,7 +178,7 @@ struct Aborted {
 impl Aborted {
     /// The error of each record.
     fn each(self) -> impl Iterator<Item = Error> {
-        let others = with_others(self.own.iter().flatten().next().unwrap_or(&self.cause));
+        let others = self.own.iter().flatten().next().map_or(self.cause, with_others);
         self.own.into_iter().map(move |own| own.unwrap_or_else(|| others.clone()))
     }
 
@@ -297,7 +305,8 @@ impl Worker {
         Ok(receipts)
     }
 
-    /// One transaction: where each record is. If it is aborted there is none of them.
+    /// One transaction: where each record is. If it is aborted there is none of them; only where nothing is known of its
+    /// commit, there may be all.
     fn transact(
         &mut self,
         messages: &[(&Topic, &Message)],
@@ -308,12 +317,27 @@ impl Worker {
         let none = |cause| Aborted { cause, own: vec![None; messages.len()] };
         let client = self.client().map_err(none)?;
         let begun = client.begin_transaction().map_err(|error| error::failed("begin a transaction", &error));
-        let committed = begun.and_then(|()| self.fill(messages, offsets)).and_then(|()| self.commit());
+        let filled = begun.and_then(|()| self.fill(messages, offsets));
+        let committed = filled.map_err(Ended::Aborted).and_then(|()| self.commit());
         let outcomes = std::mem::take(&mut self.outcomes.lock().outcomes);
-        let placed = committed
-            .and_then(|()| outcomes.iter().map(|outcome| outcome.clone().unwrap_or_else(|| Err(unknown()))).collect());
-        placed.map_err(|cause| {
-            self.abort(&cause);
+        let placed = committed.and_then(|()| {
+            let places = outcomes.iter().map(|outcome| outcome.clone().unwrap_or_else(|| Err(unknown())));
+            places.collect::<Result<_>>().map_err(Ended::Aborted)
+        });
+        placed.map_err(|ended| {
+            let cause = match ended {
+                Ended::Aborted(cause) => {
+                    self.abort();
+                    tracing::warn!(%cause, "a transaction was aborted");
+                    cause
+                }
+                Ended::Unknown(cause) => {
+                    tracing::warn!(%cause, "whether a transaction was committed is not known");
+                    self.end();
+                    return none(cause);
+                }
+            };
+            self.end();
             // What failed by itself says how; what was purged, or had been written, failed with it.
             let own = |outcome: Option<Outcome>| outcome?.err().filter(|own| own.kind() != ErrorKind::Closed);
             let own: Vec<_> = outcomes.into_iter().map(own).collect();
@@ -383,13 +407,20 @@ impl Worker {
         })
     }
 
-    fn commit(&self) -> Result<()> {
-        let Some(client) = &self.client else { return Err(unknown()) };
+    fn commit(&self) -> std::result::Result<(), Ended> {
+        let Some(client) = &self.client else { return Err(Ended::Aborted(unknown())) };
         let committed = self.patiently(|| client.commit_transaction(self.config.publish_timeout));
-        committed.map_err(|error| error::failed("commit a transaction", &error))?;
+        committed.map_err(|error| {
+            let failed = error::failed("commit a transaction", &error);
+            match error {
+                // Librdkafka says so where it has not asked yet. The rest includes answers that did not come in time.
+                KafkaError::Transaction(error) if !error.txn_requires_abort() => Ended::Unknown(not_known(&failed)),
+                _ => Ended::Aborted(failed),
+            }
+        })?;
         // A record that failed fails its transaction; should one not, it is said.
         match self.outcomes.lock().outcomes.iter().flatten().find_map(|outcome| outcome.as_ref().err().cloned()) {
-            Some(error) => Err(error),
+            Some(error) => Err(Ended::Aborted(error)),
             None => Ok(()),
         }
     }
@@ -411,21 +442,25 @@ impl Worker {
     }
 
     /// After this nothing of the transaction is there, for who reads what is committed.
-    fn abort(&mut self, cause: &Error) {
+    fn abort(&self) {
         if let Some(client) = &self.client {
             // What it leaves open the next producer with its id aborts.
             let _ = self.patiently(|| client.abort_transaction(self.config.connect_timeout));
-            if let Some((code, why)) = client.client().fatal_error() {
-                let fenced = error::code_kind(code) == ErrorKind::Conflict;
-                self.fenced =
-                    fenced.then(|| Error::conflict(format!("another producer has the same transactional_id: {why}")));
-            }
-            // Made anew for the next: where the server has refused a batch, librdkafka goes on with sequence
-            // numbers that the server does not expect. Ending it may wait for its connections.
-            tracing::warn!(%cause, "a transaction was aborted");
-            let client = self.client.take();
-            let _ = thread::Builder::new().name("broker-kafka-end".to_owned()).spawn(move || drop(client));
         }
+    }
+
+    /// The client is made anew for the next transaction: where the server has refused a batch, librdkafka goes on with
+    /// sequence numbers that the server does not expect; and what a commit has come to must be settled first, which
+    /// beginning with transactions does.
+    fn end(&mut self) {
+        let Some(client) = self.client.take() else { return };
+        if let Some((code, why)) = client.client().fatal_error() {
+            let fenced = error::code_kind(code) == ErrorKind::Conflict;
+            self.fenced =
+                fenced.then(|| Error::conflict(format!("another producer has the same transactional_id: {why}")));
+        }
+        // Ending it may wait for its connections.
+        let _ = thread::Builder::new().name("broker-kafka-end".to_owned()).spawn(move || drop(client));
     }
 
     fn client(&mut self) -> Result<&Client> {
@@ -468,6 +503,15 @@ impl Worker {
 /// The error of what failed because something else did.
 pub(crate) fn with_others(cause: &Error) -> Error {
     Error::new(cause.kind(), format!("the transaction was aborted: {}", cause.message()))
+}
+
+/// The error of a commit that may have come to pass.
+fn not_known(failed: &Error) -> Error {
+    let kind = match failed.kind() {
+        ErrorKind::Backend | ErrorKind::Unavailable => ErrorKind::Timeout,
+        kind => kind,
+    };
+    Error::new(kind, format!("whether the transaction was committed is not known: {}", failed.message()))
 }
 
 fn unknown() -> Error {

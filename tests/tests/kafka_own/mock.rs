@@ -166,6 +166,43 @@ async fn a_dead_letter_waits_for_the_next_client() -> Result<()> {
     Ok(())
 }
 
+/// In transactions the same error fails the transaction, which may be tried again, and the next goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_that_is_done_for_may_be_tried_again() -> Result<()> {
+    let cluster = cluster();
+    let broker = open(&cluster, "transactional_id=counts")?;
+    broker.publish(&orders(), Message::new("0")).await?;
+    cluster.request_errors(RDKafkaApiKey::Produce, &[FATAL]);
+    let error = broker.publish(&orders(), Message::new("1")).await.unwrap_err();
+    assert!(error.is_retryable(), "{error}");
+    broker.publish(&orders(), Message::new("2")).await?;
+    assert!(broker.close(Duration::from_secs(5)).await.complete);
+    Ok(())
+}
+
+/// The answer to a commit does not come in time: the error says that nothing is known of it, and the next transaction
+/// goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_without_an_answer_is_not_said_to_be_aborted() -> Result<()> {
+    let cluster = cluster();
+    let broker = open(&cluster, "transactional_id=patience&publish_timeout=2s")?;
+    broker.publish(&orders(), Message::new("0")).await?;
+    let busy = [RDKafkaRespErr::RD_KAFKA_RESP_ERR_COORDINATOR_LOAD_IN_PROGRESS; 500];
+    cluster.request_errors(RDKafkaApiKey::EndTxn, &busy);
+    let transaction = Transaction::new().publish(orders(), Message::new("1"));
+    for error in [
+        broker.publish(&orders(), Message::new("1")).await.unwrap_err(),
+        broker.transact(transaction).await.unwrap_err(),
+    ] {
+        assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+        assert!(error.message().contains("not known") && !error.message().contains("aborted"), "{error}");
+    }
+    cluster.clear_request_errors(RDKafkaApiKey::EndTxn);
+    broker.publish(&orders(), Message::new("2")).await?;
+    assert!(broker.close(Duration::from_secs(5)).await.complete);
+    Ok(())
+}
+
 /// Answers that come too late: a publish times out, and the broker goes on when they come in time again.
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_that_time_out_are_errors_and_not_the_end() -> Result<()> {
