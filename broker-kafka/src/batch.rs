@@ -1,4 +1,4 @@
-//! The records of one partition, read many at a time: the only file of this crate with `unsafe` in it.
+//! The records of one partition, read many at a time, which takes `unsafe`.
 //!
 //! rdkafka's safe interface polls one record at a time, and each poll asks for the time, makes an event and takes the
 //! partition's lock to say how far the application is. librdkafka's `rd_kafka_consume_batch_queue` does that once for

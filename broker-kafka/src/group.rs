@@ -1,6 +1,5 @@
 //! A group as the server keeps it: offsets, and in their metadata what is [stored](crate::stored).
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -9,12 +8,12 @@ use broker_core::{Error, Group, GroupOptions, GroupSettings, Result, StartAt, To
 use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::topic_partition_list::TopicPartitionListElem;
 use rdkafka::{Offset, TopicPartitionList};
 
 use crate::admin::{Admin, At, Partition, list};
 use crate::client::{self, Context, Role};
 use crate::error;
+use crate::metadata::metadata;
 use crate::progress::Progress;
 use crate::stored::Stored;
 
@@ -25,18 +24,12 @@ pub(crate) struct Committed {
     stored: Option<Stored>,
 }
 
-/// The metadata of an offset, if it is text: it is anybody's to write.
-fn metadata(element: &TopicPartitionListElem<'_>) -> String {
-    // rdkafka panics at what is not UTF-8.
-    catch_unwind(AssertUnwindSafe(|| element.metadata().to_owned())).unwrap_or_default()
-}
-
 /// Reads committed offsets.
 pub(crate) fn read(list: &TopicPartitionList) -> Result<Vec<Committed>> {
     let mut committed = Vec::with_capacity(list.count());
-    for element in list.elements() {
+    for (metadata, element) in metadata(list).iter().zip(list.elements()) {
         element.error().map_err(|error| error::failed("ask for the group's offsets", &error))?;
-        let stored = Stored::read(&metadata(&element));
+        let stored = Stored::read(metadata);
         let progress = match element.offset() {
             Offset::Offset(offset) => {
                 let bare = || Progress { watermark: offset, ..Progress::default() };

@@ -39,6 +39,7 @@ mod committer;
 mod consumer;
 mod delivery;
 mod member;
+mod metadata;
 mod poller;
 
 pub use broker::{KafkaBroker, connector};
