@@ -3,7 +3,8 @@
 //!
 //! An endpoint that answers the handshake without `WebHook-Allowed-Origin` may consent later, by a
 //! `GET` or `POST` of the URL it was told; so may whoever runs it, by hand. A new
-//! subscription is only what was asked for until then, bounded in number, in bytes and in time.
+//! subscription is only what was asked for until then, bounded in number, in bytes and in time. It is made by the rules of
+//! the time when permission comes, and not at all where the name was given to something else, or taken away, meanwhile.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
@@ -13,7 +14,7 @@ use axum::extract::State;
 use axum::response::Response;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use broker_core::{Error, GroupName};
+use broker_core::{Error, ErrorKind, GroupName};
 use http::{HeaderMap, HeaderValue, StatusCode, Uri};
 use parking_lot::Mutex;
 use serde_json::json;
@@ -21,6 +22,7 @@ use subtle::ConstantTimeEq as _;
 use tokio::time::Instant;
 
 use super::Shared;
+use super::access::Caller;
 use super::consent::{Permission, permit};
 use super::memory::Reservation;
 use super::problem::{Answer, Problem};
@@ -55,10 +57,12 @@ pub(crate) enum Pending {
         spec: Box<SubscriptionSpec>,
         only_new: bool,
         /// Who asked for it.
-        owner: Option<GroupName>,
+        caller: Option<Caller>,
         /// What its settings hold.
         reservation: Reservation,
     },
+    /// What was to be made, and is not: something else became of the name.
+    Void,
     /// One that stands, and pushes nothing before.
     Permit(Weak<Subscribed>),
 }
@@ -71,7 +75,7 @@ impl Waiting {
 }
 
 impl Asked {
-    /// Has it wait; the URL at which permission is given. To be called before the endpoint
+    /// Has it wait; the key with which permission is given, and the URL at which it is. To be called before the endpoint
     /// is asked, since it may call back at once.
     ///
     /// # Errors
@@ -83,7 +87,7 @@ impl Asked {
         name: &GroupName,
         origin: &HeaderValue,
         pending: Pending,
-    ) -> Answer<HeaderValue> {
+    ) -> Answer<(String, HeaderValue)> {
         let mut random = [0; 24];
         getrandom::fill(&mut random).map_err(|error| Error::unavailable(format!("no random numbers: {error}")))?;
         let key = URL_SAFE_NO_PAD.encode(random);
@@ -93,6 +97,10 @@ impl Asked {
         let now = Instant::now();
         waiting.retain(|_, waiting| !waiting.is_over(now));
         let entry = (name.clone(), matches!(pending, Pending::Permit(_)));
+        if waiting.len() >= MAX_WAITING {
+            // That they are void is told while there is room.
+            waiting.retain(|_, waiting| !matches!(waiting.pending, Pending::Void));
+        }
         // Those that stand are as many as there are subscriptions.
         let new = waiting.keys().filter(|(_, standing)| !standing).count();
         if !entry.1 && new >= MAX_WAITING && !waiting.contains_key(&entry) {
@@ -100,54 +108,88 @@ impl Asked {
                 "{MAX_WAITING} subscriptions wait for the permission of their endpoints, which is the most; try again later"
             )));
         }
-        waiting.insert(entry, Waiting { key, origin: origin.clone(), until: now + KEPT, pending });
-        Ok(url)
+        waiting.insert(entry, Waiting { key: key.clone(), origin: origin.clone(), until: now + KEPT, pending });
+        Ok((key, url))
     }
 
-    /// It need not wait: the endpoint has said yes or no.
-    pub(crate) fn forget(&self, name: &GroupName, standing: bool) {
-        self.0.lock().remove(&(name.clone(), standing));
+    /// What has this key need not wait: the endpoint has said yes or no.
+    pub(crate) fn forget(&self, name: &GroupName, key: &str) {
+        self.given(name, key);
+    }
+
+    /// The name was given to something, or taken away: what was asked for it before is not made.
+    pub(crate) fn void(&self, name: &GroupName) {
+        if let Some(waiting) = self.0.lock().get_mut(&(name.clone(), false)) {
+            waiting.pending = Pending::Void;
+        }
+    }
+
+    /// Whether something waits for this key.
+    fn knows(&self, name: &GroupName, key: &str) -> bool {
+        find(&self.0.lock(), name, key).is_some()
     }
 
     /// Permission was given by whoever knows the key; what waited for it.
     fn given(&self, name: &GroupName, key: &str) -> Option<Waiting> {
         let mut waiting = self.0.lock();
-        let now = Instant::now();
-        [false, true].into_iter().find_map(|standing| {
-            let entry = (name.clone(), standing);
-            let found = waiting.get(&entry)?;
-            let right = !found.is_over(now) && bool::from(found.key.as_bytes().ct_eq(key.as_bytes()));
-            if right { waiting.remove(&entry) } else { None }
-        })
+        let entry = find(&waiting, name, key)?;
+        waiting.remove(&entry)
     }
+}
+
+fn find(waiting: &HashMap<(GroupName, bool), Waiting>, name: &GroupName, key: &str) -> Option<(GroupName, bool)> {
+    let now = Instant::now();
+    [false, true].map(|standing| (name.clone(), standing)).into_iter().find(|entry| {
+        let right = |found: &Waiting| !found.is_over(now) && bool::from(found.key.as_bytes().ct_eq(key.as_bytes()));
+        waiting.get(entry).is_some_and(right)
+    })
 }
 
 /// `GET` and `POST /consent/{name}?key=`
 pub(crate) async fn consent(State(shared): State<Arc<Shared>>, uri: Uri, headers: HeaderMap) -> Answer<Response> {
     let mut query = Query::of(&uri);
-    let key = query.text("key")?.unwrap_or_default();
+    let key = query.text("key")?.unwrap_or_default().into_owned();
     query.finish()?;
     let rate = consent::allowed_rate(&headers).map_err(Problem::invalid)?;
     let name = GroupName::new(&*name_in_path(&uri)?)?;
     // Which of them is wrong is nobody's business.
     let waited =
         || Problem::not_found("nothing waits for this permission: it was given, is too old, or the key is another");
-    let Waiting { origin, pending, .. } = shared.asked.given(&name, &key).ok_or_else(waited)?;
-    let permission = Permission::new(&origin, rate);
-    let answer = respond(StatusCode::OK, &json!({ "subscription": name, "consent": "given" }));
-    match pending {
-        Pending::Permit(standing) => {
-            permit(shared, standing.upgrade().ok_or_else(waited)?, permission).await?;
-        }
-        Pending::Make { spec, only_new, owner, reservation } => {
-            finish(async move {
-                shared.registry.check_free(name.as_str())?;
-                shared.registry.put(&shared, name, *spec, only_new, (owner, Some(permission))).await?;
-                drop(reservation);
-                shared.try_save().await
-            })
-            .await?;
-        }
+    // Who knows no key has no change wait.
+    if !shared.asked.knows(&name, &key) {
+        return Err(waited());
     }
-    Ok(answer)
+    finish(async move {
+        let changing = shared.registry.begin().await;
+        // While nothing changes: it is void, or it is made before anything else becomes of the name.
+        let Waiting { origin, pending, .. } = shared.asked.given(&name, &key).ok_or_else(waited)?;
+        let permission = Permission::new(&origin, rate);
+        match pending {
+            Pending::Permit(standing) => {
+                drop(changing);
+                permit(Arc::clone(&shared), standing.upgrade().ok_or_else(waited)?, permission).await?;
+            }
+            Pending::Make { spec, only_new, caller, reservation } => {
+                shared.gate.check_subscription(caller.as_ref(), &spec).map_err(|_| void(&name))?;
+                shared.registry.check_free(name.as_str())?;
+                let owner = caller.as_ref().and_then(Caller::owner);
+                let by = (owner, Some(permission));
+                shared.registry.put_alone(&changing, &shared, name.clone(), *spec, only_new, by).await?;
+                drop((changing, reservation));
+                shared.try_save().await?;
+            }
+            Pending::Void => return Err(void(&name)),
+        }
+        Ok(respond(StatusCode::OK, &json!({ "subscription": name, "consent": "given" })))
+    })
+    .await
+}
+
+/// It is the endpoint that is told: not who asked, or what has the name.
+fn void(name: &GroupName) -> Problem {
+    let detail = format!(
+        "subscription {name} is not made: who asked for it may not have it any more, or the name was given to something \
+         else or taken away meanwhile; it is to be asked for anew"
+    );
+    Problem::new(StatusCode::GONE, ErrorKind::NotFound, detail)
 }

@@ -77,14 +77,15 @@ impl Shared {
     ) -> Answer<Consent> {
         let options = self.options.load_full();
         let (Some(origin), Some(_)) = (options.origin(), &spec.endpoint) else { return Ok(Consent::NeedNot) };
-        let standing = matches!(pending, Pending::Permit(_));
         let callback =
             options.webhook_callback().map(|base| self.asked.wait(base, name, origin, pending)).transpose()?;
-        let said = consent::ask(&self.push_client, spec, origin, callback.as_ref()).await;
+        let said = consent::ask(&self.push_client, spec, origin, callback.as_ref().map(|(_, url)| url)).await;
         if matches!(said, Ok(Said::Nothing)) {
             return Ok(Consent::Later);
         }
-        self.asked.forget(name, standing);
+        if let Some((key, _)) = &callback {
+            self.asked.forget(name, key);
+        }
         match said {
             Ok(Said::Yes(rate)) => Ok(Consent::Given(Permission::new(origin, rate))),
             Ok(Said::Nothing) => Ok(Consent::Later),

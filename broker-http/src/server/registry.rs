@@ -12,7 +12,7 @@ use broker_core::{Broker, ErrorKind, Group, GroupName, Result};
 use http::StatusCode;
 use parking_lot::{Mutex, RwLock};
 use tokio::runtime::Handle;
-use tokio::sync::{Mutex as AsyncMutex, Notify};
+use tokio::sync::{Mutex as AsyncMutex, MutexGuard, Notify};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -44,6 +44,9 @@ pub(crate) struct Registry {
     watch: Arc<Notify>,
     watched: std::sync::atomic::AtomicBool,
 }
+
+/// That nothing else changes meanwhile.
+pub(crate) struct Changing<'a>(#[expect(dead_code, reason = "it is held")] MutexGuard<'a, ()>);
 
 /// One life of a subscription: replaced when its settings change.
 pub(crate) struct Subscribed {
@@ -253,11 +256,42 @@ impl Registry {
         &self,
         shared: &Arc<Shared>,
         name: GroupName,
+        spec: SubscriptionSpec,
+        only_new: bool,
+        by: (Option<GroupName>, Option<Permission>),
+    ) -> Answer<(Put, Arc<Subscribed>)> {
+        let changing = self.begin().await;
+        self.put_alone(&changing, shared, name, spec, only_new, by).await
+    }
+
+    /// Waits until nothing else changes, and keeps it so.
+    pub(crate) async fn begin(&self) -> Changing<'_> {
+        Changing(self.changing.lock().await)
+    }
+
+    /// As [`put`](Self::put), where nothing else changes. What waits to be made under this name is void then.
+    pub(crate) async fn put_alone(
+        &self,
+        _changing: &Changing<'_>,
+        shared: &Arc<Shared>,
+        name: GroupName,
+        spec: SubscriptionSpec,
+        only_new: bool,
+        by: (Option<GroupName>, Option<Permission>),
+    ) -> Answer<(Put, Arc<Subscribed>)> {
+        let done = self.make_or_replace(shared, name, spec, only_new, by).await?;
+        shared.asked.void(&done.1.name);
+        Ok(done)
+    }
+
+    async fn make_or_replace(
+        &self,
+        shared: &Arc<Shared>,
+        name: GroupName,
         mut spec: SubscriptionSpec,
         only_new: bool,
         (owner, permission): (Option<GroupName>, Option<Permission>),
     ) -> Answer<(Put, Arc<Subscribed>)> {
-        let _changing = self.changing.lock().await;
         if shared.is_draining() {
             return Err(Problem::draining());
         }
@@ -431,6 +465,7 @@ impl Registry {
 
     async fn remove(&self, shared: &Shared, subscribed: &Subscribed, keep: bool) -> Answer<()> {
         self.table.write().remove(subscribed.name.as_str());
+        shared.asked.void(&subscribed.name);
         self.changed();
         subscribed.end(shared);
         if self.groups.leave(&subscribed.group) && !keep {

@@ -80,7 +80,7 @@ pub(crate) async fn put(
     };
     finish(async move {
         let owner = caller.as_ref().and_then(Caller::owner);
-        let pending = Pending::Make { spec: Box::new(spec.clone()), only_new, owner: owner.clone(), reservation };
+        let pending = Pending::Make { spec: Box::new(spec.clone()), only_new, caller: caller.clone(), reservation };
         let permission = match shared.ask_endpoint(&name, &spec, pending).await? {
             Consent::NeedNot => None,
             Consent::Given(permission) => Some(permission),
@@ -89,6 +89,8 @@ pub(crate) async fn put(
                 return Ok(respond(StatusCode::ACCEPTED, &json!({ "name": name, "consent": "awaited" })));
             }
         };
+        // The endpoint may have taken its time.
+        shared.gate.check_subscription(caller.as_ref(), &spec)?;
         let (put, subscribed) = shared.registry.put(&shared, name, spec, only_new, (owner, permission)).await?;
         shared.try_save().await?;
         let status = if put == Put::Made { StatusCode::CREATED } else { StatusCode::OK };

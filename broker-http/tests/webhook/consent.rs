@@ -3,8 +3,8 @@
 use axum::Router;
 use axum::extract::State;
 use axum::routing::post;
-use broker_http::ServerOptions;
 use broker_http::webhook::{Pushed, Verifier, VerifyLayer};
+use broker_http::{Access, Action, Identity, ServerOptions, TokenHash};
 use bytes::Bytes;
 use http::{HeaderMap, Request, StatusCode};
 use serde_json::{Value, json};
@@ -158,6 +158,127 @@ async fn permission_may_come_before_the_handshake_is_over() {
         assert_eq!((status, answer), (202, json!({"name": "s", "consent": "awaited"})));
         assert_eq!(running.send(http::Method::GET, "/subscriptions/s", json!("")).await.0, 200, "it is made");
     }
+}
+
+/// An admin, somebody who may all that a subscription takes, and `maker` with these topics.
+fn access(maker: Option<&str>) -> Access {
+    let who = |name: &str, actions: &[Action], topics: &str| {
+        let identity = Identity::new(name).unwrap().with_token(TokenHash::of(name));
+        identity.allowing(actions.iter().copied(), [topics.parse().unwrap()])
+    };
+    let owns = [Action::Subscribe, Action::Settle];
+    let others = [who("ops", &[Action::Admin], ">"), who("other", &owns, "orders.>")];
+    Access::new(others.into_iter().chain(maker.map(|topics| who("maker", &owns, topics)))).unwrap()
+}
+
+async fn ask_as(running: &Running, who: &str, method: http::Method, path: &str, body: Value) -> (u16, Value) {
+    let request = Request::builder().method(method).uri(path).header("authorization", format!("Bearer {who}"));
+    let answer = send(running.address, request.body(Bytes::from(body.to_string())).unwrap()).await;
+    (answer.status().as_u16(), serde_json::from_slice(answer.body()).unwrap_or_default())
+}
+
+/// Whatever becomes of the name or of who asked while it waits: it is not made.
+#[tokio::test]
+async fn permission_that_comes_late_counts_by_what_is_so_now() {
+    const S: &str = "/subscriptions/s";
+    let (service, mut told) = silent().await;
+    let pulled = json!({"filter": "orders.>"});
+    for (meanwhile, stands) in [
+        ("the maker is removed", false),
+        ("its rule is narrowed", false),
+        ("another makes it", true),
+        ("an admin makes it", true),
+        ("it is made and deleted", false),
+        ("another takes it over unchanged", true),
+        ("it is deleted", false),
+    ] {
+        let options = ServerOptions::new().with_webhook_origin("broker.example").unwrap();
+        let options = options.with_webhook_callback(BASE).unwrap().with_access(access(Some("orders.>")));
+        let running = Running::start(options).await;
+        let ask = async |who, method, body: &Value| ask_as(&running, who, method, S, body.clone()).await.0;
+        let stood = ["another takes it over unchanged", "it is deleted"].contains(&meanwhile);
+        if stood {
+            assert_eq!(ask("maker", http::Method::PUT, &pulled).await, 201);
+        }
+        assert_eq!(ask("maker", http::Method::PUT, &spec(service)).await, 202);
+        match meanwhile {
+            "the maker is removed" => running.server.set_access(access(None)),
+            "its rule is narrowed" => running.server.set_access(access(Some("orders.a"))),
+            "another makes it" => assert_eq!(ask("other", http::Method::PUT, &pulled).await, 201),
+            "an admin makes it" => assert_eq!(ask("ops", http::Method::PUT, &pulled).await, 201),
+            "another takes it over unchanged" => assert_eq!(ask("other", http::Method::PUT, &pulled).await, 200),
+            _ => {
+                if !stood {
+                    assert_eq!(ask("other", http::Method::PUT, &pulled).await, 201);
+                }
+                assert_eq!(ask("other", http::Method::DELETE, &json!("")).await, 204);
+            }
+        }
+        let before = ask_as(&running, "ops", http::Method::GET, S, json!("")).await;
+        assert_eq!(before.0 == 200, stands, "{meanwhile}");
+        let path = told.recv().await.unwrap().strip_prefix(BASE).unwrap().to_owned();
+        let (status, answer) = running.send(http::Method::POST, &path, json!("")).await;
+        assert_eq!(status, 410, "{meanwhile}: {answer}");
+        let detail = answer["detail"].as_str().unwrap();
+        assert!(["maker", "other", "ops"].iter().all(|name| !detail.contains(&format!(" {name} "))), "{detail}");
+        assert_eq!(ask_as(&running, "ops", http::Method::GET, S, json!("")).await, before, "{meanwhile}");
+        let groups = running.broker.status().await.unwrap().groups.len();
+        assert_eq!(groups, usize::from(stands), "{meanwhile}: no group either");
+        assert_eq!(running.send(http::Method::POST, &path, json!("")).await.0, 404, "{meanwhile}: said once");
+    }
+}
+
+/// The rules change while the endpoint thinks.
+#[tokio::test]
+async fn a_yes_that_takes_long_counts_by_the_rules_of_now() {
+    let (asked, mut was_asked) = tokio::sync::mpsc::unbounded_channel();
+    let (say, said) = tokio::sync::watch::channel(false);
+    let options = async move || {
+        asked.send(()).unwrap();
+        said.clone().wait_for(|said| *said).await.unwrap();
+        [("webhook-allowed-origin", "*")]
+    };
+    let service = serve(Router::new().route("/hook", post(async || ()).options(options))).await;
+    let options = ServerOptions::new().with_webhook_origin("broker.example").unwrap();
+    let running = Running::start(options.with_access(access(Some("orders.>")))).await;
+    let removes = async {
+        was_asked.recv().await.unwrap();
+        running.server.set_access(access(None));
+        say.send(true).unwrap();
+    };
+    let put = ask_as(&running, "maker", http::Method::PUT, "/subscriptions/s", spec(service));
+    let ((status, answer), ()) = tokio::join!(put, removes);
+    assert_eq!(status, 401, "{answer}");
+    assert_eq!(ask_as(&running, "ops", http::Method::GET, "/subscriptions/s", json!("")).await.0, 404);
+}
+
+/// An older request whose endpoint refuses late takes nothing from the newer one that waits.
+#[tokio::test]
+async fn a_late_refusal_leaves_what_waits_since() {
+    let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let (say, said) = tokio::sync::watch::channel(false);
+    let (asked, mut was_asked) = tokio::sync::mpsc::unbounded_channel();
+    let first = async move || {
+        asked.send(()).unwrap();
+        said.clone().wait_for(|said| *said).await.unwrap();
+        [("webhook-allowed-origin", "other.example")]
+    };
+    let then = async move |headers: HeaderMap| {
+        let _ = tell.send(headers["webhook-request-callback"].to_str().unwrap().to_owned());
+    };
+    let older = serve(Router::new().route("/hook", post(async || ()).options(first))).await;
+    let newer = serve(Router::new().route("/hook", post(async || ()).options(then))).await;
+    let options = ServerOptions::new().with_webhook_origin("broker.example").unwrap();
+    let running = Running::start(options.with_webhook_callback(BASE).unwrap()).await;
+    let path = async {
+        was_asked.recv().await.unwrap();
+        assert_eq!(running.put("s", spec(newer)).await.0, 202);
+        say.send(true).unwrap();
+        told.recv().await.unwrap().strip_prefix(BASE).unwrap().to_owned()
+    };
+    let ((status, _), path) = tokio::join!(running.put("s", spec(older)), path);
+    assert_eq!(status, 403);
+    assert_eq!(running.send(http::Method::POST, &path, json!("")).await.0, 200);
 }
 
 #[tokio::test]
