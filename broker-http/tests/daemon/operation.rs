@@ -157,6 +157,11 @@ async fn the_environment_and_a_flag_come_before_the_file_for_what_is_on_or_off()
         let put = "PUT /subscriptions/q HTTP/1.1\r\nauthorization: Bearer secret\r\nx: x";
         assert_eq!(daemon.raw(put, hook).await.0, status, "{args:?} {variables:?}");
     }
+    // Nor is it on by itself on loopback, where it is said to be off.
+    for (flag, variables) in [(&["--dev=false"][..], &[][..]), (&[], &[("BROKER_HTTP_DEV", "false")])] {
+        let daemon = Daemon::start_with(flag, variables).await;
+        assert_eq!(daemon.send("PUT /subscriptions/q", hook).await.0, 403, "{flag:?} {variables:?}");
+    }
     let config = write(&path, &insecure);
     for (flag, variable, code) in
         [(&[][..], "false", Some(1)), (&["--insecure=false"], "true", Some(1)), (&[], "true", Some(0))]

@@ -27,7 +27,8 @@ pub(crate) struct Config {
     pub(crate) listen: String,
     broker: String,
     retained: Retained,
-    pub(crate) dev: bool,
+    /// Whether it is development mode, if that is said.
+    pub(crate) dev: Option<bool>,
     pub(crate) insecure: bool,
     pub(crate) drain: Duration,
     pub(crate) log: String,
@@ -109,7 +110,7 @@ impl Config {
             listen: args.listen.or(file.listen).unwrap_or_else(|| "127.0.0.1:2757".to_owned()),
             broker: args.broker.or(file.broker).unwrap_or_else(|| "memory:".to_owned()),
             retained: Retained::within(&limits, file.topics.iter().filter_map(|rule| rule.memory_bytes)),
-            dev: args.dev.or(file.dev).unwrap_or(false),
+            dev: args.dev.or(file.dev),
             insecure: args.insecure.or(file.insecure).unwrap_or(false),
             drain,
             log: args.log.or(file.log).unwrap_or_else(|| "warn".to_owned()),
@@ -178,9 +179,9 @@ impl Config {
         self.identities.is_empty()
     }
 
-    /// Whether it is development mode, by itself where only this machine can reach an open listener.
+    /// Whether it is development mode: as it is said, or by itself where only this machine can reach an open listener.
     pub(crate) fn is_development(&self, loopback: bool) -> bool {
-        self.dev || loopback && self.is_open()
+        self.dev.unwrap_or(loopback && self.is_open())
     }
 
     /// Refuses to serve everybody by a slip.
@@ -492,6 +493,26 @@ mod tests {
         assert_eq!(otlp(None, None, |_| Some("true".to_owned())), Ok(None), "OTEL_SDK_DISABLED");
         assert_eq!(otlp(None, None, |_| None), Ok(None));
         assert!(otlp(None, Some(1.5), |_| None).unwrap_err().contains("otlp.sample"));
+    }
+
+    #[test]
+    fn what_is_said_of_development_mode_comes_before_what_is_supposed() {
+        let identity = "[[identities]]\nname = \"a\"\ntokens = [\"sha256:\
+            0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef\"]\n";
+        // On loopback, and beyond it.
+        for (text, args, expected) in [
+            ("", &[][..], [true, false]),
+            ("", &["--dev=false"], [false, false]),
+            ("dev = false", &[], [false, false]),
+            ("dev = false", &["--dev"], [true, true]),
+            ("dev = true", &["--dev=false"], [false, false]),
+            ("dev = true", &[], [true, true]),
+            (identity, &[], [false, false]),
+            (identity, &["--dev"], [true, true]),
+        ] {
+            let found = config(text, args).unwrap();
+            assert_eq!([true, false].map(|loopback| found.is_development(loopback)), expected, "{text} {args:?}");
+        }
     }
 
     #[test]

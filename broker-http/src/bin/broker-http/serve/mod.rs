@@ -43,7 +43,7 @@ pub(crate) struct Args {
     pub(crate) state: Option<PathBuf>,
 
     /// Development mode: endpoints on this machine may be pushed to, other hosts and web pages are
-    /// refused. It is on by itself when listening on loopback
+    /// refused. It is on by itself when listening on loopback without identities, and off with `false`
     #[arg(
         long,
         env = "BROKER_HTTP_DEV",
@@ -310,7 +310,7 @@ impl Running {
         let mut config = Config::merge(self.args.clone())?;
         let fewer = fit(&mut config, self.descriptors);
         // What takes a restart is as it was.
-        let development = self.config.dev || self.loopback && config.is_open();
+        let development = self.config.dev.unwrap_or(self.loopback && config.is_open());
         let before = self.config.is_development(self.loopback);
         let options = config.options()?.with_development(development);
         logging::check(&config.log)?;
