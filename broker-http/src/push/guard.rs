@@ -12,6 +12,7 @@ use broker_core::{Error, Result};
 use ipnet::IpNet;
 
 use crate::Endpoint;
+use crate::spec::REDACTED;
 
 use super::special::{embedded, special};
 
@@ -148,7 +149,9 @@ impl FromStr for Allowed {
 
     fn from_str(text: &str) -> Result<Self> {
         let invalid = || {
-            let shown: String = text.chars().take(60).collect();
+            // A URL may have a password.
+            let secret = text.contains(['@', '?', '=']) || text.contains("//");
+            let shown: String = if secret { REDACTED.to_owned() } else { text.chars().take(60).collect() };
             Error::invalid(format!(
                 "allowed address {shown:?}: it is a network as 10.1.0.0/16, an address, a host name, or *.NAME for every name below NAME"
             ))

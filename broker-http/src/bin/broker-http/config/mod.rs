@@ -99,9 +99,11 @@ impl Config {
             (None, Some("json")) => LogFormat::Json,
             (None, Some(other)) => return Err(format!("log_format {other:?}: it is text or json")),
         };
-        if let Some(bad) = file.allowed_origins.iter().find(|origin| !listen::is_origin(origin)) {
+        // By its place: a URL may have a password.
+        if let Some(bad) = file.allowed_origins.iter().position(|origin| !listen::is_origin(origin)) {
             return Err(format!(
-                "allowed_origins {bad:?}: it is a scheme, a host and maybe a port, as in https://app.example.com"
+                "allowed_origins, entry {}: it is a scheme, a host and maybe a port, as in https://app.example.com",
+                bad + 1
             ));
         }
         let limits = file.limits.apply()?;
@@ -513,6 +515,22 @@ mod tests {
             let found = config(text, args).unwrap();
             assert_eq!([true, false].map(|loopback| found.is_development(loopback)), expected, "{text} {args:?}");
         }
+    }
+
+    #[test]
+    fn no_secret_is_repeated() {
+        for text in [
+            "allow = [\"http://u:S3cret@x\"]",
+            "allow = [\"u:S3cret@x\"]",
+            "allow = [\"x?token=S3cret\"]",
+            "allowed_origins = [\"https://a.example\", \"http://u:S3cret@x\"]",
+            "allowed_origins = [\"http://x/?token=S3cret\"]",
+        ] {
+            let error = config(text, &[]).and_then(|config| config.options().map(drop)).unwrap_err();
+            assert!(error.contains("allowed") && !error.contains("S3cret"), "{text}: {error}");
+        }
+        let error = config("allowed_origins = [\"https://a.example\", \"b\"]", &[]).unwrap_err();
+        assert!(error.contains("allowed_origins, entry 2"), "{error}");
     }
 
     #[test]
