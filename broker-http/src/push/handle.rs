@@ -244,6 +244,10 @@ impl Push {
         self.engine.change(|core| core.set_unauthorized(unauthorized));
     }
 
+    pub(crate) fn is_unauthorized(&self) -> bool {
+        self.engine.lock().core.holds().unauthorized
+    }
+
     /// Remembers why it does not push.
     pub(crate) fn note(&self, why: &str) {
         self.engine.lock().core.note(why);

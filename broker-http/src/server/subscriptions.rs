@@ -219,6 +219,9 @@ pub(crate) async fn test(State(shared): State<Arc<Shared>>, caller: Option<Exten
             subscribed.name
         )));
     }
+    if push.is_unauthorized() {
+        return Err(Problem::conflict(format!("subscription {}: {DISOWNED}", subscribed.name)));
+    }
     let outcome = push.test().await;
     let status = shared.broker.status().await?;
     let mut view = view(&shared, &subscribed, caller.as_deref(), Some(&status));

@@ -93,6 +93,9 @@ async fn pushes_end_with_the_right_of_whoever_had_them_made_and_go_on_with_it() 
         // No resuming lifts it, and no test of the old rules by who only sees it.
         assert_eq!(ask(&running, "ops", "POST /subscriptions/q/resume", "").await.status, 200);
         is_held(&running, 1).await;
+        let tested = ask(&running, "ops", "POST /subscriptions/q/test", "").await;
+        tested.is_problem(409, "PUT it as an identity that may");
+        assert!(endpoint.told.is_empty(), "{count}: not even a test");
         running.server.set_access(access([maker("orders.>")]));
         endpoint.hears(said).await;
     }
