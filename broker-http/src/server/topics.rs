@@ -1,5 +1,7 @@
 //! Topics as an operator declares them: bounds for some, and whether there are any others.
 
+use std::collections::HashMap;
+
 use broker_core::{Error, Result, Topic, TopicFilter};
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
@@ -72,7 +74,8 @@ impl Topics {
     ///
     /// # Errors
     ///
-    /// [`Invalid`](broker_core::ErrorKind::Invalid) for a bound of zero, or for `only` without a rule.
+    /// [`Invalid`](broker_core::ErrorKind::Invalid) for a bound of zero, for different bounds of one filter, or for `only`
+    /// without a rule.
     pub fn new(rules: impl IntoIterator<Item = TopicRule>, only: bool) -> Result<Self> {
         let rules: Vec<_> = rules.into_iter().collect();
         if only && rules.is_empty() {
@@ -82,6 +85,15 @@ impl Topics {
             if rule.max_message_bytes == Some(0) || rule.memory_bytes == Some(0) {
                 return Err(Error::invalid(format!(
                     "topics {}: a bound of 0 would refuse everything; give 1 or more",
+                    rule.filter
+                )));
+            }
+        }
+        let mut first = HashMap::new();
+        for rule in &rules {
+            if *first.entry(&rule.filter).or_insert(rule) != rule {
+                return Err(Error::invalid(format!(
+                    "topics {}: it is declared twice, with different bounds; leave one out",
                     rule.filter
                 )));
             }
@@ -149,6 +161,9 @@ mod tests {
         bounds("a.b").unwrap().check(&"a.b".parse().unwrap(), 10).unwrap();
         assert!(bounds("a.b").unwrap().check(&"a.b".parse().unwrap(), 11).is_err());
         assert!(Topics::default().bounds(&"x".parse().unwrap()).is_ok());
+        let twice = |other: TopicRule| Topics::new([rule("a.b"), rule("a.>").with_memory_bytes(20), other], false);
+        assert!(twice(rule("a.>").with_memory_bytes(21)).is_err() && twice(rule("a.b").with_memory_bytes(1)).is_err());
+        assert!(twice(rule("a.b")).is_ok() && twice(rule("a.*")).is_ok(), "nothing else is said of it");
         assert!(Topics::new([], true).is_err() && Topics::new([rule("a").with_memory_bytes(0)], false).is_err());
     }
 }

@@ -466,6 +466,7 @@ mod tests {
             ("limits = {connections = 0}", "limits.connections"),
             ("limits = {header_timeout = \"0s\"}", "limits.header_timeout"),
             ("only_declared_topics = true", "topics"),
+            ("topics = [{filter = \"a\"}, {filter = \"b\"}, {filter = \"a\", memory_bytes = 5}]", "topics a"),
             ("push = {ca = \"/nowhere/ca.pem\"}", "push.ca: /nowhere/ca.pem"),
             ("identities = [{name = \"a\"}]", "identity a"),
             ("identities = [{name = \"a\", certificates = [\"a.internal\"]}]", "tls.client_ca"),
