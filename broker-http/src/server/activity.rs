@@ -22,8 +22,6 @@ pub(crate) struct Activity {
     opened: Instant,
     /// Microseconds from then to when no request was at work any more.
     quiet: AtomicU64,
-    /// Ends the connection at once.
-    task: OnceLock<AbortHandle>,
     /// Requests begun.
     pub(crate) begun: AtomicUsize,
     /// Bytes of the heads of requests at work over HTTP/2.
@@ -44,7 +42,6 @@ impl Default for Activity {
             active: AtomicUsize::default(),
             opened: Instant::now(),
             quiet: AtomicU64::default(),
-            task: OnceLock::new(),
             begun: AtomicUsize::default(),
             heads: AtomicUsize::default(),
             patience: OnceLock::new(),
@@ -74,14 +71,14 @@ impl Activity {
 
     /// The task that ends with the connection; before it is known the connection does not give way.
     pub(crate) fn served_by(&self, task: AbortHandle) {
-        let _ = self.task.set(task);
+        self.wire.served_by(task);
     }
 
     /// Since when it has been at no request, if it may give way: nothing said yet, a head or a handshake begun, or idle.
     /// An answer that is still to be read belongs to its request.
     pub(crate) fn quiet_since(&self) -> Option<Instant> {
         let answers = self.wire.is_blocked() && self.begun.load(Ordering::Acquire) > 0;
-        if self.is_active() || answers || self.task.get().is_none() {
+        if self.is_active() || answers || self.wire.task().is_none() {
             return None;
         }
         Some(self.opened + Duration::from_micros(self.quiet.load(Ordering::Acquire)))
@@ -89,7 +86,7 @@ impl Activity {
 
     /// Ends the connection for another's sake, unless a request is at work: none is cut for it.
     pub(crate) fn give_way(&self) -> bool {
-        let Some(task) = self.task.get() else { return false };
+        let Some(task) = self.wire.task() else { return false };
         let gives_way = self.active.compare_exchange(0, GAVE_WAY, Ordering::AcqRel, Ordering::Acquire).is_ok();
         if gives_way {
             task.abort();

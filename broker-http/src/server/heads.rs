@@ -1,7 +1,8 @@
 //! Heads of requests over HTTP/1 that have begun and have no end yet: what they hold together is bounded.
 //!
 //! Each connection may hold one as large as any for as long as heads have time, before anybody knows who sends it. The
-//! one begun first ends for those that go on: a head of somebody who means it is whole within moments.
+//! one begun first ends for those that go on: a head of somebody who means it is whole within moments. So is a message
+//! to a WebSocket, which counts with them until what is to be said to it is told.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -33,7 +33,7 @@ use super::places::{Place, Places};
 use super::problem::{Answer, Problem};
 use super::rest::Received;
 use super::tls::Tls;
-use super::wire::{Socket, Watched};
+use super::wire::{Socket, Watched, Wire};
 use super::{Shared, publish, routes};
 
 /// What is written to a connection over the limit, without reading from it: a sender that sees it
@@ -135,9 +135,10 @@ impl Connections {
     }
 
     /// Serves what a connection was upgraded to, until it ends or connections are cut.
-    pub(crate) fn serve(&self, upgraded: impl Future<Output = ()> + Send + 'static) {
+    pub(crate) fn serve(&self, wire: &Wire, upgraded: impl Future<Output = ()> + Send + 'static) {
         let cut = self.cut.clone();
-        self.tasks.spawn(async move { cut.run_until_cancelled(upgraded).await });
+        let task = self.tasks.spawn(async move { cut.run_until_cancelled(upgraded).await });
+        wire.served_by(task.abort_handle());
     }
 
     /// Tells when connections are to end.

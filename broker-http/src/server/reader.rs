@@ -14,7 +14,8 @@ use parking_lot::Mutex;
 use super::Shared;
 use super::access::{Caller, Peer, network};
 use super::limits::Limits;
-use super::owed::{Owed, Pace};
+use super::owed::Pace;
+use super::wire::Wire;
 use crate::outgoing::{Outgoing, Part, Turn};
 
 /// Who made a request, as far as what is encoded for it goes.
@@ -22,8 +23,8 @@ use crate::outgoing::{Outgoing, Part, Turn};
 pub(crate) struct Reader {
     part: Part,
     outgoing: Outgoing,
-    /// What its connection is to take in time.
-    owed: Arc<Owed>,
+    /// Its connection, and what that is to take in time.
+    pub(crate) wire: Arc<Wire>,
     pace: Pace,
 }
 
@@ -35,8 +36,8 @@ impl Reader {
             // In somebody else's server nothing more is known.
             (None, None) => Part::default(),
         };
-        let owed = extensions.get::<Peer>().map(|peer| Arc::clone(&peer.wire.owed)).unwrap_or_default();
-        Self { part, outgoing: shared.ledger.answers().clone(), owed, pace: pace(&shared.limits()) }
+        let wire = extensions.get::<Peer>().map(|peer| Arc::clone(&peer.wire)).unwrap_or_default();
+        Self { part, outgoing: shared.ledger.answers().clone(), wire, pace: pace(&shared.limits()) }
     }
 
     /// Waits until about so many bytes may be encoded for it.
@@ -51,7 +52,7 @@ impl Reader {
 
     /// A whole answer, encoded in its turn: it counts until it is sent, for which it has its time.
     pub(crate) fn answer(&self, turn: Turn, encoded: Vec<u8>) -> Bytes {
-        self.owed.add(self.part(turn, encoded), self.pace)
+        self.wire.owed.add(self.part(turn, encoded), self.pace)
     }
 
     /// A part of a stream. Its reader may be slow: there is one at a time, and no end to be in time for.

@@ -1,6 +1,7 @@
 //! `GET /topics/{filter}/stream` as a WebSocket: deliveries lent against credit, settled over the
 //! same socket.
 
+use std::collections::VecDeque;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,11 +39,17 @@ use crate::outgoing::Turn;
 /// Bytes of a message from the other side.
 const MAX_MESSAGE: usize = 1 << 20;
 
+/// Characters that are told of what is wrong with a message.
+const MAX_ERROR: usize = 1_000;
+
 /// Bytes of a fragment that is sent. The socket has a buffer as large as its largest, for as long as it stands.
 const FRAGMENT: usize = 64 << 10;
 
 /// Bytes read from a socket at a time: each has a buffer of that size for as long as it stands.
 const READ: usize = 8 << 10;
+
+/// Bytes of a ping or a pong besides what it says.
+const CONTROL: usize = 6;
 
 /// Deliveries taken in one go, and lent to one socket, at most.
 const AT_ONCE: usize = 64;
@@ -88,12 +95,14 @@ pub(crate) async fn open(
         credit: 0,
         ready: Hand::default(),
         places: None,
+        told: VecDeque::new(),
         chatter: Chatter::new(Instant::now()),
     };
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     response.headers_mut().extend(upgrade.headers());
-    shared.connections.serve(async move {
+    let wire = Arc::clone(&lending.reader.wire);
+    shared.connections.serve(&wire, async move {
         let _place = place;
         let Ok(connection) = upgrade.connection.await else { return };
         let config = WebSocketConfig::default()
@@ -122,6 +131,8 @@ struct Lending {
     /// Taken and not lent yet: nothing is lent while the other side cannot be told.
     ready: Hand,
     places: Option<Places>,
+    /// What is to be said to the message that was read last, in parts. Nothing is read while there is any.
+    told: VecDeque<Vec<u8>>,
     chatter: Chatter,
 }
 
@@ -153,6 +164,8 @@ impl Told {
             return Ok(Self::Credit(credit as usize));
         }
         serde_json::from_slice(if object { frame } else { b"" }).map(Self::Settlements).map_err(|error| {
+            // It may name what is not known, however long that is.
+            let error: String = error.to_string().chars().take(MAX_ERROR).collect();
             Problem::invalid(format!(
                 "a frame is {{\"credit\": n}} or what is settled, as in {{\"ack\": [\"lease\"]}}: {error}"
             ))
@@ -194,7 +207,7 @@ impl Lending {
             if self.subscription.is_none() && self.holder.leased() == 0 {
                 return Some(goodbye(CloseCode::Away, "the subscription has ended"));
             }
-            if !self.ready.is_empty() && turn.is_terminated() {
+            if turn.is_terminated() && (!self.told.is_empty() || !self.ready.is_empty()) {
                 let reader = self.reader.clone();
                 turn.set(async move { reader.turn(FRAME_BYTES as u64).await }.fuse());
             }
@@ -211,7 +224,7 @@ impl Lending {
             };
             tokio::select! {
                 () = revoked.as_mut() => return Some(refusal()),
-                message = socket.next() => {
+                message = socket.next(), if self.told.is_empty() => {
                     drop(places);
                     heard = Instant::now();
                     // What was said after the rules changed is not done, nor anything shown that came after that.
@@ -219,9 +232,14 @@ impl Lending {
                         return Some(refusal());
                     }
                     let settles = match message {
-                        Some(Ok(Message::Text(text))) => self.asked(socket, text.as_bytes()).await?,
-                        Some(Ok(Message::Binary(bytes))) => self.asked(socket, &bytes).await?,
-                        Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => false,
+                        Some(Ok(Message::Text(text))) => self.asked(text.as_bytes()).await,
+                        Some(Ok(Message::Binary(bytes))) => self.asked(&bytes).await,
+                        Some(Ok(Message::Ping(said) | Message::Pong(said))) => {
+                            // It may come between the parts of a message.
+                            self.reader.wire.leave_out(CONTROL + said.len());
+                            false
+                        }
+                        Some(Ok(Message::Frame(_))) => false,
                         Some(Err(error)) => return fault(&error),
                         Some(Ok(Message::Close(_))) | None => return None,
                     };
@@ -230,12 +248,21 @@ impl Lending {
                         return Some(goodbye(CloseCode::Policy, "too many frames that settle nothing"));
                     }
                 }
-                turn = turn.as_mut(), if !self.ready.is_empty() => {
+                turn = turn.as_mut(), if !turn.is_terminated() => {
                     if !self.right.holds() {
                         return Some(refusal());
                     }
-                    let text = self.lend(turn)?;
+                    let answer = self.told.pop_front();
+                    let answers = answer.is_some();
+                    let text = match answer {
+                        Some(answer) => self.reader.part(turn, answer),
+                        None => self.lend(turn)?,
+                    };
                     send(socket, text, self.shared.limits().body_timeout).await?;
+                    if answers && self.told.is_empty() {
+                        heard = Instant::now();
+                        self.reader.wire.forget();
+                    }
                 }
                 received = receive => match received {
                     Ok(1..) => {
@@ -254,7 +281,8 @@ impl Lending {
                 },
                 _ = ping.tick() => {
                     drop(places);
-                    if heard.elapsed() > SILENCE {
+                    // While it is not listened to, it is not silent.
+                    if self.told.is_empty() && heard.elapsed() > SILENCE {
                         return None;
                     }
                     let patience = self.shared.limits().body_timeout;
@@ -294,26 +322,57 @@ impl Lending {
         Some(self.reader.part(turn, pull::encode(ids.into_iter().zip(events), self.name.as_deref())))
     }
 
-    /// Takes a frame: adds its credit, settles what it settles; tells whether that was something.
-    async fn asked(&mut self, socket: &mut Socket, frame: &[u8]) -> Option<bool> {
+    /// Takes a frame: adds its credit, settles what it settles; tells whether that was something. What there is to say
+    /// to it is said in its turn.
+    async fn asked(&mut self, frame: &[u8]) -> bool {
         let (named, gone) = match Told::read(frame) {
             Ok(Told::Credit(credit)) => {
                 self.credit = self.credit.saturating_add(credit);
-                return Some(false);
+                self.reader.wire.forget();
+                return false;
             }
             Ok(Told::Settlements(settlements)) => {
                 (settlements.len(), pull::settle_all(&self.shared.leases, &self.holder, settlements).await)
             }
             Err(problem) => (0, Err(problem)),
         };
-        let (settles, answer) = match gone {
-            Ok(gone) if gone.is_empty() => return Some(named > 0),
-            Ok(gone) => (gone.len() < named, json!({ "gone": gone })),
-            Err(problem) => (false, json!({ "error": problem })),
-        };
-        send(socket, answer.to_string().into(), self.shared.limits().body_timeout).await?;
-        Some(settles)
+        match gone {
+            Ok(gone) if gone.is_empty() => {
+                self.reader.wire.forget();
+                named > 0
+            }
+            Ok(gone) => {
+                let settles = gone.len() < named;
+                self.told = tell(gone);
+                settles
+            }
+            Err(problem) => {
+                self.told.push_back(json!({ "error": problem }).to_string().into_bytes());
+                false
+            }
+        }
     }
+}
+
+/// The leases that no longer held, in messages of [`FRAME_BYTES`] at most, or of one.
+fn tell(gone: Vec<String>) -> VecDeque<Vec<u8>> {
+    const BEGIN: &[u8] = br#"{"gone":["#;
+    let mut told = VecDeque::new();
+    let mut message = BEGIN.to_vec();
+    for lease in gone {
+        let lease = json!(lease).to_string();
+        if message.len() > BEGIN.len() && message.len() + lease.len() + 3 > FRAME_BYTES {
+            message.extend_from_slice(b"]}");
+            told.push_back(std::mem::replace(&mut message, BEGIN.to_vec()));
+        }
+        if message.len() > BEGIN.len() {
+            message.push(b',');
+        }
+        message.extend_from_slice(lease.as_bytes());
+    }
+    message.extend_from_slice(b"]}");
+    told.push_back(message);
+    told
 }
 
 /// What to say of what could not be read (RFC 6455, section 7.4.1); to a connection that broke nothing.

@@ -9,7 +9,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::task::AbortHandle;
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::activity::Activity;
@@ -48,6 +50,8 @@ pub(crate) struct Wire {
     unread: AtomicBool,
     /// Answers to be taken in time.
     pub(crate) owed: Arc<Owed>,
+    /// Ends the connection at once.
+    task: Mutex<Option<AbortHandle>>,
 }
 
 const PREFACE: &[u8] = b"PRI";
@@ -58,6 +62,21 @@ impl Wire {
     /// A request was read, or is answered: what comes from now on belongs to the next.
     pub(crate) fn forget(&self) {
         self.heard.store(0, Ordering::Relaxed);
+    }
+
+    /// So many of the bytes that came belong to nothing that goes on.
+    pub(crate) fn leave_out(&self, bytes: usize) {
+        let less = |heard: usize| Some(heard.saturating_sub(bytes));
+        let _ = self.heard.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+    }
+
+    /// The task that ends with the connection, from now on: that of what it was upgraded to, in the end.
+    pub(crate) fn served_by(&self, task: AbortHandle) {
+        *self.task.lock() = Some(task);
+    }
+
+    pub(crate) fn task(&self) -> Option<AbortHandle> {
+        self.task.lock().clone()
     }
 
     /// A request was answered.
@@ -186,7 +205,8 @@ impl<S> Watched<S> {
         }
     }
 
-    /// Over HTTP/1, what there is of a head that is not whole counts.
+    /// Over HTTP/1, what there is of a head that is not whole counts, and so does a message to a WebSocket until all is
+    /// told that is to be said to it.
     fn count_head(&mut self) {
         if self.activity.is_active() {
             self.head = None;
@@ -281,7 +301,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Watched<S> {
             return Poll::Ready(Ok(()));
         }
         let before = buf.filled().len();
-        ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
+        let read = Pin::new(&mut this.stream).poll_read(cx, buf);
+        if read.is_pending() && this.head.is_some() {
+            // It may have become whole since it was read.
+            this.count_head();
+        }
+        ready!(read)?;
         let bytes = buf.filled().get(before..).unwrap_or_default();
         this.wire.hear(bytes);
         // Not HTTP/2 as soon as it is known not to be.
