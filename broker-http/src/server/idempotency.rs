@@ -8,10 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use axum::body::{Body, to_bytes};
+use axum::body::to_bytes;
 use axum::response::Response;
 use broker_core::ErrorKind;
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, StatusCode};
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 
@@ -158,7 +159,7 @@ struct Table {
 struct Entry {
     fingerprint: Fingerprint,
     /// `None` while the first request is at work.
-    answer: Option<(StatusCode, Box<[u8]>)>,
+    answer: Option<(StatusCode, Bytes)>,
 }
 
 /// What a key's owner is to do.
@@ -206,7 +207,9 @@ impl Answers {
                 ErrorKind::Invalid,
                 "idempotency-key: it was used for another request; take a new key for a new message",
             )),
-            Some(Entry { answer: Some((status, json)), .. }) => Ok(Slot::Answered(replayed(*status, json))),
+            Some(Entry { answer: Some((status, json)), .. }) => {
+                Ok(Slot::Answered(json_response(*status, json.clone())))
+            }
             Some(Entry { answer: None, .. }) => {
                 Err(Problem::conflict("idempotency-key: the first request with it is still at work")
                     .retry_after(Duration::from_secs(1)))
@@ -238,13 +241,6 @@ fn full(wait: Option<Duration>) -> Problem {
     .counted(Refusal::Idempotency)
 }
 
-fn replayed(status: StatusCode, json: &[u8]) -> Response {
-    let mut response = Response::new(Body::from(json.to_vec()));
-    *response.status_mut() = status;
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    response
-}
-
 impl Running {
     /// Keeps an answer that says what became of the messages; any other leaves the key free for
     /// another try.
@@ -257,7 +253,7 @@ impl Running {
         let json = to_bytes(body, usize::MAX).await.map_err(|_| Problem::draining())?;
         // Longer than what was set aside it is kept too: its messages are published. New keys wait.
         self.store.table.lock().keep(Instant::now(), self.key, parts.status, &json);
-        Ok(json_response(parts.status, json.to_vec()))
+        Ok(json_response(parts.status, json))
     }
 }
 
@@ -274,7 +270,8 @@ impl Drop for Running {
 impl Table {
     fn keep(&mut self, now: Instant, key: Key, status: StatusCode, json: &[u8]) {
         let Some(entry) = self.entries.get_mut(&key) else { return };
-        entry.answer = Some((status, json.into()));
+        // A copy: what is sent counts with what is encoded for readers until it is.
+        entry.answer = Some((status, Bytes::copy_from_slice(json)));
         self.give_back(key.owner, ROOM);
         self.add(key.owner, OVERHEAD + json.len());
         self.order.push_back((now, key));
@@ -315,6 +312,7 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use http::HeaderValue;
 
     const FINGERPRINT: Fingerprint = Fingerprint([0; 16]);
     const JSON: &[u8] = &[b'x'; 100];

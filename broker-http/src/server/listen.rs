@@ -35,6 +35,7 @@ use super::rest::Received;
 use super::tls::Tls;
 use super::wire::{Socket, Watched, Wire};
 use super::{Shared, publish, routes};
+use crate::event::Format;
 
 /// What is written to a connection over the limit, without reading from it: a sender that sees it
 /// knows more than one whose connection was reset.
@@ -255,8 +256,9 @@ impl Connection {
         let service = service_fn(move |mut request: Request<Incoming>| {
             let busy = Busy::begin(&active);
             let publishes = is_publish(&request);
-            // Whoever publishes where everybody may needs not be known.
-            if !publishes || !shared.gate.is_open() {
+            // Whoever publishes one message where everybody may needs not be known: there is hardly an answer to read.
+            let one = publishes && !matches!(Format::of(request.headers()), Ok(Format::Batch | Format::Lines));
+            if !one || !shared.gate.is_open() {
                 request.extensions_mut().insert(peer.clone());
             }
             active.wire.set_fleeting(routes::waits(request.uri()));

@@ -19,9 +19,11 @@ use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::publishers::Published;
 use super::query::name_in_path;
+use super::reader::Reader;
 use super::topics::Bounds;
 use super::{Shared, body, lines};
 use crate::event::{Decoded, Format, Options, binary, json, ndjson};
+use crate::outgoing::Turn;
 use crate::traces::Parent;
 
 #[derive(Serialize)]
@@ -63,6 +65,8 @@ struct Prepared {
     format: Format,
     key: Option<Key>,
     caller: Option<Caller>,
+    /// Who reads the results of several; that of one is hardly an answer.
+    reader: Option<Reader>,
 }
 
 fn prepare(shared: &Shared, parts: &http::request::Parts) -> Answer<Prepared> {
@@ -76,7 +80,9 @@ fn prepare(shared: &Shared, parts: &http::request::Parts) -> Answer<Prepared> {
     let format = Format::of(&parts.headers)?;
     let caller = Caller::of(&parts.extensions);
     let key = Key::of(&parts.headers, &topic, caller.as_ref())?;
-    Ok(Prepared { published, options, format, key, caller })
+    let several = matches!(format, Format::Batch | Format::Lines);
+    let reader = several.then(|| Reader::of(shared, &parts.extensions));
+    Ok(Prepared { published, options, format, key, caller, reader })
 }
 
 async fn answer(shared: &Arc<Shared>, prepared: Prepared, parts: &http::request::Parts, body: Body) -> Answer {
@@ -116,7 +122,7 @@ async fn answer(shared: &Arc<Shared>, prepared: Prepared, parts: &http::request:
 
 /// Publishes what a body says; `covered` bytes are counted for it.
 async fn publish_body(shared: &Shared, prepared: &Prepared, headers: &HeaderMap, body: Bytes, covered: u64) -> Answer {
-    let Prepared { published, options, caller, .. } = prepared;
+    let Prepared { published, options, caller, reader, .. } = prepared;
     let (topic, caller) = (published.topic(), caller.as_ref());
     match prepared.format {
         Format::Single => {
@@ -134,7 +140,7 @@ async fn publish_body(shared: &Shared, prepared: &Prepared, headers: &HeaderMap,
             };
             let mut outgoing = Outgoing::to(published, covered);
             decoded.into_iter().for_each(|decoded| outgoing.push(decoded.map(|decoded| decoded.message)));
-            let mut answer = Results::new(outgoing.len());
+            let mut answer = Results::begin(reader.as_ref(), topic, outgoing.len()).await?;
             let parent = shared.traces.parent(headers);
             answer.extend(topic, publish_all(shared, options, caller, &parent, outgoing).await?);
             Ok(answer.finish())
@@ -156,14 +162,14 @@ fn too_many_messages(max: usize) -> Problem {
 
 /// Publishes a message a line, and answers for all of them together.
 async fn collected(shared: &Shared, prepared: &Prepared, parent: &Parent, body: &[u8], covered: u64) -> Answer {
-    let Prepared { published, options, caller, .. } = prepared;
+    let Prepared { published, options, caller, reader, .. } = prepared;
     options.check_many()?;
     let count = lines::of(body).count();
     if count == 0 {
         return Err(Problem::invalid("the body has no line; one message a line is expected"));
     }
     check_count(shared, count)?;
-    let mut answer = Results::new(count);
+    let mut answer = Results::begin(reader.as_ref(), published.topic(), count).await?;
     let mut lines = lines::of(body).peekable();
     while lines.peek().is_some() {
         // A few at a time stay in the processor's cache, and their readers need not wait for all.
@@ -308,6 +314,8 @@ fn merged(good: Vec<Result<Receipt, Error>>, refused: Vec<(usize, Error)>) -> Ve
 
 /// The answer to a batch in the making.
 struct Results {
+    /// Whose they are, and that they may be.
+    turn: Option<(Reader, Turn)>,
     json: Vec<u8>,
     failed: bool,
     /// Another try may do better.
@@ -315,10 +323,18 @@ struct Results {
 }
 
 impl Results {
-    fn new(count: usize) -> Self {
-        let mut json = Vec::with_capacity(16 + count * 96);
+    /// Before anything is published there is room for what is to be told of it: whoever publishes and reads no answer is
+    /// a reader like any other.
+    async fn begin(reader: Option<&Reader>, topic: &Topic, count: usize) -> Answer<Self> {
+        let bytes = 16 + count * (RESULT_BYTES + topic.as_str().len());
+        // Errors are longer: about twice.
+        let turn = match reader {
+            Some(reader) => Some((reader.clone(), reader.soon(bytes as u64 * 2).await?)),
+            None => None,
+        };
+        let mut json = Vec::with_capacity(bytes);
         json.extend_from_slice(br#"{"results":["#);
-        Self { json, failed: false, retryable: false }
+        Ok(Self { turn, json, failed: false, retryable: false })
     }
 
     fn is_empty(&self) -> bool {
@@ -339,7 +355,11 @@ impl Results {
     fn finish(mut self) -> Response {
         self.json.extend_from_slice(b"]}");
         let status = if self.failed { StatusCode::MULTI_STATUS } else { StatusCode::ACCEPTED };
-        let mut response = json_response(status, self.json);
+        let json = match self.turn {
+            Some((reader, turn)) => reader.answer(turn, self.json),
+            None => self.json.into(),
+        };
+        let mut response = json_response(status, json);
         if self.retryable {
             response.extensions_mut().insert(TryAgain);
         }

@@ -8,7 +8,7 @@ use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use broker_core::{
-    Broker, Delivery, ErrorKind, Failure, Gap, GroupName, Received, Result, Settle, Settlement, Subscribe, Subscription,
+    Broker, Delivery, Failure, Gap, GroupName, Received, Result, Settle, Settlement, Subscribe, Subscription,
 };
 use futures_util::FutureExt;
 use http::{HeaderMap, StatusCode, Uri};
@@ -19,12 +19,11 @@ use tokio::time::{Instant, timeout_at};
 
 use super::access::{Action, Caller, Right};
 use super::leases::{Hand, Holder, LeaseId, Leases, detach};
-use super::memory::RETRY_AFTER;
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::publish::json_response;
 use super::query::{Query, name_in_path};
-use super::reader::Reader;
+use super::reader::{Reader, TURN_TO_ANSWER};
 use super::registry::Subscribed;
 use super::{Shared, body};
 use crate::event::{Envelope, json};
@@ -43,8 +42,8 @@ const AT_ONCE: usize = 32;
 /// How long a pull that does not wait stands behind another that is just taking deliveries.
 const TURN: Duration = Duration::from_millis(20);
 
-/// How long a pull waits for its turn to be answered, at least.
-const TURN_TO_ANSWER: Duration = Duration::from_secs(5);
+/// An answer of so many bytes waits for no turn: it is smaller than the request that it answers.
+const SMALL_BYTES: u64 = 4 << 10;
 
 /// How long a member nobody pulls through stays in its group, where it may hold deliveries back from
 /// the others.
@@ -220,15 +219,7 @@ async fn lend(
             // Nothing is lent while nobody can be told: whoever leaves meanwhile has tried nothing.
             let mut hand = Hand::from(deliveries);
             let patience = deadline.max(Instant::now() + TURN_TO_ANSWER);
-            let Ok(turn) = timeout_at(patience, reader.turn(bytes)).await else {
-                return Err(Problem::new(
-                    StatusCode::SERVICE_UNAVAILABLE,
-                    ErrorKind::Unavailable,
-                    "what others have asked for and not read is as much as may be; try again",
-                )
-                .retry_after(RETRY_AFTER)
-                .counted(Refusal::Memory));
-            };
+            let turn = timeout_at(patience, reader.turn(bytes)).await.map_err(|_| Reader::crowded())?;
             // They may have been published after the rules changed.
             right.check()?;
             // From here to the leases nothing waits, so that no caller gone can lose them.
@@ -405,6 +396,7 @@ struct Extend {
 pub(crate) async fn settle(
     State(shared): State<Arc<Shared>>,
     caller: Option<Extension<Caller>>,
+    reader: Reader,
     uri: Uri,
     headers: HeaderMap,
     body: Body,
@@ -414,14 +406,21 @@ pub(crate) async fn settle(
     let pull = pulled(&subscribed)?;
     // Who settles is alive, whether it has room to pull or not.
     *pull.last.lock() = Instant::now();
-    let settlements: Settlements = body::json(&headers, body, &shared, caller.as_deref())
-        .await?
-        .ok_or_else(|| Problem::invalid("a body is expected, as in {\"ack\": [\"lease\"]}"))?;
+    // What it names counts until the answer does, which may name all of it.
+    let (json, _reservation) = body::collect_json(&headers, body, &shared, caller.as_deref()).await?;
+    let settlements: Settlements =
+        body::read_json(&json)?.ok_or_else(|| Problem::invalid("a body is expected, as in {\"ack\": [\"lease\"]}"))?;
     // The body may have come slowly.
     right(&shared, caller.as_deref(), &subscribed).check()?;
     let gone = settle_all(&shared.leases, &pull.holder, settlements).await?;
-    let json = serde_json::json!({ "gone": gone });
-    Ok(json_response(StatusCode::OK, json.to_string().into_bytes()))
+    let told = gone.iter().map(|lease| lease.len() as u64 + 3).sum();
+    let json = serde_json::json!({ "gone": gone }).to_string().into_bytes();
+    if told <= SMALL_BYTES {
+        return Ok(json_response(StatusCode::OK, json));
+    }
+    // Settled is settled: who does not read what became of it may ask again.
+    let turn = reader.soon(told).await?;
+    Ok(json_response(StatusCode::OK, reader.answer(turn, json)))
 }
 
 /// What is to be done, checked.

@@ -4,17 +4,22 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::FromRequestParts;
+use broker_core::ErrorKind;
 use bytes::Bytes;
-use http::Extensions;
 use http::request::Parts;
+use http::{Extensions, StatusCode};
 use parking_lot::Mutex;
 
 use super::Shared;
 use super::access::{Caller, Peer, network};
 use super::limits::Limits;
+use super::memory::RETRY_AFTER;
+use super::metrics::Refusal;
 use super::owed::Pace;
+use super::problem::{Answer, Problem};
 use super::wire::Wire;
 use crate::outgoing::{Outgoing, Part, Turn};
 
@@ -45,6 +50,26 @@ impl Reader {
         self.outgoing.turn(&self.part, about).await
     }
 
+    /// The same, and no longer than a moment.
+    ///
+    /// # Errors
+    ///
+    /// 503: what others have asked for and not read is as much as may be.
+    pub(crate) async fn soon(&self, about: u64) -> Answer<Turn> {
+        tokio::time::timeout(TURN_TO_ANSWER, self.turn(about)).await.map_err(|_| Self::crowded())
+    }
+
+    /// That there was no turn in time.
+    pub(crate) fn crowded() -> Problem {
+        Problem::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            ErrorKind::Unavailable,
+            "what was asked for and is not read is as much as may be; read the answers, or try again",
+        )
+        .retry_after(RETRY_AFTER)
+        .counted(Refusal::Memory)
+    }
+
     /// The same, if nothing is waited for.
     pub(crate) fn try_turn(&self, about: u64) -> Option<Turn> {
         self.outgoing.try_turn(&self.part, about)
@@ -60,6 +85,9 @@ impl Reader {
         self.outgoing.carry(&self.part, encoded)
     }
 }
+
+/// How long an answer is waited for that others leave no room for.
+pub(crate) const TURN_TO_ANSWER: Duration = Duration::from_secs(5);
 
 fn pace(limits: &Limits) -> Pace {
     Pace { patience: limits.body_timeout, bytes_per_second: limits.answer_bytes_per_second }

@@ -335,6 +335,13 @@ impl Registry {
         pulled.map(|pull| Arc::clone(pull.holder.tally())).unwrap_or_default()
     }
 
+    /// How long what is lent of a group is, as the subscription that is pulled from it says.
+    pub(crate) fn lease(&self, group: &Group) -> Option<Duration> {
+        let table = self.table.read();
+        let pulled = table.values().find(|subscribed| subscribed.group == *group && subscribed.pull().is_some());
+        pulled.map(|subscribed| subscribed.spec.timeout)
+    }
+
     /// Sees that a subscription has `group`: makes one to pull, called as the group, if there is none.
     /// Tells whether it did.
     pub(crate) async fn stand_for(

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::Response;
-use broker_core::{Delivery, GroupName, StartAt, Subscription, TopicFilter};
+use broker_core::{Delivery, Group, GroupName, StartAt, Subscription, TopicFilter};
 use bytes::Bytes;
 use futures_util::future::{Fuse, FusedFuture};
 use futures_util::{FutureExt, SinkExt, StreamExt};
@@ -74,15 +74,20 @@ pub(crate) async fn open(
     group: Option<GroupName>,
     hold: Option<Duration>,
 ) -> Answer<Response> {
-    let hold = hold.unwrap_or(DEFAULT_HOLD);
-    if hold.is_zero() || hold > pull::MAX_HOLD {
+    if hold.is_some_and(|hold| hold.is_zero() || hold > pull::MAX_HOLD) {
         return Err(Problem::invalid("query parameter timeout: it is longer than zero and 12h at most"));
     }
     let name = group.as_ref().map(GroupName::to_string);
-    let (subscription, tally) = match group {
-        Some(group) => join(&shared, filter, group, right.owner(), MAX_LENT).await?,
-        None => (copy(&shared, &filter, StartAt::New).await?, Arc::default()),
+    let ((subscription, tally), lease) = match group {
+        Some(name) => {
+            let group = Group::new(name.clone(), filter.clone());
+            let joined = join(&shared, filter, name, right.owner(), MAX_LENT).await?;
+            (joined, shared.registry.lease(&group))
+        }
+        None => ((copy(&shared, &filter, StartAt::New).await?, Arc::default()), None),
     };
+    // Whoever asks has the word, then the subscription.
+    let hold = hold.or(lease).unwrap_or(DEFAULT_HOLD);
     let holder = Arc::new(Holder::counted_by(tally));
     let lending = Lending {
         shared: Arc::clone(&shared),

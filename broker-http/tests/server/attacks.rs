@@ -339,13 +339,23 @@ async fn at_the_bound_of_memory_one_may_settle_and_mend() {
     assert_eq!(reply.status, 207);
     let results = reply.json()["results"].as_array().unwrap().clone();
     let taken = results.iter().take_while(|result| result["error"].is_null()).count();
-    assert!(results.len() == 500 && (300..400).contains(&taken), "{taken}");
+    // What is told of them takes its room, too.
+    assert!(results.len() == 500 && (50..250).contains(&taken), "{taken}");
     for result in &results[taken..] {
         assert_eq!(result["error"]["status"], 503, "{result}");
         assert!(result["error"]["detail"].as_str().unwrap().contains("bound of 100000 bytes"), "{result}");
     }
     assert!(refused(&running, "memory").await >= 1, "the first part had room");
-    running.post("/topics/a", "x".repeat(300).as_str()).await.is_problem(503, "bound");
+    let mut taken = taken;
+    let full = loop {
+        let reply = running.post("/topics/a", "x".repeat(300).as_str()).await;
+        if reply.status != 202 {
+            break reply;
+        }
+        taken += 1;
+    };
+    assert!(taken < 400, "{taken}");
+    full.is_problem(503, "bound");
     // Who would make room has its say, and who mends a subscription.
     assert_eq!(running.put("r", r#"{"filter":"b"}"#).await.status, 201);
     let mut left = taken;

@@ -65,6 +65,42 @@ async fn who_hardly_reads_keeps_nobody_else_waiting() {
     assert_eq!(running.get("/subscriptions").await.status, 200);
 }
 
+/// Ten thousand lines of three bytes have 1.5 MB of answer, some of which the kernel holds.
+#[tokio::test]
+async fn who_publishes_and_reads_no_answer_keeps_nobody_else_waiting() {
+    // An eighth of it is for answers.
+    let running = limited(|limits| limits.memory_bytes = 128 << 20).await;
+    let lines = "{}\n".repeat(10_000);
+    let head = "POST /topics/a HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/x-ndjson\r\ncontent-length";
+    let request = format!("{head}: {}\r\n\r\n{lines}", lines.len());
+    let slow = (0..SLOW).map(|_| async {
+        let mut stream = elsewhere(&running).await;
+        stream.write_all(request.repeat(6).as_bytes()).await.unwrap();
+        stream
+    });
+    let held = futures_util::future::join_all(slow).await;
+    let held_bytes = async || {
+        let metrics = running.get("/metrics").await.text();
+        let bytes = metrics.lines().find_map(|line| line.strip_prefix("broker_memory_bytes ")).unwrap();
+        bytes.parse::<usize>().unwrap()
+    };
+    soon(async {
+        while held_bytes().await < 4 << 20 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    let headers = [("content-type", "application/x-ndjson")];
+    let before = held_bytes().await;
+    let reply = running.send("POST /topics/a", &headers, lines).await;
+    assert_eq!(reply.status, 207, "{before} {} {}", held_bytes().await, reply.text());
+    assert_eq!(reply.json()["results"].as_array().unwrap().len(), 10_000);
+    // Who reads nothing holds no more than half of it, about.
+    let bytes = held_bytes().await;
+    assert!(bytes < 12 << 20, "{bytes}");
+    drop(held);
+}
+
 /// Gets on again and again, and would hold its answer for as long as it likes.
 #[tokio::test]
 async fn an_answer_has_the_time_of_its_size_and_a_stream_has_any() {

@@ -92,6 +92,22 @@ async fn what_is_not_settled_when_it_closes_comes_back() {
 }
 
 #[tokio::test]
+async fn a_lease_is_as_long_as_the_subscription_says() {
+    let running = Running::start().await;
+    running.put("q", r#"{"filter":"a","timeout":"300ms"}"#).await;
+    running.post("/topics/a?id=1", "x").await;
+    let mut socket = Socket::open(&running, "/topics/a/stream?group=q").await;
+    socket.say(json!({"credit": 2})).await;
+    let first = socket.deliveries(1).await.remove(0);
+    assert_eq!(first["attempt"], 1);
+    let again = socket.deliveries(1).await.remove(0);
+    assert_eq!(again["attempt"], 2);
+    socket.say(json!({"ack": [first["lease"]]})).await;
+    assert_eq!(socket.hear().await.unwrap()["gone"], json!([first["lease"]]));
+    socket.say(json!({"ack": [again["lease"]]})).await;
+}
+
+#[tokio::test]
 async fn without_a_group_it_has_a_copy_of_its_own() {
     let running = Running::start().await;
     let mut socket = Socket::open(&running, "/topics/a.%3E/stream").await;
