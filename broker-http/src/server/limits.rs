@@ -70,11 +70,12 @@ pub struct Limits {
     /// Bytes that messages published through this server and the bodies of its requests may hold,
     /// counted with what each message takes besides; at it what the topics of `memory:` only retain
     /// is forgotten, then publishers are refused, and whoever takes messages out goes on. An eighth of it each is what
-    /// may be encoded for readers and for endpoints before the next waits (none of them is given more while it holds as
-    /// much as is free), and what the bodies of one identity may hold
-    /// that are under way, and what begun heads of more than 8 KiB may hold over HTTP/1, of which then the first ends. Half of it is what deliveries of a broker elsewhere (RabbitMQ,
-    /// Kafka) may take from there to their settlement: then a subscription takes one at a time. What
-    /// others publish to `memory:` in this process is bounded by its groups' backlogs.
+    /// may be encoded for readers (results of several publishes among it) and for endpoints before the next waits, where
+    /// none of them is given more while it holds as much as is free; what the bodies of one identity may hold that are
+    /// under way; and what begun heads of more than 8 KiB may hold over HTTP/1, of which then the first ends. Half of it
+    /// is what deliveries of a broker elsewhere (RabbitMQ, Kafka) may take from there to their settlement: then a
+    /// subscription takes one at a time. What others publish to `memory:` in this process is bounded by its groups'
+    /// backlogs.
     pub memory_bytes: u64,
     /// Bytes that the messages of one topic may hold of that.
     pub topic_memory_bytes: u64,

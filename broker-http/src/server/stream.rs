@@ -370,7 +370,10 @@ fn encode_gap(gap: Gap) -> Vec<u8> {
 }
 
 /// One of the streams there may be at a time, counted with those of all and with the caller's own.
-pub(crate) struct Place([Option<Arc<AtomicUsize>>; 2]);
+pub(crate) struct Place {
+    all: Arc<AtomicUsize>,
+    own: Option<Arc<AtomicUsize>>,
+}
 
 impl Place {
     /// Nobody is given another while he has as many as are free: one always is for who has none.
@@ -379,7 +382,7 @@ impl Place {
         let count = |open: &AtomicUsize| open.fetch_add(1, Ordering::AcqRel);
         let open = count(&shared.streams);
         let own = caller.map(|caller| (caller.name(), count(caller.streams())));
-        let place = Self([Some(Arc::clone(&shared.streams)), caller.map(Caller::streams).cloned()]);
+        let place = Self { all: Arc::clone(&shared.streams), own: caller.map(Caller::streams).cloned() };
         let full = match own {
             _ if open >= max => format!("there are {max} streams, which is the most; end one first"),
             Some((name, own)) if own > 0 && own >= max - open => format!(
@@ -393,7 +396,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        for open in self.0.iter().flatten() {
+        for open in self.own.iter().chain([&self.all]) {
             open.fetch_sub(1, Ordering::AcqRel);
         }
     }

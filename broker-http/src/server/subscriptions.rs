@@ -24,6 +24,7 @@ use super::registry::{Put, Subscribed};
 use super::{Shared, body};
 use crate::SubscriptionSpec;
 use crate::event::{self, Envelope};
+use crate::outgoing::Turn;
 use crate::push::PushState;
 use crate::spec::REDACTED;
 
@@ -108,12 +109,18 @@ pub(crate) async fn get(
 ) -> Answer {
     no_query(&uri)?;
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
-    show(&shared, caller.as_deref(), &reader, &subscribed).await
+    let turn = reader.soon(LIST_BYTES).await?;
+    show(&shared, caller.as_deref(), (&reader, turn), &subscribed).await
 }
 
-async fn show(shared: &Shared, caller: Option<&Caller>, reader: &Reader, subscribed: &Subscribed) -> Answer {
+/// What there is of it, told in a turn of the reader's.
+async fn show(
+    shared: &Shared,
+    caller: Option<&Caller>,
+    (reader, turn): (&Reader, Turn),
+    subscribed: &Subscribed,
+) -> Answer {
     let status = shared.broker.status().await?;
-    let turn = reader.turn(LIST_BYTES).await;
     let view = view(shared, subscribed, caller, Some(&status)).to_string().into_bytes();
     Ok(json_response(StatusCode::OK, reader.answer(turn, view)))
 }
@@ -150,7 +157,7 @@ pub(crate) async fn list(
     let (page, more) = shared.registry.list(after.as_deref(), limit, seen);
     let status = shared.broker.status().await?;
     let next = page.last().filter(|_| more).map(|last| last.name.to_string());
-    let turn = reader.turn(LIST_BYTES).await;
+    let turn = reader.soon(LIST_BYTES).await?;
     let mut out = br#"{"subscriptions":["#.to_vec();
     let mut last = None;
     for subscribed in &page {
@@ -198,10 +205,12 @@ async fn set_paused(
 ) -> Answer {
     no_query(&uri)?;
     let name = name_in_path(&uri)?.into_owned();
+    // Before anything changes: what is done is told.
+    let turn = reader.soon(LIST_BYTES).await?;
     finish(async move {
         let subscribed = shared.registry.pause(&shared, &name, paused).await?;
         shared.try_save().await?;
-        show(&shared, caller.as_deref(), &reader, &subscribed).await
+        show(&shared, caller.as_deref(), (&reader, turn), &subscribed).await
     })
     .await
 }
@@ -233,7 +242,7 @@ pub(crate) async fn test(State(shared): State<Arc<Shared>>, caller: Option<Exten
 pub(crate) async fn attempts(State(shared): State<Arc<Shared>>, reader: Reader, uri: Uri) -> Answer {
     no_query(&uri)?;
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
-    let turn = reader.turn(LIST_BYTES).await;
+    let turn = reader.soon(LIST_BYTES).await?;
     let attempts: Vec<_> =
         subscribed.push().map(|push| push.attempts().iter().map(attempt_view).collect()).unwrap_or_default();
     let attempts = json!({ "attempts": attempts }).to_string().into_bytes();
@@ -251,7 +260,7 @@ pub(crate) async fn dead(State(shared): State<Arc<Shared>>, reader: Reader, uri:
     query.finish()?;
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
     let letters = shared.broker.dead_letters(&subscribed.group, max).await?;
-    let turn = reader.turn(LIST_BYTES).await;
+    let turn = reader.soon(LIST_BYTES).await?;
     let mut out = br#"{"dead":["#.to_vec();
     let mut more = false;
     for (index, letter) in letters.iter().enumerate() {

@@ -941,6 +941,10 @@ async fn a_pull_that_waits_for_its_turn_costs_no_attempt() {
     running.post("/topics/a?id=1", "x").await;
     let stream = held_up(&running, "/topics/big/stream?group=big").await;
     running.send("POST /subscriptions/q/pull", &[], "").await.is_problem(503, "not read");
+    // Nor is anything listed, or changed that could not be told.
+    let (listed, paused) = tokio::join!(running.get("/subscriptions"), running.post("/subscriptions/q/pause", ""));
+    listed.is_problem(503, "not read");
+    paused.is_problem(503, "not read");
     drop(stream);
     let leases = running.pull("q", "wait=20s").await;
     assert_eq!((leases.len(), leases[0].attempt), (1, 1));

@@ -16,8 +16,8 @@ use std::process::ExitCode;
 use broker_core::Connectors;
 use clap::{Parser, Subcommand};
 
-/// A message is made on one thread and dropped on another, which glibc's allocator does under a lock, and it looks through all that
-/// was freed whenever a batch wants a kilobyte: it took a fifth of the time of streamed NDJSON (see the benches' README).
+/// A message is made on one thread and dropped on another. glibc's allocator does that under a lock, and looks through
+/// all that was freed whenever a batch wants a kilobyte: it took a fifth of the time of streamed NDJSON.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
