@@ -4,12 +4,13 @@
 //! would be there a thousand times more. So whoever encodes waits for a turn while what others encoded holds as much as
 //! it may. None is refused: it is what takes messages out.
 //!
-//! Whoever is slow to take what is encoded for it keeps its room, and so it must not be all there is: nobody begins
-//! another beside what it has, unless more than that is still free (the dynamic threshold of Choudhury and Hahne, 1998).
-//! One that takes nothing leaves half to the others, two leave a third. Those who wait have their turns one after the
-//! other, and each of them in the order in which it asked.
+//! Whoever is slow to take what is encoded for it keeps its room, and so it must not be all there is: nobody has more than
+//! what is still free beside it (the dynamic threshold of Choudhury and Hahne, 1998). One that takes nothing leaves half to
+//! the others, two leave a third. Those who wait have their turns one after the other, and each of them in the order in
+//! which it asked. A turn says how much it is for: what it takes at least, and up to how much more there was room.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -73,30 +74,33 @@ impl Outgoing {
         self.0.bytes.load(Ordering::Relaxed)
     }
 
-    /// The turn to encode about so many bytes, if there is room and nobody of the same part waits. What is encoded may
-    /// pass the bound, since a turn is given where there is room for any.
-    pub(crate) fn try_turn(&self, part: &Part, about: u64) -> Option<Turn> {
-        let about = about.max(1);
-        {
-            let mut table = self.0.table.lock();
-            if !table.has_room_for(part) || table.waiting.contains_key(&part.key()) {
-                return None;
-            }
-            table.take(&self.0, part, about);
+    /// What may be the size of one among several.
+    pub(crate) fn quarter(&self) -> u64 {
+        self.0.table.lock().quarter()
+    }
+
+    /// The turn to encode about so many bytes, if there is room for the least of it and nobody of the same part waits.
+    pub(crate) fn try_turn(&self, part: &Part, about: RangeInclusive<u64>) -> Option<Turn> {
+        let mut table = self.0.table.lock();
+        if table.waiting.contains_key(&part.key()) {
+            return None;
         }
-        Some(Turn { part: part.clone(), bytes: about, held: Arc::clone(&self.0) })
+        let bytes = table.room(part, &about)?;
+        table.take(&self.0, part, bytes);
+        drop(table);
+        Some(Turn { part: part.clone(), bytes, held: Arc::clone(&self.0) })
     }
 
     /// The same, once there is room.
-    pub(crate) async fn turn(&self, part: &Part, about: u64) -> Turn {
+    pub(crate) async fn turn(&self, part: &Part, about: RangeInclusive<u64>) -> Turn {
         loop {
-            if let Some(turn) = self.try_turn(part, about) {
+            if let Some(turn) = self.try_turn(part, about.clone()) {
                 return turn;
             }
             let (give, given) = oneshot::channel();
             let mut place = None;
             // Room made before this is seen here, room made after it is given to who waits.
-            self.0.change(|table| place = Some(table.ask(part, Waiting { about: about.max(1), give })));
+            self.0.change(|table| place = Some(table.ask(part, Waiting { about: about.clone(), give })));
             let _asked = place.map(|number| Asked { held: &self.0, key: part.key(), number });
             // It is given or, which does not happen, asked for anew.
             if let Ok(turn) = given.await {
@@ -119,6 +123,13 @@ pub(crate) struct Turn {
     part: Part,
     bytes: u64,
     held: Arc<Held>,
+}
+
+impl Turn {
+    /// How many there is room for, about.
+    pub(crate) fn bytes(&self) -> usize {
+        usize::try_from(self.bytes).unwrap_or(usize::MAX)
+    }
 }
 
 impl Drop for Turn {
@@ -180,13 +191,22 @@ struct Table {
 
 #[derive(Debug)]
 struct Waiting {
-    about: u64,
+    about: RangeInclusive<u64>,
     give: oneshot::Sender<Turn>,
 }
 
 impl Table {
-    fn has_room_for(&self, part: &Part) -> bool {
-        part.bytes() < self.max.saturating_sub(self.bytes)
+    fn quarter(&self) -> u64 {
+        (self.max / 4).max(1)
+    }
+
+    /// How much of it the part may take: no more than then leaves as much as it has. What is larger than any should be
+    /// passes for a quarter of all, so that it has its turn too.
+    fn room(&self, part: &Part, about: &RangeInclusive<u64>) -> Option<u64> {
+        let (least, most) = (*about.start(), *about.end());
+        let room = self.max.saturating_sub(self.bytes).saturating_sub(part.bytes()) / 2;
+        let enough = least.clamp(1, self.quarter());
+        (room >= enough || self.bytes == 0).then(|| most.min(room).max(least).max(1))
     }
 
     fn take(&mut self, held: &Held, part: &Part, bytes: u64) {
@@ -224,17 +244,22 @@ impl Table {
     fn turns(&mut self, held: &Arc<Held>) -> Vec<(oneshot::Sender<Turn>, Turn)> {
         let mut turns = Vec::new();
         while self.bytes < self.max {
-            let may = |key: &usize| self.waiting.get(key).is_some_and(|(part, _)| self.has_room_for(part));
-            let Some(key) = self.order.iter().position(may).and_then(|at| self.order.remove(at)) else { break };
+            let may = |(at, key)| {
+                let (part, queue) = self.waiting.get(key)?;
+                let (_, first) = queue.first_key_value()?;
+                Some((at, self.room(part, &first.about)?))
+            };
+            let Some((at, bytes)) = self.order.iter().enumerate().find_map(may) else { break };
+            let Some(key) = self.order.remove(at) else { break };
             let Some((part, mut queue)) = self.waiting.remove(&key) else { continue };
             let first = queue.pop_first();
             if !queue.is_empty() {
                 self.waiting.insert(key, (part.clone(), queue));
                 self.order.push_back(key);
             }
-            if let Some((_, Waiting { about, give })) = first {
-                self.take(held, &part, about);
-                turns.push((give, Turn { part, bytes: about, held: Arc::clone(held) }));
+            if let Some((_, Waiting { give, .. })) = first {
+                self.take(held, &part, bytes);
+                turns.push((give, Turn { part, bytes, held: Arc::clone(held) }));
             }
         }
         turns
@@ -263,17 +288,17 @@ mod tests {
     #[tokio::test]
     async fn whoever_encodes_waits_for_room() {
         let outgoing = Outgoing::new(100);
-        drop(outgoing.turn(&Part::default(), 1).await);
+        drop(outgoing.turn(&Part::default(), 1..=1).await);
         let parts = [Part::default(), Part::default(), Part::default()];
-        let (first, second) = (outgoing.carry(&parts[0], vec![0; 99]), outgoing.carry(&parts[1], vec![0; 98]));
-        let mut turn = pin!(outgoing.turn(&parts[2], 1));
+        let (first, second) = (outgoing.carry(&parts[0], vec![0; 99]), outgoing.carry(&parts[1], vec![0; 97]));
+        let mut turn = pin!(outgoing.turn(&parts[2], 1..=1));
         assert!(turn.as_mut().now_or_never().is_none());
         drop(first);
         drop(turn.await);
-        let third = outgoing.carry(&parts[0], vec![0; 2]);
-        let mut turn = pin!(outgoing.turn(&parts[2], 1));
+        let third = outgoing.carry(&parts[0], vec![0; 3]);
+        let mut turn = pin!(outgoing.turn(&parts[2], 1..=1));
         assert!(turn.as_mut().now_or_never().is_none());
-        outgoing.set_max(101);
+        outgoing.set_max(102);
         drop(turn.await);
         drop((second, third));
         assert_eq!(outgoing.bytes(), 0);
@@ -284,18 +309,46 @@ mod tests {
         let outgoing = Outgoing::new(800);
         let (greedy, modest) = (Part::default(), Part::default());
         let mut held = Vec::new();
-        while let Some(_turn) = outgoing.try_turn(&greedy, 100) {
+        while let Some(_turn) = outgoing.try_turn(&greedy, 100..=100) {
             held.push(outgoing.carry(&greedy, vec![0; 100]));
         }
         assert_eq!(outgoing.bytes(), 400);
-        let mut more = pin!(outgoing.turn(&greedy, 100));
+        let mut more = pin!(outgoing.turn(&greedy, 100..=100));
         assert!(more.as_mut().now_or_never().is_none());
         // Whoever waits for itself keeps nobody else waiting.
-        let other = outgoing.turn(&modest, 100).now_or_never().unwrap();
-        held.truncate(3);
+        let other = outgoing.turn(&modest, 100..=100).now_or_never().unwrap();
+        held.truncate(2);
         assert!(more.as_mut().now_or_never().is_some());
         drop((other, held));
         assert_eq!((outgoing.bytes(), greedy.bytes()), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn a_turn_is_for_what_there_is_room_for() {
+        let outgoing = Outgoing::new(800);
+        let ask = |part: &Part, about| outgoing.try_turn(part, about);
+        let greedy = Part::default();
+        // Half of all, however much is asked for.
+        let first = ask(&greedy, 1..=10_000).unwrap();
+        assert_eq!(first.bytes(), 400);
+        assert!(ask(&greedy, 1..=1).is_none());
+        // And half of what is left for the next.
+        let second = ask(&Part::default(), 1..=10_000).unwrap();
+        assert_eq!(second.bytes(), 200);
+        assert!(ask(&Part::default(), 101..=101).is_none());
+        let small = ask(&Part::default(), 60..=70).unwrap();
+        assert_eq!(small.bytes(), 70);
+        drop((first, second, small));
+        // What is larger than all has its turn where a quarter would.
+        let large = ask(&greedy, 5_000..=10_000).unwrap();
+        assert_eq!(large.bytes(), 5_000);
+        drop(large);
+        let first = ask(&greedy, 300..=300).unwrap();
+        assert!(ask(&Part::default(), 5_000..=5_000).is_some());
+        let second = ask(&Part::default(), 110..=110).unwrap();
+        assert!(ask(&Part::default(), 5_000..=5_000).is_none());
+        drop((first, second));
+        assert_eq!(outgoing.bytes(), 0);
     }
 
     #[tokio::test]
@@ -307,7 +360,7 @@ mod tests {
         let ask = |name: &'static str, part: &Part, about: u64| {
             let (outgoing, part, told) = (outgoing.clone(), part.clone(), Arc::clone(&told));
             tokio::spawn(async move {
-                let turn = outgoing.turn(&part, about).await;
+                let turn = outgoing.turn(&part, about..=about).await;
                 told.lock().push(name);
                 drop(turn);
             })

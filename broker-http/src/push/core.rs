@@ -23,9 +23,6 @@ use crate::{Mode, SubscriptionSpec};
 /// Deliveries taken from the broker in one go.
 const MAX_TAKEN: usize = 256;
 
-/// Bytes of messages in a parcel at most, unless it is one message.
-const PARCEL_BYTES: usize = 8 << 20;
-
 /// The state of one push.
 #[derive(Debug)]
 pub(crate) struct Core {
@@ -50,6 +47,8 @@ pub(crate) struct Core {
     in_flight: u32,
     /// Messages of these requests.
     messages_in_flight: u64,
+    /// Of messages in a parcel at most, unless it is one message.
+    parcel_bytes: usize,
     attempts: Attempts,
     last_error: Option<Arc<str>>,
     last_success: Option<Timestamp>,
@@ -96,7 +95,7 @@ pub(crate) enum Next {
 }
 
 impl Core {
-    pub(crate) fn new(spec: Arc<SubscriptionSpec>, holds: Holds, now: Instant) -> Self {
+    pub(crate) fn new(spec: Arc<SubscriptionSpec>, holds: Holds, parcel_bytes: usize, now: Instant) -> Self {
         Self {
             holds,
             stopping: false,
@@ -111,6 +110,7 @@ impl Core {
             rate: spec.rate_limit.map(|per_second| Rate::new(per_second, now)),
             in_flight: 0,
             messages_in_flight: 0,
+            parcel_bytes,
             attempts: Attempts::default(),
             last_error: None,
             last_success: None,
@@ -229,7 +229,7 @@ impl Core {
         let mut bytes = 0;
         let fits = |delivery: &&Delivery| {
             bytes += delivery.message().size();
-            bytes <= PARCEL_BYTES
+            bytes <= self.parcel_bytes
         };
         self.held.iter().take(size).take_while(fits).count().max(1).min(self.held.len())
     }

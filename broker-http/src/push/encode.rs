@@ -1,6 +1,6 @@
 //! From messages to a request: mode, headers, signature.
 
-use broker_core::{Error, MessageId, Result, Timestamp};
+use broker_core::{Error, Message, MessageId, Result, Timestamp};
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, USER_AGENT};
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
@@ -22,8 +22,8 @@ const BROKER_TEST: HeaderName = HeaderName::from_static("broker-test");
 /// Headers that most messages have at most: room made at once costs less than growing.
 const HEADERS: usize = 20;
 
-/// Bytes that a body is thought to have before it is encoded.
-const ABOUT: u64 = 4 << 10;
+/// Bytes of messages in a request at most, however much room there is.
+const PARCEL_BYTES: usize = 8 << 20;
 
 /// Bytes that an answer to a batch may have for each of its messages: its id, escaped, and its status.
 const STATUS_BYTES: usize = 512;
@@ -63,10 +63,20 @@ impl Encoder {
         Ok(Self { base, mode: spec.mode, signer, outgoing: outgoing.clone(), part: Part::default() })
     }
 
-    /// Waits until the next request may be encoded. What is sent as it is held, as binary mode does, waits for nothing.
-    pub(crate) async fn turn(&self) -> Option<Turn> {
+    /// Bytes of messages that one request has at most, unless it is for one: what is encoded for an endpoint that does not
+    /// answer leaves room for the others.
+    pub(crate) fn parcel_bytes(&self) -> usize {
+        usize::try_from(self.outgoing.quarter()).map_or(PARCEL_BYTES, |quarter| quarter.min(PARCEL_BYTES))
+    }
+
+    /// Waits until a request for these messages may be encoded. What is sent as it is held, as binary mode does, waits for
+    /// nothing.
+    pub(crate) async fn turn(&self, messages: impl Iterator<Item = &Message>) -> Option<Turn> {
         match self.mode {
-            Mode::Structured | Mode::Batch => Some(self.outgoing.turn(&self.part, ABOUT).await),
+            Mode::Structured | Mode::Batch => {
+                let about = messages.map(json::about).sum();
+                Some(self.outgoing.turn(&self.part, about..=about).await)
+            }
             Mode::Binary | Mode::Raw => None,
         }
     }

@@ -71,7 +71,7 @@ struct After {
 impl Engine {
     pub(crate) fn new(parts: Parts) -> Arc<Self> {
         let Parts { broker, name, group, spec, encoder, route, observer, holds } = parts;
-        let core = Core::new(Arc::clone(&spec), holds, Instant::now());
+        let core = Core::new(Arc::clone(&spec), holds, encoder.parcel_bytes(), Instant::now());
         let state = State {
             core,
             driver: Waker::noop().clone(),

@@ -1,6 +1,7 @@
 //! The handle on a running push.
 
 use std::fmt;
+use std::iter::once;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -307,9 +308,8 @@ impl Push {
     pub async fn test(&self) -> Attempt {
         let engine = &self.engine;
         let message = test_message();
-        let exchange =
-            lane::exchange(engine, &mut lane::Line::new(engine), || engine.encoder.encode_test(self.marked(&message)))
-                .await;
+        let encode = || engine.encoder.encode_test(self.marked(&message));
+        let exchange = lane::exchange(engine, &mut lane::Line::new(engine), once(&message), encode).await;
         let verdict = judge(&exchange.outcome, &engine.spec.verdicts, std::time::SystemTime::now);
         Attempt {
             id: message.id().clone(),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, SystemTime};
 
-use broker_core::{Delivery, Settlement, Timestamp};
+use broker_core::{Delivery, Message, Settlement, Timestamp};
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
@@ -32,7 +32,7 @@ pub(crate) async fn run(engine: Arc<Engine>, id: usize, parcel: Parcel) {
             pushing.inject(&mut content.headers);
             content
         };
-        let exchange = exchange(&engine, &mut line, encode).await;
+        let exchange = exchange(&engine, &mut line, parcel.deliveries.iter().map(Delivery::message), encode).await;
         pushing.over(&exchange.outcome);
         next = settle(&engine, id, parcel, exchange, processing).await;
         if next.is_none() {
@@ -62,9 +62,14 @@ pub(crate) struct Exchange {
     pub(crate) latency: Duration,
 }
 
-/// Sends a request on the connection that is kept, or on a new one, and waits for the answer within
+/// Sends a request for these messages on the connection that is kept, or on a new one, and waits for the answer within
 /// the subscription's time. A connection of no further use is closed.
-pub(crate) async fn exchange(engine: &Engine, line: &mut Line, encode: impl Fn() -> Content) -> Exchange {
+pub(crate) async fn exchange<'a>(
+    engine: &Engine,
+    line: &mut Line,
+    messages: impl Iterator<Item = &'a Message>,
+    encode: impl Fn() -> Content,
+) -> Exchange {
     let Line { connection, changes, timer } = line;
     let mut permit = None;
     let now = engine.route.client().changes();
@@ -78,7 +83,7 @@ pub(crate) async fn exchange(engine: &Engine, line: &mut Line, encode: impl Fn()
         // Waiting for one's turn is no fault of the endpoint: the time does not run yet.
         permit = engine.route.client().permit().await;
     }
-    let mut turn = engine.encoder.turn().await;
+    let mut turn = engine.encoder.turn(messages).await;
     let (time, began) = (Timestamp::now(), Instant::now());
     let attempt = async {
         let mut free = true;

@@ -17,6 +17,8 @@ use rustc_hash::FxBuildHasher;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use crate::event::json;
+
 /// Names a lease: 128 random bits, so that nobody settles what was not lent to them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct LeaseId(u128);
@@ -365,9 +367,15 @@ impl Hand {
         self.0.pop_front()
     }
 
-    /// The first, up to so many.
-    pub(crate) fn take(&mut self, count: usize) -> Vec<Delivery> {
-        self.0.drain(..count.min(self.0.len())).collect()
+    /// The first, and as many as have so many bytes together in JSON, about.
+    pub(crate) fn take_fitting(&mut self, bytes: usize) -> Vec<Delivery> {
+        let mut sum = 0;
+        let fits = |delivery: &&Delivery| {
+            sum += json::about(delivery.message());
+            sum <= bytes as u64
+        };
+        let count = self.0.iter().take_while(fits).count().max(1).min(self.0.len());
+        self.0.drain(..count).collect()
     }
 }
 

@@ -60,7 +60,7 @@ pub(crate) async fn topics(State(shared): State<Arc<Shared>>, reader: Reader, ur
     let limit = query.number("limit", 1..=MAX_PAGE)?.unwrap_or(DEFAULT_PAGE);
     let after = query.text("next")?;
     query.finish()?;
-    let turn = reader.soon(LIST_BYTES).await?;
+    let turn = reader.soon(LIST_BYTES..=LIST_BYTES).await?;
     let (topics, more) = shared.publishers.list(after.as_deref(), limit);
     let next = topics.last().filter(|_| more).map(|last| last.name().to_owned());
     let topics = json!({ "topics": topics, "next": next }).to_string().into_bytes();

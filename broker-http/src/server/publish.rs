@@ -327,9 +327,10 @@ impl Results {
     /// a reader like any other.
     async fn begin(reader: Option<&Reader>, topic: &Topic, count: usize) -> Answer<Self> {
         let bytes = 16 + count * (RESULT_BYTES + topic.as_str().len());
-        // Errors are longer: about twice.
+        // Errors are longer.
+        let about = bytes as u64 * 2;
         let turn = match reader {
-            Some(reader) => Some((reader.clone(), reader.soon(bytes as u64 * 2).await?)),
+            Some(reader) => Some((reader.clone(), reader.soon(about..=about).await?)),
             None => None,
         };
         let mut json = Vec::with_capacity(bytes);

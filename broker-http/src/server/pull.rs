@@ -161,7 +161,7 @@ pub(crate) async fn pull(
     };
     let (leased, turn) = lent.map_or_else(Default::default, |(leased, turn)| (leased, Some(turn)));
     shared.metrics.pulled(leased.len());
-    let mut out = encode(leased.into_iter(), Some(subscribed.name.as_str()));
+    let mut out = encode(&leased, Some(subscribed.name.as_str()));
     if let Some(gap) = pull.gap.lock().take() {
         out.pop();
         // How many, or null where that is not known.
@@ -215,15 +215,17 @@ async fn lend(
         }
         let deliveries = receive(shared, subscribed, pull, places.count(), deadline).await?;
         if !deliveries.is_empty() {
-            let bytes = deliveries.iter().map(|delivery| delivery.message().size() as u64).sum();
+            let mut sizes = deliveries.iter().map(|delivery| json::about(delivery.message()));
+            let first = sizes.next().unwrap_or_default();
+            let all = first + sizes.sum::<u64>();
             // Nothing is lent while nobody can be told: whoever leaves meanwhile has tried nothing.
             let mut hand = Hand::from(deliveries);
             let patience = deadline.max(Instant::now() + TURN_TO_ANSWER);
-            let turn = timeout_at(patience, reader.turn(bytes)).await.map_err(|_| Reader::crowded())?;
+            let turn = timeout_at(patience, reader.turn(first..=all)).await.map_err(|_| Reader::crowded())?;
             // They may have been published after the rules changed.
             right.check()?;
             // From here to the leases nothing waits, so that no caller gone can lose them.
-            let deliveries = hand.take(usize::MAX);
+            let deliveries = hand.take_fitting(turn.bytes());
             let events: Vec<_> = deliveries.iter().map(|delivery| delivery.received().clone()).collect();
             let ids = shared.leases.grant(places, deliveries, subscribed.spec.timeout)?;
             return Ok(Some((ids.into_iter().zip(events).collect(), turn)));
@@ -235,13 +237,11 @@ async fn lend(
 }
 
 /// What is lent, in JSON.
-pub(crate) fn encode(
-    leased: impl ExactSizeIterator<Item = (LeaseId, Received)>,
-    subscription: Option<&str>,
-) -> Vec<u8> {
-    let mut out = Vec::with_capacity(32 + leased.len() * 512);
+pub(crate) fn encode(leased: &[(LeaseId, Received)], subscription: Option<&str>) -> Vec<u8> {
+    let about: u64 = leased.iter().map(|(_, received)| json::about(received.message())).sum();
+    let mut out = Vec::with_capacity(usize::try_from(about).unwrap_or(0));
     out.extend_from_slice(br#"{"deliveries":["#);
-    for (index, (lease, received)) in leased.enumerate() {
+    for (index, (lease, received)) in leased.iter().enumerate() {
         let comma = if index > 0 { "," } else { "" };
         let attempt = received.attempt();
         out.extend_from_slice(format!(r#"{comma}{{"lease":"{lease}","attempt":{attempt},"event":"#).as_bytes());
@@ -419,7 +419,7 @@ pub(crate) async fn settle(
         return Ok(json_response(StatusCode::OK, json));
     }
     // Settled is settled: who does not read what became of it may ask again.
-    let turn = reader.soon(told).await?;
+    let turn = reader.soon(told..=told).await?;
     Ok(json_response(StatusCode::OK, reader.answer(turn, json)))
 }
 

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -46,7 +47,7 @@ impl Reader {
     }
 
     /// Waits until about so many bytes may be encoded for it.
-    pub(crate) async fn turn(&self, about: u64) -> Turn {
+    pub(crate) async fn turn(&self, about: RangeInclusive<u64>) -> Turn {
         self.outgoing.turn(&self.part, about).await
     }
 
@@ -55,7 +56,7 @@ impl Reader {
     /// # Errors
     ///
     /// 503: what others have asked for and not read is as much as may be.
-    pub(crate) async fn soon(&self, about: u64) -> Answer<Turn> {
+    pub(crate) async fn soon(&self, about: RangeInclusive<u64>) -> Answer<Turn> {
         tokio::time::timeout(TURN_TO_ANSWER, self.turn(about)).await.map_err(|_| Self::crowded())
     }
 
@@ -71,7 +72,7 @@ impl Reader {
     }
 
     /// The same, if nothing is waited for.
-    pub(crate) fn try_turn(&self, about: u64) -> Option<Turn> {
+    pub(crate) fn try_turn(&self, about: RangeInclusive<u64>) -> Option<Turn> {
         self.outgoing.try_turn(&self.part, about)
     }
 
@@ -140,10 +141,10 @@ mod tests {
             readers.part(address(last));
         }
         assert!(readers.0.lock().parts.len() <= 2 * KEPT + 2);
-        assert!(outgoing.try_turn(&readers.part(address(0)), 1).is_some());
+        assert!(outgoing.try_turn(&readers.part(address(0)), 1..=1).is_some());
         let more = outgoing.carry(&readers.part(address(0)), vec![0; 400]);
-        assert!(outgoing.try_turn(&readers.part(address(0)), 1).is_none());
-        assert!(outgoing.try_turn(&readers.part(None), 1).is_some());
+        assert!(outgoing.try_turn(&readers.part(address(0)), 1..=1).is_none());
+        assert!(outgoing.try_turn(&readers.part(None), 1..=1).is_some());
         drop((held, more));
     }
 }

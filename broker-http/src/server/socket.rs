@@ -2,6 +2,7 @@
 //! same socket.
 
 use std::collections::VecDeque;
+use std::ops::RangeInclusive;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +17,6 @@ use http::StatusCode;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
-use serde_json::json;
 use tokio::time::{Instant, interval, sleep, timeout};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::frame::Frame;
@@ -34,6 +34,7 @@ use super::pull::{self, Settlements};
 use super::reader::Reader;
 use super::stream::{FRAME_BYTES, Place, copy, join};
 use super::upgrade::Upgrade;
+use crate::event::json;
 use crate::outgoing::Turn;
 
 /// Bytes of a message from the other side.
@@ -213,8 +214,8 @@ impl Lending {
                 return Some(goodbye(CloseCode::Away, "the subscription has ended"));
             }
             if turn.is_terminated() && (!self.told.is_empty() || !self.ready.is_empty()) {
-                let reader = self.reader.clone();
-                turn.set(async move { reader.turn(FRAME_BYTES as u64).await }.fuse());
+                let (reader, about) = (self.reader.clone(), self.about());
+                turn.set(async move { reader.turn(about).await }.fuse());
             }
             // What was taken is lent before more is taken.
             let room = if self.ready.is_empty() { self.credit } else { 0 };
@@ -273,7 +274,7 @@ impl Lending {
                     Ok(1..) => {
                         let gap = self.subscription.as_mut().and_then(Subscription::gap);
                         if let Some(gap) = gap {
-                            let text = json!({ "gap": { "lost": gap.lost() } }).to_string().into();
+                            let text = serde_json::json!({ "gap": { "lost": gap.lost() } }).to_string().into();
                             send(socket, text, self.shared.limits().body_timeout).await?;
                         }
                         self.take(places, std::mem::take(&mut batch));
@@ -305,17 +306,18 @@ impl Lending {
         self.ready.extend(deliveries);
     }
 
+    /// What the next message takes.
+    fn about(&self) -> RangeInclusive<u64> {
+        let next = self.ready.get(0).map_or(0, |delivery| json::about(delivery.message()));
+        let first = self.told.front().map_or(next, |told| told.len() as u64);
+        first..=first.max(FRAME_BYTES as u64)
+    }
+
     /// Lends as many as one message tells of; that message.
     fn lend(&mut self, turn: Turn) -> Option<Bytes> {
-        let (mut count, mut bytes) = (0, 0);
-        while bytes < FRAME_BYTES
-            && let Some(delivery) = self.ready.get(count)
-        {
-            bytes += delivery.message().size();
-            count += 1;
-        }
+        let deliveries = self.ready.take_fitting(turn.bytes().min(FRAME_BYTES));
+        let count = deliveries.len();
         let places = self.places.as_mut()?.part(count);
-        let deliveries = self.ready.take(count);
         if self.ready.is_empty() {
             self.places = None;
         }
@@ -324,7 +326,8 @@ impl Lending {
         self.shared.metrics.streamed(count);
         let events: Vec<_> = deliveries.iter().map(|delivery| delivery.received().clone()).collect();
         let ids = self.shared.leases.grant(places, deliveries, self.hold).ok()?;
-        Some(self.reader.part(turn, pull::encode(ids.into_iter().zip(events), self.name.as_deref())))
+        let leased: Vec<_> = ids.into_iter().zip(events).collect();
+        Some(self.reader.part(turn, pull::encode(&leased, self.name.as_deref())))
     }
 
     /// Takes a frame: adds its credit, settles what it settles; tells whether that was something. What there is to say
@@ -352,7 +355,7 @@ impl Lending {
                 settles
             }
             Err(problem) => {
-                self.told.push_back(json!({ "error": problem }).to_string().into_bytes());
+                self.told.push_back(serde_json::json!({ "error": problem }).to_string().into_bytes());
                 false
             }
         }
@@ -365,7 +368,7 @@ fn tell(gone: Vec<String>) -> VecDeque<Vec<u8>> {
     let mut told = VecDeque::new();
     let mut message = BEGIN.to_vec();
     for lease in gone {
-        let lease = json!(lease).to_string();
+        let lease = serde_json::json!(lease).to_string();
         if message.len() > BEGIN.len() && message.len() + lease.len() + 3 > FRAME_BYTES {
             message.extend_from_slice(b"]}");
             told.push_back(std::mem::replace(&mut message, BEGIN.to_vec()));

@@ -264,14 +264,16 @@ impl Events {
 
     /// Ready when what is to be written may be encoded.
     fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<Turn> {
+        let first = self.ready.get(0).map_or(0, |delivery| json::about(delivery.message()));
+        let about = first..=first.max(FRAME_BYTES as u64);
         if self.turn.is_none()
-            && let Some(turn) = self.reader.try_turn(FRAME_BYTES as u64)
+            && let Some(turn) = self.reader.try_turn(about.clone())
         {
             return Poll::Ready(turn);
         }
         let waits = self.turn.get_or_insert_with(|| {
             let reader = self.reader.clone();
-            Box::pin(async move { reader.turn(FRAME_BYTES as u64).await })
+            Box::pin(async move { reader.turn(about).await })
         });
         let turn = ready!(waits.as_mut().poll(cx));
         self.turn = None;
@@ -281,7 +283,7 @@ impl Events {
     /// Encodes what is to be written next.
     fn write<E>(&mut self, turn: Turn) -> Poll<Option<Result<Frame<Bytes>, E>>> {
         let mut text = Vec::with_capacity(self.ready.len() * 256);
-        while text.len() < FRAME_BYTES
+        while text.len() < turn.bytes().min(FRAME_BYTES)
             && let Some(delivery) = self.ready.pop()
         {
             encode(&delivery, &mut text);
@@ -305,9 +307,7 @@ impl Events {
             if let Some(at) = found {
                 // Seen already, and everything before it.
                 self.tally.settle(self.ready.len());
-                self.ready
-                    .take(usize::MAX)
-                    .into_iter()
+                std::iter::from_fn(|| self.ready.pop())
                     .chain(batch.drain(..=at))
                     .for_each(|delivery| detach(delivery.ack()));
             }

@@ -109,7 +109,7 @@ pub(crate) async fn get(
 ) -> Answer {
     no_query(&uri)?;
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
-    let turn = reader.soon(LIST_BYTES).await?;
+    let turn = reader.soon(LIST_BYTES..=LIST_BYTES).await?;
     show(&shared, caller.as_deref(), (&reader, turn), &subscribed).await
 }
 
@@ -157,7 +157,7 @@ pub(crate) async fn list(
     let (page, more) = shared.registry.list(after.as_deref(), limit, seen);
     let status = shared.broker.status().await?;
     let next = page.last().filter(|_| more).map(|last| last.name.to_string());
-    let turn = reader.soon(LIST_BYTES).await?;
+    let turn = reader.soon(LIST_BYTES..=FULL_BYTES as u64).await?;
     let mut out = br#"{"subscriptions":["#.to_vec();
     let mut last = None;
     for subscribed in &page {
@@ -166,12 +166,12 @@ pub(crate) async fn list(
         }
         out.extend_from_slice(view(&shared, subscribed, caller.as_deref(), Some(&status)).to_string().as_bytes());
         last = Some(subscribed);
-        if out.len() >= FULL_BYTES {
+        if out.len() >= turn.bytes() {
             break;
         }
     }
     // A page that is full before its end goes on behind what it has.
-    let next = last.filter(|_| out.len() >= FULL_BYTES).map(|last| last.name.to_string()).or(next);
+    let next = last.filter(|_| out.len() >= turn.bytes()).map(|last| last.name.to_string()).or(next);
     out.extend_from_slice(format!(r#"],"next":{}}}"#, json!(next)).as_bytes());
     Ok(json_response(StatusCode::OK, reader.answer(turn, out)))
 }
@@ -206,7 +206,7 @@ async fn set_paused(
     no_query(&uri)?;
     let name = name_in_path(&uri)?.into_owned();
     // Before anything changes: what is done is told.
-    let turn = reader.soon(LIST_BYTES).await?;
+    let turn = reader.soon(LIST_BYTES..=LIST_BYTES).await?;
     finish(async move {
         let subscribed = shared.registry.pause(&shared, &name, paused).await?;
         shared.try_save().await?;
@@ -242,7 +242,7 @@ pub(crate) async fn test(State(shared): State<Arc<Shared>>, caller: Option<Exten
 pub(crate) async fn attempts(State(shared): State<Arc<Shared>>, reader: Reader, uri: Uri) -> Answer {
     no_query(&uri)?;
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
-    let turn = reader.soon(LIST_BYTES).await?;
+    let turn = reader.soon(LIST_BYTES..=LIST_BYTES).await?;
     let attempts: Vec<_> =
         subscribed.push().map(|push| push.attempts().iter().map(attempt_view).collect()).unwrap_or_default();
     let attempts = json!({ "attempts": attempts }).to_string().into_bytes();
@@ -260,11 +260,12 @@ pub(crate) async fn dead(State(shared): State<Arc<Shared>>, reader: Reader, uri:
     query.finish()?;
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
     let letters = shared.broker.dead_letters(&subscribed.group, max).await?;
-    let turn = reader.soon(LIST_BYTES).await?;
+    let first = letters.first().map_or(LIST_BYTES, |letter| event::json::about(&letter.message));
+    let turn = reader.soon(first..=first.max(FULL_BYTES as u64)).await?;
     let mut out = br#"{"dead":["#.to_vec();
     let mut more = false;
     for (index, letter) in letters.iter().enumerate() {
-        if out.len() >= FULL_BYTES {
+        if out.len() >= turn.bytes() {
             more = true;
             break;
         }

@@ -361,7 +361,8 @@ async fn at_the_bound_of_memory_one_may_settle_and_mend() {
     let mut left = taken;
     while left > 0 {
         let leases: Vec<_> = running.pull("q", "max=100").await.into_iter().map(|lease| lease.lease).collect();
-        assert_eq!(leases.len(), left.min(100));
+        // As many as an answer has room for.
+        assert!((1..=left.min(100)).contains(&leases.len()), "{}", leases.len());
         left -= leases.len();
         assert!(running.settle("q", json!({ "ack": leases })).await.is_empty());
     }
@@ -412,10 +413,12 @@ async fn memory_is_bounded_and_consumers_keep_draining() {
     let chunks = format!("{:x}\r\n{body}\r\n0\r\n\r\n", body.len());
     running.send("POST /topics/c", &chunked, &chunks).await.is_problem(503, "bound");
     // Whoever takes messages out is served, and that makes room.
-    let leases = running.pull("a", "max=100").await;
-    assert_eq!(leases.len(), taken);
-    let names: Vec<_> = leases.iter().map(|lease| lease.lease.clone()).collect();
-    assert!(running.settle("a", serde_json::json!({ "ack": names })).await.is_empty());
+    while taken > 0 {
+        let leases: Vec<_> = running.pull("a", "max=100").await.into_iter().map(|lease| lease.lease).collect();
+        assert!((1..=taken).contains(&leases.len()), "{}", leases.len());
+        taken -= leases.len();
+        assert!(running.settle("a", serde_json::json!({ "ack": leases })).await.is_empty());
+    }
     soon(async {
         while running.post("/topics/a", &body).await.status != 202 {
             tokio::time::sleep(Duration::from_millis(10)).await;

@@ -101,7 +101,7 @@ fn core(fields: &str, now: Instant) -> (Core, Arc<Broker>) {
     let comma = if fields.is_empty() { "" } else { "," };
     let json = format!(r#"{{"filter":"orders","endpoint":"http://localhost/"{comma}{fields}}}"#);
     let spec = SubscriptionSpec::from_json(json.as_bytes()).unwrap();
-    let mut core = Core::new(Arc::new(spec), Holds::default(), now);
+    let mut core = Core::new(Arc::new(spec), Holds::default(), 8 << 20, now);
     let broker = Arc::<Broker>::default();
     assert!(matches!(next(&mut core, now), Next::Subscribe));
     core.subscribed(Subscription::new(Member(Arc::clone(&broker))));
