@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 
 use super::access::Caller;
+use super::item;
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::publish::json_response;
@@ -64,17 +65,16 @@ impl Key {
     pub(crate) fn of(headers: &HeaderMap, topic: &str, caller: Option<&Caller>) -> Answer<Option<Self>> {
         let mut values = headers.get_all(IDEMPOTENCY_KEY).iter();
         let Some(value) = values.next() else { return Ok(None) };
-        // The draft has a quoted string; many senders leave the quotes out.
-        let text = value.to_str().unwrap_or_default();
-        let text = text.strip_prefix('"').and_then(|text| text.strip_suffix('"')).unwrap_or(text);
-        let half_quoted = text.starts_with('"') || text.ends_with('"') && !text.ends_with("\\\"");
-        if text.is_empty() || text.len() > 255 || half_quoted || values.next().is_some() {
+        let text = value.to_str().ok().filter(|_| values.next().is_none()).and_then(item::read);
+        let Some(text) = text.filter(|text| (1..=255).contains(&text.len())) else {
             return Err(Problem::invalid(
-                "idempotency-key: it is one value of 1 to 255 visible ASCII characters, in quotes or without",
+                "idempotency-key: it is one value of 1 to 255 visible ASCII characters, in quotes or without; without, it has \
+                 no space and no double quote; in double quotes, as in \"8e03978e\", a backslash is before each double \
+                 quote and each backslash, and parameters may follow",
             ));
-        }
+        };
         let mut hash = Sha256::new();
-        for part in [caller.map_or("", Caller::name), topic, text] {
+        for part in [caller.map_or("", Caller::name), topic, &text] {
             add(&mut hash, part.as_bytes());
         }
         Ok(Some(Self { hash: half(hash), owner: Owner::of(caller) }))

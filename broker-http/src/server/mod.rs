@@ -32,6 +32,7 @@ mod zstd;
 mod idempotency;
 mod lines;
 pub(crate) mod publish;
+mod item;
 mod publishers;
 
 // Subscribing.

@@ -114,6 +114,32 @@ async fn an_answer_that_another_try_may_better_is_not_kept() {
 }
 
 #[tokio::test]
+async fn a_key_is_a_string_of_structured_fields_or_the_same_without_quotes() {
+    let running = Running::start().await;
+    let send = async |key: &str| running.send("POST /topics/a", &[("idempotency-key", key)], "x").await;
+    let first = send("\"k\"").await;
+    assert_eq!(first.status, 202);
+    for same in ["k", "\"k\";v=1", "\"k\" ; sent=\"a;b\"; again"] {
+        assert_eq!(send(same).await.body, first.body, "{same}");
+    }
+    // Another one, whatever is in it: the same would be taken for published.
+    for other in ["k;v=1", "k;v=2", "\"k;v=3\"", r#""k\"2""#] {
+        let reply = send(other).await;
+        assert_eq!((reply.status, reply.body == first.body), (202, false), "{other}");
+    }
+    for bad in
+        [r#"k"2"#, r#""k"#, r#"k""#, r#""k"2"#, r#""k\2""#, r#""k", "k""#, "\"k\";", "\"k\";=1", "k k", "", "\"\""]
+    {
+        send(bad).await.is_problem(400, "in double quotes");
+    }
+    let long = "k".repeat(256);
+    send(&long).await.is_problem(400, "1 to 255");
+    assert_eq!(send(&format!("\"{}\"", &long[1..])).await.status, 202);
+    let two = [("idempotency-key", "k"), ("idempotency-key", "k")];
+    running.send("POST /topics/a", &two, "x").await.is_problem(400, "one value");
+}
+
+#[tokio::test]
 async fn without_room_a_new_key_is_told_503_and_counted_and_the_old_ones_hold() {
     let mut limits = Limits::default();
     limits.idempotency_bytes = 2_000;
