@@ -7,7 +7,8 @@
 //! different names once one repeats, and a server takes only so much of headers.
 //!
 //! CloudEvents attributes other than `id`, `time`, `partitionkey` and `datacontenttype` are message
-//! headers called `ce-NAME`. What CloudEvents cannot say travels beside it:
+//! headers called `ce-NAME`. Names of message headers are case-sensitive: `Foo` and `foo` are two, in any of the forms,
+//! and only the one in lower case can be an attribute (`ce-foo`). What CloudEvents cannot say travels beside it:
 //!
 //! | of the message | HTTP header | JSON attribute |
 //! |---|---|---|
@@ -29,7 +30,7 @@ mod format;
 pub mod json;
 pub mod ndjson;
 mod options;
-mod percent;
+pub(crate) mod percent;
 
 #[cfg(test)]
 pub(crate) mod arbitrary;

@@ -127,6 +127,26 @@ fn decode(text: &[u8], plus_is_space: bool) -> Result<Cow<'_, [u8]>, &'static st
     Ok(Cow::Owned(out))
 }
 
+/// Text that comes back as a header's value, after it was shown as it is: all but what would not come back the same, a
+/// space at an end, since those of a header's value are trimmed, and the percent sign.
+pub(crate) fn encode_field(text: &str) -> Cow<'_, str> {
+    let trimmed = text.trim_matches(' ');
+    if trimmed.len() == text.len() && !text.contains('%') {
+        return Cow::Borrowed(text);
+    }
+    let before = text.len() - text.trim_start_matches(' ').len();
+    let after = text.len() - before - trimmed.len();
+    Cow::Owned(["%20".repeat(before), trimmed.replace('%', "%25"), "%20".repeat(after)].concat())
+}
+
+/// Reads what [`encode_field`] wrote; what it cannot have written is taken as it is.
+pub(crate) fn decode_field(text: &str) -> Cow<'_, str> {
+    match decode(text.as_bytes(), false) {
+        Ok(Cow::Owned(bytes)) => String::from_utf8(bytes).map_or(Cow::Borrowed(text), Cow::Owned),
+        _ => Cow::Borrowed(text),
+    }
+}
+
 /// A message header's name as the end of an HTTP header's: HTTP ignores case, so that capitals are
 /// encoded, and so is what is no token.
 pub(crate) fn encode_name(name: &str) -> Cow<'_, str> {
@@ -226,6 +246,13 @@ mod tests {
             let value = encode_value(&bytes);
             prop_assert_eq!(value.len(), encoded_len(&bytes));
             prop_assert_eq!(decode_value(value.as_bytes()).unwrap(), bytes);
+        }
+
+        #[test]
+        fn every_field_round_trips_through_a_header(text in "[ %0-9a-fé]{1,12}") {
+            let encoded = encode_field(&text);
+            prop_assert_eq!(encoded.trim(), &*encoded);
+            prop_assert_eq!(&*decode_field(&encoded), &*text);
         }
 
         #[test]

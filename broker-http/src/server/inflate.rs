@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use bytes::Bytes;
-use http::{HeaderMap, StatusCode, header};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 
 use broker_core::ErrorKind;
 
@@ -30,11 +30,16 @@ impl Encoding {
             b"" | b"identity" if all.next().is_none() => Ok(None),
             b"gzip" | b"x-gzip" if all.next().is_none() => Ok(Some(Self::Gzip)),
             b"zstd" if all.next().is_none() => Ok(Some(Self::Zstd)),
-            _ => Err(Problem::new(
-                StatusCode::UNSUPPORTED_MEDIA_TYPE,
-                ErrorKind::Invalid,
-                "content-encoding: a body is compressed once at most, by gzip or zstd",
-            )),
+            _ => {
+                let mut problem = Problem::new(
+                    StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                    ErrorKind::Invalid,
+                    "content-encoding: a body is compressed once at most, by gzip or zstd",
+                );
+                // Tells this from a media type that is not taken (RFC 9110, section 15.5.16).
+                problem.headers_mut().insert(header::ACCEPT_ENCODING, HeaderValue::from_static("gzip, zstd"));
+                Err(problem)
+            }
         }
     }
 }

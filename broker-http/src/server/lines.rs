@@ -17,7 +17,7 @@ use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::publish::{Outgoing, RESULT_BYTES, ends_stream, publish_all, write_problem, write_result};
 use super::publishers::Published;
-use super::{Shared, body};
+use super::{Shared, acceptable, body};
 use crate::event::{LINES_TYPE, Options};
 use crate::traces::Parent;
 
@@ -38,10 +38,7 @@ pub(crate) fn of(body: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
 
 /// Whether the sender wants results as they are known.
 pub(crate) fn wants_stream(headers: &HeaderMap) -> bool {
-    headers.get_all(header::ACCEPT).iter().any(|value| {
-        let text = value.to_str().unwrap_or_default();
-        text.split(',').any(|range| range.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case(LINES_TYPE))
-    })
+    acceptable::names(headers, LINES_TYPE)
 }
 
 /// Answers at once, then reads, publishes and tells, piece by piece. A sender that does not read

@@ -2,11 +2,13 @@
 
 // What a request meets first.
 mod accept;
+mod acceptable;
 mod access;
 mod activity;
 pub(crate) mod body;
 mod charge;
 mod chatter;
+mod codings;
 mod frames;
 mod guarded;
 mod heads;
@@ -30,9 +32,9 @@ mod zstd;
 
 // Publishing.
 mod idempotency;
+mod item;
 mod lines;
 pub(crate) mod publish;
-mod item;
 mod publishers;
 
 // Subscribing.

@@ -13,7 +13,7 @@ use http::{Method, StatusCode, Uri, header};
 
 use super::access::Caller;
 use super::problem::{Answer, Problem};
-use super::{Shared, asked, ops, origin, publish, pull, ready, stream, subscriptions};
+use super::{Shared, asked, codings, ops, origin, publish, pull, ready, stream, subscriptions};
 
 /// Every route of the interface.
 pub(crate) fn router(shared: &Arc<Shared>) -> Router {
@@ -76,6 +76,7 @@ async fn admit(shared: &Shared, parts: &Parts) -> Answer<Option<Caller>> {
         let detail = format!("the path and query have {length} bytes, and {max} are the most");
         return Err(Problem::new(StatusCode::URI_TOO_LONG, ErrorKind::TooLarge, detail));
     }
+    codings::check(&parts.headers)?;
     origin::check(options.is_development(), options.allowed_origins(), parts)?;
     if is_preflight(parts) {
         // A browser sends it without credentials; what it asks about is checked when it comes.

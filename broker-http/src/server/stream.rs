@@ -11,11 +11,11 @@ use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use broker_core::{
-    Backlog, Delivery, Gap, Group, GroupName, GroupOptions, MessageId, Overflow, StartAt, Subscribe, Subscription,
-    TopicFilter,
+    Backlog, Delivery, ErrorKind, Gap, Group, GroupName, GroupOptions, MessageId, Overflow, StartAt, Subscribe,
+    Subscription, TopicFilter,
 };
 use bytes::Bytes;
-use http::{HeaderValue, header};
+use http::{HeaderValue, StatusCode, header};
 use http_body::Frame;
 use tokio::time::{Instant, Sleep, sleep};
 
@@ -27,9 +27,11 @@ use super::query::{Query, name_in_path};
 use super::reader::Reader;
 use super::subscriptions::finish;
 use super::upgrade::Upgrade;
-use super::{Shared, socket};
-use crate::event::{Envelope, json};
+use super::{Shared, acceptable, socket};
+use crate::event::{Envelope, json, percent};
 use crate::outgoing::Turn;
+
+const EVENTS_TYPE: &str = "text/event-stream";
 
 /// Messages received in one go.
 const MESSAGES_AT_ONCE: usize = 64;
@@ -55,6 +57,13 @@ pub(crate) async fn stream(State(shared): State<Arc<Shared>>, request: Request) 
     let group = query.parsed::<GroupName>("group")?;
     let hold = if upgrade.is_some() { query.duration("timeout")? } else { None };
     query.finish()?;
+    if upgrade.is_none() && acceptable::refuses(&parts.headers, EVENTS_TYPE) {
+        return Err(Problem::new(
+            StatusCode::NOT_ACCEPTABLE,
+            ErrorKind::Invalid,
+            "accept: it refuses text/event-stream, and this is nothing else, but for a WebSocket",
+        ));
+    }
     if shared.is_draining() {
         return Err(Problem::draining());
     }
@@ -69,7 +78,8 @@ pub(crate) async fn stream(State(shared): State<Arc<Shared>>, request: Request) 
     if let Some(upgrade) = upgrade {
         return socket::open(upgrade, shared, (place, right, reader), filter, group, hold).await;
     }
-    let (subscription, seeking) = match (group, parts.headers.get("last-event-id")) {
+    let last = parts.headers.get("last-event-id").filter(|last| !last.is_empty());
+    let (subscription, seeking) = match (group, last) {
         (Some(group), _) => (join(&shared, filter, group, right.owner(), MESSAGES_AT_ONCE * 2).await?, Seeking::No),
         (None, None) => ((copy(&shared, &filter, StartAt::New).await?, Arc::default()), Seeking::No),
         (None, Some(last)) => {
@@ -96,7 +106,7 @@ pub(crate) async fn stream(State(shared): State<Arc<Shared>>, request: Request) 
     };
     let mut response = Response::new(Body::new(events));
     let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(EVENTS_TYPE));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     // Proxies that buffer answers would hold events back.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
@@ -140,7 +150,8 @@ pub(crate) async fn copy(shared: &Shared, filter: &TopicFilter, start: StartAt) 
 /// A copy that begins after the event the reader saw last, if that is still retained.
 async fn resume(shared: &Shared, filter: &TopicFilter, last: &HeaderValue) -> Answer<(Subscription, Seeking)> {
     // Browsers send back in UTF-8 what they were given.
-    let id = std::str::from_utf8(last.as_bytes()).ok().and_then(|text| text.parse::<MessageId>().ok());
+    let id = std::str::from_utf8(last.as_bytes()).ok();
+    let id = id.and_then(|text| percent::decode_field(text).parse::<MessageId>().ok());
     if let Some(id) = id
         && shared.broker.capabilities().start_earliest.is_some()
     {
@@ -342,7 +353,8 @@ fn frame<E>(text: Vec<u8>) -> Poll<Option<Result<Frame<Bytes>, E>>> {
 /// An id has no control characters and is one line; JSON may have line breaks between its tokens, and
 /// then it is as many.
 fn encode(delivery: &Delivery, text: &mut Vec<u8>) {
-    text.extend_from_slice(format!("id: {}\ndata: ", delivery.message().id()).as_bytes());
+    let id = delivery.message().id().to_string();
+    text.extend_from_slice(format!("id: {}\ndata: ", percent::encode_field(&id)).as_bytes());
     let envelope = Envelope {
         topic: delivery.topic(),
         message: delivery.message(),

@@ -325,6 +325,69 @@ async fn compressed_bodies_are_inflated_within_the_limit() {
 }
 
 #[tokio::test]
+async fn a_content_encoding_that_is_not_understood_is_told_those_that_are() {
+    let running = Running::start().await;
+    for encoding in ["br", "gzip, gzip"] {
+        let reply = running.send("POST /topics/a", &[("content-encoding", encoding)], "x").await;
+        reply.is_problem(415, "gzip or zstd");
+        assert_eq!(reply.header("accept-encoding"), Some("gzip, zstd"));
+    }
+}
+
+#[tokio::test]
+async fn a_transfer_coding_other_than_chunked_is_refused_and_its_body_published_as_nothing() {
+    let running = subscribed().await;
+    let send = async |headers: &[(&str, &str)], path: &str| {
+        running.send(&format!("POST {path}"), headers, "3\r\nabc\r\n0\r\n\r\n").await
+    };
+    for codings in ["gzip, chunked", "x-own;a=b,chunked", "GZIP , Chunked"] {
+        send(&[("transfer-encoding", codings)], "/topics/a").await.is_problem(501, "chunked");
+    }
+    let two = [("transfer-encoding", "deflate"), ("transfer-encoding", "chunked")];
+    send(&two, "/topics/a").await.is_problem(501, "chunked");
+    let lines = [("transfer-encoding", "gzip, chunked"), ("content-type", "application/x-ndjson")];
+    send(&lines, "/topics/a").await.is_problem(501, "chunked");
+    send(&lines[..1], "/subscriptions/q/pull").await.is_problem(501, "chunked");
+    send(&[("transfer-encoding", "chunked, chunked")], "/topics/a").await.is_problem(400, "once");
+    assert!(running.pull("q", "").await.is_empty());
+    for codings in ["chunked", " , Chunked"] {
+        assert_eq!(send(&[("transfer-encoding", codings)], "/topics/a").await.status, 202, "{codings}");
+        assert_eq!(event(&running).await["data_base64"], "YWJj");
+    }
+}
+
+#[tokio::test]
+async fn results_of_lines_are_not_streamed_to_who_refuses_them() {
+    let running = Running::start().await;
+    for (accept, status) in [("application/x-ndjson", 200), ("*/*, application/x-ndjson;q=0", 202), ("*/*", 202)] {
+        let headers = [("content-type", "application/x-ndjson"), ("accept", accept)];
+        assert_eq!(running.send("POST /topics/a", &headers, "{\"payload\":1}").await.status, status, "{accept}");
+    }
+}
+
+#[tokio::test]
+async fn names_of_message_headers_differ_in_case() {
+    let running = subscribed().await;
+    let lines = [("content-type", "application/x-ndjson")];
+    let line = r#"{"payload":1,"headers":{"Foo":"1","foo":"2"}}"#;
+    assert_eq!(running.send("POST /topics/a", &lines, line).await.status, 202);
+    assert_eq!(event(&running).await["brokerheaders"], "Foo=1&foo=2");
+    assert_eq!(
+        running.send("POST /topics/a", &[("broker-header-%46oo", "1"), ("broker-header-foo", "2")], "x").await.status,
+        202
+    );
+    assert_eq!(event(&running).await["brokerheaders"], "Foo=1&foo=2");
+    // An attribute's name has no capitals.
+    let line = r#"{"payload":1,"headers":{"ce-Foo":"1","ce-foo":"2"}}"#;
+    assert_eq!(running.send("POST /topics/a", &lines, line).await.status, 202);
+    let event = event(&running).await;
+    assert_eq!((&event["foo"], &event["brokerheaders"]), (&json!("2"), &json!("ce-Foo=1&ce-foo=2")));
+    let structured = r#"{"specversion":"1.0","id":"1","source":"/s","type":"t","Foo":"1","foo":"2"}"#;
+    let headers = [("content-type", "application/cloudevents+json")];
+    running.send("POST /topics/a", &headers, structured).await.is_problem(400, "attribute Foo");
+}
+
+#[tokio::test]
 async fn an_idempotency_key_repeats_the_answer() {
     let running = subscribed().await;
     let key = [("idempotency-key", "\"7\"")];

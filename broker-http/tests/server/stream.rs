@@ -161,6 +161,61 @@ async fn an_id_that_is_not_ascii_is_one_to_come_back_with() {
 }
 
 #[tokio::test]
+async fn an_empty_id_is_none_to_come_back_with() {
+    let options = MemoryOptions::new().with_retention(Retention::messages(5));
+    let running = Running::over(Arc::new(MemoryBroker::with_options(options)), ServerOptions::new()).await;
+    running.post("/topics/a?id=1", "x").await;
+    for header in ["last-event-id:\r\n", "last-event-id: \r\n"] {
+        let (mut stream, mut text) = open(&running, "/topics/a/stream", header).await;
+        running.post("/topics/a?id=2", "x").await;
+        while !text.contains("id: 2") {
+            text.push_str(&read_until(&mut stream, "\n\n").await);
+        }
+        assert!(!text.contains("gap") && !text.contains("id: 1"), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn every_id_is_one_to_come_back_with() {
+    let options = MemoryOptions::new().with_retention(Retention::messages(20));
+    let running = Running::over(Arc::new(MemoryBroker::with_options(options)), ServerOptions::new()).await;
+    let (mut stream, mut text) = open(&running, "/topics/a/stream", "").await;
+    for id in ["+a", "a+", "++", "+", "100%25", "%2520a", "a+b", "%22q%22"] {
+        running.post(&format!("/topics/a?id={id}"), "x").await;
+    }
+    running.post("/topics/a?id=last", "x").await;
+    while !text.contains("id: last\n") {
+        text.push_str(&read_until(&mut stream, "\n\n").await);
+    }
+    let shown: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("id: ")).collect();
+    let events: Vec<Value> = data(&text).into_iter().map(|event| event["id"].clone()).collect();
+    assert_eq!(events, [" a", "a ", "  ", " ", "100%", "%20a", "a b", "\"q\"", "last"]);
+    for (index, last) in shown.iter().enumerate().take(shown.len() - 1) {
+        let (mut stream, mut text) = open(&running, "/topics/a/stream", &format!("last-event-id: {last}\r\n")).await;
+        while !text.contains("id: last\n") {
+            text.push_str(&read_until(&mut stream, "\n\n").await);
+        }
+        let seen: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("id: ")).collect();
+        assert_eq!((&*seen, text.contains("gap")), (&shown[index + 1..], false), "after {:?}", events[index]);
+    }
+    // What an id itself says is taken too, where it cannot be meant for another.
+    let (_stream, text) = open(&running, "/topics/a/stream", "last-event-id: 100%\r\n").await;
+    assert!(!text.contains("gap"), "{text}");
+}
+
+#[tokio::test]
+async fn who_refuses_events_is_given_none() {
+    let running = Running::start().await;
+    for accept in ["text/event-stream;q=0", "*/*, text/event-stream; q=0.0", "*/*;q=0", "text/*;q=0, */*"] {
+        let reply = running.send("GET /topics/a/stream", &[("accept", accept)], "").await;
+        reply.is_problem(406, "text/event-stream");
+    }
+    for accept in ["text/event-stream", "*/*;q=0, text/event-stream;q=0.1", "application/json", ""] {
+        open(&running, "/topics/a/stream", &format!("accept: {accept}\r\n")).await;
+    }
+}
+
+#[tokio::test]
 async fn an_upgrade_that_is_none_says_what_to_send() {
     let running = Running::start().await;
     let key = "sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==";
