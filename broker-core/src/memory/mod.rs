@@ -23,6 +23,7 @@ mod lanes;
 mod log;
 mod member;
 mod options;
+mod queue;
 mod registry;
 mod run;
 mod tally;

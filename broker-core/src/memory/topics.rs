@@ -2,14 +2,12 @@
 //!
 //! Locks are taken in the order topic, group, log; none is held while a task is woken.
 
-use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
-use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
 use tokio::time::timeout;
 
@@ -19,6 +17,7 @@ use super::entry::{Entry, Place};
 use super::group::{Group, Roused};
 use super::history::{Frees, History, Retention};
 use super::log::{Log, LogState, Room, Wake};
+use super::queue::Queue;
 use super::run::MAX_SEGMENT;
 use crate::{
     Confirm, Error, Message, Operation, Overflow, Producer, Publish, PublishBatch, PublisherOptions, Receipt, Result,
@@ -42,26 +41,10 @@ struct Inner {
     /// The logs of the patterns that match, as of `version`.
     patterns: SmallVec<[Arc<Log>; 1]>,
     version: u64,
-    /// Publishes that wait for room, in the order of their calls.
-    waiting: BTreeMap<u64, Waiting>,
-    last_ticket: u64,
-    /// Of those that wait, dead letters of which nobody hears.
-    unheard: usize,
-    /// Outcomes of those that waited, not heard yet.
-    done: FxHashMap<u64, Result<Receipt>>,
+    /// Publishes that wait for room.
+    queue: Queue,
     history: Option<Box<History>>,
     dedup: Option<Box<Window>>,
-}
-
-/// Dead letters that wait for room in a topic at most; further ones are in their group's keep alone.
-const MAX_UNHEARD: usize = 1_000;
-
-struct Waiting {
-    message: Message,
-    require_route: bool,
-    waker: Option<Waker>,
-    /// Whether somebody will ask for the outcome.
-    heard: bool,
 }
 
 /// What is to be done once the topic's lock is released.
@@ -147,8 +130,7 @@ impl TopicState {
     pub(super) fn is_idle(&self, now: u64) -> bool {
         let inner = self.state.lock();
         self.own.get().is_none_or(|log| log.lock().readers() == 0)
-            && inner.waiting.is_empty()
-            && inner.done.is_empty()
+            && inner.queue.is_idle()
             && inner.history.as_ref().is_none_or(|history| history.is_past())
             && inner.dedup.as_ref().is_none_or(|window| window.is_empty_at(now))
     }
@@ -280,8 +262,7 @@ impl TopicState {
         let mut after = After::default();
         let mut message = Some(message);
         let mut inner = self.state.lock();
-        if inner.unheard > 0 {
-            // Nobody looks for those that wait whether something has expired.
+        if inner.queue.has_unheard() {
             drop(inner);
             self.resume(shared, false);
             inner = self.state.lock();
@@ -292,10 +273,7 @@ impl TopicState {
                 tracing::warn!(topic = %self.topic, %error, "a dead letter did not reach its subscribers; it is kept");
                 inner.miss(self);
             }
-            None if inner.unheard < MAX_UNHEARD => {
-                let wait = |message| inner.wait(Waiting { message, require_route: false, waker: None, heard: false });
-                message.map(wait);
-            }
+            None if inner.queue.wait_unheard(message) => {}
             // It is no publisher that could be slowed down: whoever rejects goes on.
             None => {
                 tracing::warn!(
@@ -314,26 +292,16 @@ impl TopicState {
         let mut after = After { insist, ..After::default() };
         let mut wakers = SmallVec::<[Waker; 8]>::new();
         let mut inner = self.state.lock();
-        while let Some((ticket, Waiting { message, require_route, waker, heard })) = inner.waiting.pop_first() {
-            let mut message = Some(message);
-            match inner.admit(self, shared, &mut message, require_route, &mut after) {
-                Some(result) => {
-                    if heard {
-                        inner.done.insert(ticket, result);
-                    } else {
-                        inner.unheard -= 1;
-                        if result.is_err() {
-                            inner.miss(self);
-                        }
-                    }
-                    wakers.extend(waker);
-                }
-                None => {
-                    let message = message.map(|message| Waiting { message, require_route, waker, heard });
-                    inner.waiting.extend(message.map(|waiting| (ticket, waiting)));
-                    break;
-                }
+        while let Some((ticket, mut waiting)) = inner.queue.pop() {
+            let Some(result) = inner.admit(self, shared, &mut waiting.message, waiting.require_route, &mut after)
+            else {
+                inner.queue.put_back(ticket, waiting);
+                break;
+            };
+            if result.is_err() && !waiting.heard {
+                inner.miss(self);
             }
+            wakers.extend(inner.queue.done(ticket, waiting, result));
         }
         drop(inner);
         wakers.into_iter().for_each(Waker::wake);
@@ -346,27 +314,14 @@ impl TopicState {
 
     /// The broker has closed: what still waits fails. Tells how many.
     pub(super) fn fail_waiting(&self) -> u64 {
-        let mut inner = self.state.lock();
-        let waiting = std::mem::take(&mut inner.waiting);
-        inner.unheard = 0;
-        let mut failed = 0;
-        let mut wakers = Vec::new();
-        for (ticket, Waiting { waker, heard, .. }) in waiting {
-            if heard {
-                inner.done.insert(ticket, Err(closed()));
-                failed += 1;
-            }
-            wakers.extend(waker);
-        }
-        drop(inner);
+        let (failed, wakers) = self.state.lock().queue.fail_all();
         wakers.into_iter().for_each(Waker::wake);
         failed
     }
 
     /// Whether publishes wait for room, of which somebody will hear. Dead letters are kept besides.
     pub(super) fn has_waiting(&self) -> bool {
-        let inner = self.state.lock();
-        inner.waiting.len() > inner.unheard
+        self.state.lock().queue.has_heard()
     }
 }
 
@@ -383,13 +338,6 @@ enum Full {
 }
 
 impl Inner {
-    fn wait(&mut self, waiting: Waiting) -> u64 {
-        self.unheard += usize::from(!waiting.heard);
-        self.last_ticket += 1;
-        self.waiting.insert(self.last_ticket, waiting);
-        self.last_ticket
-    }
-
     /// Brings the patterns that match up to date, if any was added or removed since.
     fn link(&mut self, shared: &Shared, topic: &Topic) {
         let version = shared.patterns_version.load(Ordering::Acquire);
@@ -416,9 +364,7 @@ impl Inner {
             return if after.cooperate { Operation::cooperative(result) } else { Operation::ready(result) };
         }
         match message.take() {
-            Some(message) => {
-                topic.waiting(shared, self.wait(Waiting { message, require_route, waker: None, heard: true }))
-            }
+            Some(message) => topic.waiting(shared, self.queue.wait(message, require_route)),
             None => Operation::from(closed()),
         }
     }
@@ -438,7 +384,7 @@ impl Inner {
         require_route: bool,
         after: &mut After,
     ) -> Option<Result<Receipt>> {
-        if self.waiting.is_empty() { self.admit(topic, shared, message, require_route, after) } else { None }
+        if self.queue.is_empty() { self.admit(topic, shared, message, require_route, after) } else { None }
     }
 
     /// Appends the message to every matching log, or to none. `None` says that it must wait, and
@@ -525,7 +471,7 @@ impl Inner {
                 // Whoever must wait now is overtaken by nobody.
                 log.set_direct(None);
                 check(&mut log, topic, size, asked, &mut after.roused)?;
-                log.set_direct(self.waiting.is_empty().then_some(self.version));
+                log.set_direct(self.queue.is_empty().then_some(self.version));
                 log.append(&topic.topic, message, size, &mut after.wake);
                 after.cooperate |= log.has_crowd();
                 Ok((log.readers(), None))
@@ -575,19 +521,12 @@ fn check(
 /// The queue of waiting publishes confirms them itself: a ticket is a place in it.
 impl Confirm<Receipt> for TopicState {
     fn poll_confirm(&self, ticket: u64, cx: &mut Context<'_>) -> Poll<Result<Receipt>> {
-        let mut inner = self.state.lock();
-        if let Some(waiting) = inner.waiting.get_mut(&ticket) {
-            waiting.waker = Some(cx.waker().clone());
-            return Poll::Pending;
-        }
-        Poll::Ready(inner.done.remove(&ticket).unwrap_or_else(|| Err(closed())))
+        self.state.lock().queue.poll(ticket, cx)
     }
 
     fn abandon(&self, ticket: u64) {
-        let mut inner = self.state.lock();
-        let withdrawn = inner.waiting.remove(&ticket);
-        inner.done.remove(&ticket);
-        drop(inner);
+        let withdrawn = self.state.lock().queue.abandon(ticket);
+        // With nothing locked.
         drop(withdrawn);
     }
 }
