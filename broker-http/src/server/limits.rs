@@ -24,7 +24,8 @@ use broker_core::{Error, Result, format_duration};
 pub struct Limits {
     /// Connections at a time. For one more another gives way that is at no request, idle or with nothing but a begun
     /// head or handshake, the one that has been so longest: of the address (of IPv6, the /64) that holds most, if
-    /// that holds two more than the newcomer's at least. A request is never cut for it. Where nobody gives way, one
+    /// that holds two more than the newcomer's at least. A request is never cut for it, nor a WebSocket, which counts
+    /// until it ends. Where nobody gives way, one
     /// more is answered 503 and closed, with TLS without a word: a handshake would cost what the bound is to save.
     pub connections: usize,
     /// Requests at a time on one HTTP/2 connection.

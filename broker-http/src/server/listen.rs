@@ -29,7 +29,7 @@ use super::activity::{Activity, Busy, Head};
 use super::guarded::Guarded;
 use super::limits::Limits;
 use super::metrics::Refusal;
-use super::places::{Place, Places};
+use super::places::Places;
 use super::problem::{Answer, Problem};
 use super::rest::Received;
 use super::tls::Tls;
@@ -109,8 +109,7 @@ impl Connections {
                         activity,
                         closing: self.closing.clone(),
                         cut: self.cut.clone(),
-                        peer: Peer { address, certificate: None, wire },
-                        _place: place,
+                        peer: Peer { address, certificate: None, wire, place: Some(Arc::new(place)) },
                     };
                     let activity = Arc::clone(&connection.activity);
                     let stream = Socket::new(stream, Arc::clone(&activity.wire));
@@ -223,7 +222,6 @@ struct Connection {
     closing: CancellationToken,
     cut: CancellationToken,
     peer: Peer,
-    _place: Place,
 }
 
 impl Connection {
@@ -472,7 +470,6 @@ mod tests {
             closing: CancellationToken::new(),
             cut: CancellationToken::new(),
             peer: Peer::default(),
-            _place: Places::default().take(None, 1, &Arc::default()).unwrap().0,
         };
         let (ours, theirs) = tokio::io::duplex(64 << 10);
         tokio::spawn(async move {

@@ -47,6 +47,17 @@ impl Places {
     }
 }
 
+impl Place {
+    /// From now on its connection gives way to nobody: it was upgraded, and is at that for as long as it stands.
+    pub(crate) fn keep(&self) {
+        if let Some(holder) = self.table.lock().holders.get_mut(&self.origin)
+            && let Some(activity) = holder.connections.get_mut(&self.number)
+        {
+            *activity = None;
+        }
+    }
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
         self.table.lock().remove(self.origin, self.number);
@@ -66,8 +77,8 @@ struct Table {
 /// An address that holds connections.
 #[derive(Debug, Default)]
 struct Holder {
-    /// In the order in which they came.
-    connections: BTreeMap<u64, Arc<Activity>>,
+    /// In the order in which they came; of one that gives way to nobody nothing more is known.
+    connections: BTreeMap<u64, Option<Arc<Activity>>>,
     /// All before it were at a request when they were last looked at.
     from: u64,
 }
@@ -79,7 +90,7 @@ impl Table {
         self.open += 1;
         let holder = self.holders.entry(origin).or_default();
         self.by_count.remove(&(holder.connections.len(), origin));
-        holder.connections.insert(number, activity);
+        holder.connections.insert(number, Some(activity));
         self.by_count.insert((holder.connections.len(), origin));
         number
     }
@@ -122,14 +133,13 @@ impl Holder {
         let (mut quiet, mut last) = (Vec::new(), self.from);
         for (number, activity) in turn.take(LOOKED_AT) {
             last = *number;
-            quiet.extend(activity.quiet_since().map(|since| (since, *number)));
+            let since = activity.as_ref().and_then(|activity| activity.quiet_since());
+            quiet.extend(since.map(|since| (since, *number)));
         }
         quiet.sort_unstable();
         // One at which a request has begun meanwhile stays.
-        let gone = quiet
-            .into_iter()
-            .map(|(_, number)| number)
-            .find(|number| self.connections.get(number).is_some_and(|activity| activity.give_way()));
+        let gives_way = |number: &u64| self.connections.get(number)?.as_ref().map(|activity| activity.give_way());
+        let gone = quiet.into_iter().map(|(_, number)| number).find(|number| gives_way(number) == Some(true));
         if gone.is_none() {
             self.from = last + 1;
         }

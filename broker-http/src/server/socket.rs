@@ -29,6 +29,7 @@ use super::access::Right;
 use super::chatter::Chatter;
 use super::leases::{Hand, Holder, Places};
 use super::metrics::Refusal;
+use super::places;
 use super::problem::{Answer, Problem};
 use super::pull::{self, Settlements};
 use super::reader::Reader;
@@ -71,6 +72,7 @@ pub(crate) async fn open(
     upgrade: Upgrade,
     shared: Arc<Shared>,
     (place, right, reader): (Place, Arc<Right>, Reader),
+    connection: Option<Arc<places::Place>>,
     filter: TopicFilter,
     group: Option<GroupName>,
     hold: Option<Duration>,
@@ -108,8 +110,12 @@ pub(crate) async fn open(
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     response.headers_mut().extend(upgrade.headers());
     let wire = Arc::clone(&lending.reader.wire);
+    if let Some(connection) = &connection {
+        connection.keep();
+    }
     shared.connections.serve(&wire, async move {
-        let _place = place;
+        // The connection counts among all for as long as it stands.
+        let _places = (place, connection);
         let Ok(connection) = upgrade.connection.await else { return };
         let config = WebSocketConfig::default()
             .max_message_size(Some(MAX_MESSAGE))

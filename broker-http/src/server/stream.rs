@@ -19,7 +19,7 @@ use http::{HeaderValue, StatusCode, header};
 use http_body::Frame;
 use tokio::time::{Instant, Sleep, sleep};
 
-use super::access::{Action, Caller, Ended, Right};
+use super::access::{Action, Caller, Ended, Peer, Right};
 use super::leases::{Hand, Tally, detach};
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
@@ -76,7 +76,8 @@ pub(crate) async fn stream(State(shared): State<Arc<Shared>>, request: Request) 
     right.check()?;
     let place = Place::take(&shared, caller.as_ref())?;
     if let Some(upgrade) = upgrade {
-        return socket::open(upgrade, shared, (place, right, reader), filter, group, hold).await;
+        let connection = parts.extensions.remove::<Peer>().and_then(|peer| peer.place);
+        return socket::open(upgrade, shared, (place, right, reader), connection, filter, group, hold).await;
     }
     let last = parts.headers.get("last-event-id").filter(|last| !last.is_empty());
     let (subscription, seeking) = match (group, last) {

@@ -106,3 +106,24 @@ async fn what_is_at_a_request_is_not_cut_for_others() {
     let _streams = flood(&running, 3, stream, ": connected").await;
     is_told_503(running.connect().await).await;
 }
+
+#[tokio::test]
+async fn a_socket_counts_until_it_ends() {
+    let running = limited(3).await;
+    let opening = b"GET /topics/a/stream HTTP/1.1\r\nhost: localhost\r\nupgrade: websocket\r\nconnection: upgrade\r\n\
+        sec-websocket-version: 13\r\nsec-websocket-key: YWFhYWFhYWFhYWFhYWFhYQ==\r\n\r\n";
+    let mut sockets = flood(&running, 3, opening, "HTTP/1.1 101").await;
+    // Of its own address and of another: none of them gives way.
+    is_told_503(connect_from(FLOOD, running.address).await).await;
+    is_told_503(running.connect().await).await;
+    // Its end gives the place back, as soon as it is noticed.
+    drop(sockets.pop());
+    let mut stream = loop {
+        let mut stream = running.connect().await;
+        stream.write_all(HEALTHZ).await.unwrap();
+        if read_until(&mut stream, "\r\n\r\n").await.starts_with("HTTP/1.1 200") {
+            break stream;
+        }
+    };
+    gave_way(&mut stream, 0).await;
+}

@@ -25,6 +25,7 @@ use tokio::sync::watch;
 use super::Shared;
 use super::memory::Share;
 use super::metrics::{Metrics, Refusal};
+use super::places::Place;
 use super::problem::{Answer, Problem};
 use super::wire::Wire;
 use crate::outgoing::Part;
@@ -162,6 +163,8 @@ pub(crate) struct Peer {
     pub(crate) address: Option<IpAddr>,
     pub(crate) certificate: Option<Arc<Presented>>,
     pub(crate) wire: Arc<Wire>,
+    /// That of the connection among all that may be open. None where somebody else serves.
+    pub(crate) place: Option<Arc<Place>>,
 }
 
 /// Who made a request, where somebody must be known. It travels with the request.
