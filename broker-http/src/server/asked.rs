@@ -174,7 +174,7 @@ pub(crate) async fn consent(State(shared): State<Arc<Shared>>, uri: Uri, headers
                 shared.registry.check_free(name.as_str())?;
                 let owner = caller.as_ref().and_then(Caller::owner);
                 let by = (owner, Some(permission));
-                shared.registry.put_alone(&changing, &shared, name.clone(), *spec, only_new, by).await?;
+                shared.registry.put(&changing, &shared, name.clone(), *spec, only_new, by).await?;
                 drop((changing, reservation));
                 shared.try_save().await?;
             }

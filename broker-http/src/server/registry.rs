@@ -1,33 +1,32 @@
 //! The subscriptions alive: made, replaced, paused and deleted here, one change at a time.
 
 mod declared;
+mod subscribed;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use broker_core::{Broker, ErrorKind, Group, GroupName, Result};
 use http::StatusCode;
-use parking_lot::{Mutex, RwLock};
-use tokio::runtime::Handle;
+use parking_lot::RwLock;
 use tokio::sync::{Mutex as AsyncMutex, MutexGuard, Notify};
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
+
+pub(crate) use subscribed::Subscribed;
+use subscribed::{How, Inherited};
 
 use super::Shared;
-use super::consent::{self, Permission};
+use super::consent::Permission;
 use super::groups::Groups;
 use super::leases::Tally;
-use super::memory::Reservation;
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::pull::Pull;
 use super::state::{self, Kept};
 use crate::SubscriptionSpec;
-use crate::push::{Push, PushOptions, PushStatus};
+use crate::push::{Push, PushStatus};
 
 /// Every subscription, by name.
 #[derive(Debug, Default)]
@@ -48,172 +47,12 @@ pub(crate) struct Registry {
 /// That nothing else changes meanwhile.
 pub(crate) struct Changing<'a>(#[expect(dead_code, reason = "it is held")] MutexGuard<'a, ()>);
 
-/// One life of a subscription: replaced when its settings change.
-pub(crate) struct Subscribed {
-    pub(crate) name: GroupName,
-    pub(crate) spec: Arc<SubscriptionSpec>,
-    pub(crate) group: Group,
-    how: How,
-    paused: RwLock<bool>,
-    /// Told when a pause ends.
-    unpaused: Notify,
-    /// The settings as the state file has them, secrets included; written once they are asked for.
-    json: OnceLock<Box<str>>,
-    /// The identity that had it made, or changed it last.
-    owner: RwLock<Option<GroupName>>,
-    /// Whether its pushes are held because its owner may not have them.
-    disowned: Mutex<bool>,
-    /// Its endpoint's consent to pushes, if it was asked and gave it.
-    permission: RwLock<Option<Permission>>,
-    /// Asks for it while it lacks.
-    seeking: Mutex<Option<AbortOnDropHandle<()>>>,
-    /// Where it was made, for what is begun elsewhere.
-    pub(crate) runtime: Handle,
-    /// What its settings take.
-    _room: Reservation,
-}
-
-/// What a life takes over from the one before it.
-#[derive(Default)]
-struct Inherited {
-    paused: bool,
-    disabled: bool,
-    owner: Option<GroupName>,
-    permission: Option<Permission>,
-}
-
-impl fmt::Debug for Subscribed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Subscribed").field("name", &self.name).field("spec", &self.spec).finish_non_exhaustive()
-    }
-}
-
-enum How {
-    Push(Push),
-    Pull(Pull),
-}
-
 /// What `PUT` did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Put {
     Made,
     Replaced,
     Unchanged,
-}
-
-impl Subscribed {
-    pub(crate) fn push(&self) -> Option<&Push> {
-        match &self.how {
-            How::Push(push) => Some(push),
-            How::Pull(_) => None,
-        }
-    }
-
-    pub(crate) fn pull(&self) -> Option<&Pull> {
-        match &self.how {
-            How::Push(_) => None,
-            How::Pull(pull) => Some(pull),
-        }
-    }
-
-    fn spec_json(&self) -> &str {
-        // What was read as JSON can be written as JSON.
-        self.json.get_or_init(|| serde_json::to_string(&*self.spec).unwrap_or_default().into())
-    }
-
-    pub(crate) fn is_paused(&self) -> bool {
-        *self.paused.read()
-    }
-
-    /// The identity that answers for it; the operator does if there is none.
-    pub(crate) fn owner(&self) -> Option<GroupName> {
-        self.owner.read().clone()
-    }
-
-    /// Refuses a change of what stays as it is for life.
-    fn check_stays(&self, group: &Group, spec: &SubscriptionSpec) -> Answer<()> {
-        let fixed = |what: &str, before: String, after: String| {
-            Problem::conflict(format!(
-                "{what} of subscription {} would change from {before} to {after}; delete it first, or take another name",
-                self.name
-            ))
-        };
-        if spec.filter != self.spec.filter {
-            return Err(fixed("filter", self.spec.filter.to_string(), spec.filter.to_string()));
-        }
-        if group.name != self.group.name {
-            return Err(fixed("group", self.group.name.to_string(), group.name.to_string()));
-        }
-        // It counted when the group was made: left out now, it says nothing.
-        let begun = self.spec.start.clone().unwrap_or_default();
-        match &spec.start {
-            Some(start) if *start != begun => Err(fixed("start", begun.to_string(), start.to_string())),
-            _ => Ok(()),
-        }
-    }
-
-    /// Waits for the end of a pause, until `deadline` at most.
-    pub(crate) async fn resumed(&self, deadline: Instant, draining: &CancellationToken) {
-        let unpaused = self.unpaused.notified();
-        tokio::pin!(unpaused);
-        unpaused.as_mut().enable();
-        if self.is_paused() {
-            tokio::select! {
-                () = unpaused => {}
-                () = tokio::time::sleep_until(deadline) => {}
-                () = draining.cancelled() => {}
-            }
-        }
-    }
-
-    /// Holds pushes while they lack a consent that is needed, and asks for it, at once.
-    fn reconsider(self: &Arc<Self>, shared: &Arc<Shared>) {
-        let Some(push) = self.push() else { return };
-        let mut seeking = self.seeking.lock();
-        let lacks = shared.lacks_consent(self.permission.read().as_ref());
-        push.set_unconsented(lacks);
-        *seeking = lacks.then(|| consent::seek(shared, self));
-    }
-
-    /// Holds pushes while their owner may not have them pushed.
-    fn reauthorize(&self, shared: &Shared) {
-        let Some(push) = self.push() else { return };
-        // Held, so that of two changes the later one counts.
-        let mut held = self.disowned.lock();
-        let owner = self.owner();
-        let disowned = shared.gate.disowns(owner.as_ref(), &self.spec);
-        push.set_unauthorized(disowned);
-        match (std::mem::replace(&mut *held, disowned), disowned) {
-            (false, true) => tracing::warn!(
-                subscription = %self.name, identity = owner.as_ref().map_or("", GroupName::as_str),
-                "the identity that had it pushed may no longer: it is held until that changes or another takes it over by PUT"
-            ),
-            (true, false) => tracing::info!(subscription = %self.name, "it may be pushed again, and goes on"),
-            _ => {}
-        }
-    }
-
-    /// Ends this life: what is in flight is settled as it comes in, leases come back at once.
-    fn end(&self, shared: &Shared) {
-        *self.seeking.lock() = None;
-        match &self.how {
-            How::Push(push) => push.stop(),
-            How::Pull(pull) => {
-                pull.leave();
-                shared.leases.release_all(&pull.holder);
-            }
-        }
-    }
-
-    fn set_paused(&self, paused: bool) {
-        *self.paused.write() = paused;
-        match &self.how {
-            How::Push(push) if paused => push.pause(),
-            How::Push(push) => push.resume(),
-            How::Pull(pull) if paused => pull.leave(),
-            How::Pull(_) => self.unpaused.notify_waiters(),
-        }
-    }
 }
 
 impl Registry {
@@ -250,45 +89,20 @@ impl Registry {
         (page, rest.next().is_some())
     }
 
-    /// Makes or replaces a subscription (or, `only_new`, does not replace it). Goes on to its end
-    /// whatever becomes of who asked, whose it is then. What the endpoint permitted bounds its rate.
-    pub(crate) async fn put(
-        &self,
-        shared: &Arc<Shared>,
-        name: GroupName,
-        spec: SubscriptionSpec,
-        only_new: bool,
-        by: (Option<GroupName>, Option<Permission>),
-    ) -> Answer<(Put, Arc<Subscribed>)> {
-        let changing = self.begin().await;
-        self.put_alone(&changing, shared, name, spec, only_new, by).await
-    }
-
     /// Waits until nothing else changes, and keeps it so.
     pub(crate) async fn begin(&self) -> Changing<'_> {
         Changing(self.changing.lock().await)
     }
 
-    /// As [`put`](Self::put), where nothing else changes. What waits to be made under this name is void then.
-    pub(crate) async fn put_alone(
+    /// Makes or replaces a subscription (or, `only_new`, does not replace it), while nothing else changes. Goes on to its
+    /// end whatever becomes of who asked, whose it is then. What the endpoint permitted bounds its rate. What waits to be
+    /// made under this name is void then.
+    pub(crate) async fn put(
         &self,
         _changing: &Changing<'_>,
         shared: &Arc<Shared>,
         name: GroupName,
         spec: SubscriptionSpec,
-        only_new: bool,
-        by: (Option<GroupName>, Option<Permission>),
-    ) -> Answer<(Put, Arc<Subscribed>)> {
-        let done = self.make_or_replace(shared, name, spec, only_new, by).await?;
-        shared.asked.void(&done.1.name);
-        Ok(done)
-    }
-
-    async fn make_or_replace(
-        &self,
-        shared: &Arc<Shared>,
-        name: GroupName,
-        mut spec: SubscriptionSpec,
         only_new: bool,
         (owner, permission): (Option<GroupName>, Option<Permission>),
     ) -> Answer<(Put, Arc<Subscribed>)> {
@@ -297,34 +111,47 @@ impl Registry {
         }
         let group = group_of(&name, &spec);
         let have = self.table.read().get(name.as_str()).cloned();
-        match have {
-            None => {
-                let max = shared.limits().subscriptions;
-                if self.len() >= max {
-                    return Err(Problem::too_many(format!(
-                        "there are {max} subscriptions, which is the most; delete one first"
-                    ))
-                    .counted(Refusal::Subscriptions));
-                }
-                limit(&mut spec, permission.as_ref());
-                self.groups.join(&*shared.broker, &group, &spec).await?;
-                let inherited = Inherited { owner, permission, ..Inherited::default() };
-                match self.insert(shared, name, group.clone(), spec, inherited) {
-                    Ok(made) => Ok((Put::Made, made)),
-                    Err(error) => {
-                        if self.groups.leave(&group) {
-                            shared.broker.delete_group(&group).await?;
-                        }
-                        Err(error.into())
-                    }
-                }
+        let done = match have {
+            None => (Put::Made, self.make(shared, name, group, spec, (owner, permission)).await?),
+            Some(_) if only_new => {
+                return Err(Problem::new(
+                    StatusCode::PRECONDITION_FAILED,
+                    ErrorKind::Conflict,
+                    format!("if-none-match: subscription {name} is there already"),
+                ));
             }
-            Some(_) if only_new => Err(Problem::new(
-                StatusCode::PRECONDITION_FAILED,
-                ErrorKind::Conflict,
-                format!("if-none-match: subscription {name} is there already"),
-            )),
-            Some(have) => self.replace(shared, have, group, spec, (owner, permission)).await,
+            Some(have) => self.replace(shared, have, group, spec, (owner, permission)).await?,
+        };
+        shared.asked.void(&done.1.name);
+        Ok(done)
+    }
+
+    async fn make(
+        &self,
+        shared: &Arc<Shared>,
+        name: GroupName,
+        group: Group,
+        mut spec: SubscriptionSpec,
+        (owner, permission): (Option<GroupName>, Option<Permission>),
+    ) -> Answer<Arc<Subscribed>> {
+        let max = shared.limits().subscriptions;
+        if self.len() >= max {
+            return Err(Problem::too_many(format!(
+                "there are {max} subscriptions, which is the most; delete one first"
+            ))
+            .counted(Refusal::Subscriptions));
+        }
+        limit(&mut spec, permission.as_ref());
+        self.groups.join(&*shared.broker, &group, &spec).await?;
+        let inherited = Inherited { owner, permission, ..Inherited::default() };
+        match self.insert(shared, name, group.clone(), spec, inherited) {
+            Ok(made) => Ok(made),
+            Err(error) => {
+                if self.groups.leave(&group) {
+                    shared.broker.delete_group(&group).await?;
+                }
+                Err(error.into())
+            }
         }
     }
 
@@ -355,7 +182,8 @@ impl Registry {
             return Ok(false);
         }
         let (name, spec) = (&group.name, SubscriptionSpec::new(group.filter.clone()));
-        match self.put(shared, name.clone(), spec, true, (owner, None)).await {
+        let changing = self.begin().await;
+        match self.put(&changing, shared, name.clone(), spec, true, (owner, None)).await {
             Ok(_) => Ok(true),
             // Somebody else made it meanwhile.
             Err(_) if stands() => Ok(false),
@@ -409,38 +237,9 @@ impl Registry {
         spec: SubscriptionSpec,
         inherited: Inherited,
     ) -> Result<Arc<Subscribed>> {
-        let spec = Arc::new(spec);
-        let Inherited { paused, disabled, owner, permission } = inherited;
-        let how = match spec.endpoint {
-            Some(_) => {
-                let mut options = PushOptions::new(name.clone(), self.pushed_as(&group, &spec)).with_paused(paused);
-                options.disabled = disabled;
-                options.unconsented = shared.lacks_consent(permission.as_ref());
-                // It is told of once it is in the table.
-                options.unauthorized = shared.gate.disowns(owner.as_ref(), &spec);
-                How::Push(shared.start_push(options)?)
-            }
-            None => How::Pull(Pull::new()),
-        };
-        let mut room = shared.ledger.grant();
-        // As they are and as the state file has them.
-        room.add(2 * serde_json::to_vec(&*spec).map_or(0, |json| json.len() as u64));
-        let subscribed = Arc::new(Subscribed {
-            name: name.clone(),
-            spec,
-            group,
-            how,
-            paused: RwLock::new(paused),
-            unpaused: Notify::new(),
-            json: OnceLock::new(),
-            owner: RwLock::new(owner),
-            disowned: Mutex::new(false),
-            permission: RwLock::new(permission),
-            seeking: Mutex::default(),
-            runtime: Handle::current(),
-            _room: room,
-        });
-        self.table.write().insert(name.as_str().into(), Arc::clone(&subscribed));
+        let settings = self.groups.settings(&group);
+        let subscribed = Arc::new(Subscribed::start(shared, name, (group, settings), spec, inherited)?);
+        self.table.write().insert(subscribed.name.as_str().into(), Arc::clone(&subscribed));
         // Once it is in the table: options that change from now on find it there.
         subscribed.reconsider(shared);
         subscribed.reauthorize(shared);
@@ -449,18 +248,6 @@ impl Registry {
         }
         self.changed();
         Ok(subscribed)
-    }
-
-    /// What a push goes by: a retry policy it does not say itself is its group's.
-    fn pushed_as(&self, group: &Group, spec: &Arc<SubscriptionSpec>) -> Arc<SubscriptionSpec> {
-        match self.groups.settings(group) {
-            Some(settings) if settings.retry != spec.retry.unwrap_or_default() => {
-                let mut spec = (**spec).clone();
-                spec.retry = Some(settings.retry);
-                Arc::new(spec)
-            }
-            _ => Arc::clone(spec),
-        }
     }
 
     /// Deletes a subscription, and with the last of a group its backlog, unless that is kept.

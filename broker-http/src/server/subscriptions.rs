@@ -92,7 +92,10 @@ pub(crate) async fn put(
         };
         // The endpoint may have taken its time.
         shared.gate.check_subscription(caller.as_ref(), &spec)?;
-        let (put, subscribed) = shared.registry.put(&shared, name, spec, only_new, (owner, permission)).await?;
+        let by = (owner, permission);
+        let changing = shared.registry.begin().await;
+        let (put, subscribed) = shared.registry.put(&changing, &shared, name, spec, only_new, by).await?;
+        drop(changing);
         shared.try_save().await?;
         let status = if put == Put::Made { StatusCode::CREATED } else { StatusCode::OK };
         Ok(respond(status, &view(&shared, &subscribed, caller.as_ref(), None)))

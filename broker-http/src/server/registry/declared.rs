@@ -83,7 +83,10 @@ impl Registry {
         for (name, spec) in wanted {
             let allowed = spec.endpoint.as_ref().map_or(Ok(()), |endpoint| shared.check_endpoint(endpoint));
             let put = match allowed {
-                Ok(()) => self.put(shared, name.clone(), spec.clone(), false, (None, None)).await.map(drop),
+                Ok(()) => self
+                    .put(&self.begin().await, shared, name.clone(), spec.clone(), false, (None, None))
+                    .await
+                    .map(drop),
                 Err(problem) => Err(problem),
             };
             if let Err(problem) = put {
