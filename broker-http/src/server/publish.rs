@@ -3,15 +3,16 @@
 
 use std::io::Write;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use broker_core::{Error, ErrorKind, Message, Receipt, Timestamp, Topic};
+use broker_core::{Error, ErrorKind, Message, Operation, Receipt, Timestamp, Topic};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, StatusCode, header};
 use serde::Serialize;
+use tokio::time::sleep;
 
 use super::access::Caller;
 use super::idempotency::{Fingerprint, Key, Slot, TryAgain};
@@ -25,6 +26,10 @@ use super::{Shared, body, lines};
 use crate::event::{Decoded, Format, Options, binary, json, ndjson};
 use crate::outgoing::Turn;
 use crate::traces::Parent;
+
+/// How long a shutdown waits for a publish before it takes it for one that waits for room: a broker behind another daemon
+/// confirms each.
+const CONFIRMING: Duration = Duration::from_millis(100);
 
 #[derive(Serialize)]
 struct Refused<'a> {
@@ -194,12 +199,36 @@ async fn one(shared: &Shared, published: &Published, options: &Options, decoded:
     published.check(&published.bounds(), &message)?;
     let mut span = shared.traces.publish(published.topic(), &mut message);
     published.charge(&mut message, covered)?;
-    let receipt = publisher.publish(message).await.inspect_err(|error| span.failed(error))?;
+    let receipt = outcome(shared, publisher.publish(message)).await.inspect_err(|error| span.failed(error))?;
     published.published(1);
     shared.metrics.accepted(1);
     let mut json = Vec::with_capacity(128);
     write_receipt(&mut json, published.topic(), &receipt);
     Ok(json_response(StatusCode::ACCEPTED, json))
+}
+
+/// The outcome of a publish. Of one that waits for room in a full group that of a shutdown, which would wait for it as
+/// long as it may: withdrawn, it is not published, and its sender may find another server.
+async fn outcome<T: Unpin>(shared: &Shared, mut publish: Operation<T>) -> Result<T, Error> {
+    if publish.is_ready() {
+        return publish.await;
+    }
+    let withdraw = async {
+        shared.draining.cancelled().await;
+        // Elsewhere it is on its way to a server, which may have taken it.
+        if !shared.broker.capabilities().overflow_wait.is_some() {
+            std::future::pending::<()>().await;
+        }
+        sleep(CONFIRMING).await;
+    };
+    tokio::select! {
+        biased;
+        outcome = &mut publish => outcome,
+        () = withdraw => Err(Error::closed(
+            "the server is shutting down, and a full group had no room for all of it; try another server, which may \
+             repeat what had room, or this one later",
+        )),
+    }
 }
 
 /// Messages to publish; and why, where one could not be read or is not taken.
@@ -276,7 +305,7 @@ pub(crate) async fn publish_all(
     let mut results = if messages.is_empty() {
         Vec::new()
     } else {
-        publisher.publish_batch(messages).await.inspect_err(|error| span.failed(error))?
+        outcome(shared, publisher.publish_batch(messages)).await.inspect_err(|error| span.failed(error))?
     };
     if let Some(full) = full {
         shared.metrics.refused(full.refusal());

@@ -71,6 +71,39 @@ async fn a_drain_takes_settlements_and_nothing_new() {
 }
 
 #[tokio::test]
+async fn a_publisher_who_waits_for_room_is_sent_away_by_a_drain_and_does_not_hold_it() {
+    let running = Arc::new(Running::start().await);
+    running.put("q", r#"{"filter":"*","backlog":{"max_messages":1,"overflow":"wait"}}"#).await;
+    assert_eq!(running.post("/topics/a", "1").await.status, 202);
+    let send = |topic: &'static str, headers: &'static [(&str, &str)], body: &'static str| {
+        let running = Arc::clone(&running);
+        tokio::spawn(async move { running.send(&format!("POST /topics/{topic}"), headers, body).await })
+    };
+    let batch = r#"[{"specversion":"1.0","id":"1","source":"/s","type":"t"}]"#;
+    const STREAMED: &[(&str, &str)] = &[("content-type", "application/x-ndjson"), ("accept", "application/x-ndjson")];
+    let whole = [
+        send("a", &[], "2"),
+        send("b", &[("idempotency-key", "k")], "2"),
+        send("c", &[("content-type", "application/cloudevents-batch+json")], batch),
+        send("d", &[("content-type", "application/x-ndjson")], "{\"payload\":1}"),
+    ];
+    let streamed = send("e", STREAMED, "{\"payload\":1}\n{\"payload\":2}");
+    // Each of them waits.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(whole.iter().chain([&streamed]).all(|publish| !publish.is_finished()));
+    let report = soon(running.server.drain(Duration::from_secs(20))).await;
+    assert!(report.complete, "{report:?}");
+    assert_eq!((report.unconfirmed, report.undelivered), (0, 1), "{report:?}");
+    for publish in whole {
+        let reply = soon(publish).await.unwrap();
+        reply.is_problem(503, "shutting down");
+        assert!(reply.header("retry-after").is_some(), "{reply:?}");
+    }
+    let lines = soon(streamed).await.unwrap().text();
+    assert!(lines.contains('{') && lines.lines().all(|line| line.contains("shutting down")), "{lines}");
+}
+
+#[tokio::test]
 async fn a_drain_ends_streams_and_idle_connections() {
     let running = Running::start().await;
     let mut idle = running.connect().await;
