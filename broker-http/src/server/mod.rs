@@ -43,6 +43,7 @@ mod consent;
 mod groups;
 mod leases;
 pub(crate) mod pull;
+mod redrives;
 mod registry;
 mod socket;
 mod state;
@@ -97,6 +98,7 @@ use problem::{Answer, Problem};
 use publishers::Publishers;
 use reader::Readers;
 use ready::Readiness;
+use redrives::Redrives;
 use registry::Registry;
 use state::StateFile;
 
@@ -143,6 +145,7 @@ pub(crate) struct Shared {
     pub(crate) publishers: Publishers,
     pub(crate) idempotency: Answers,
     pub(crate) registry: Registry,
+    pub(crate) redrives: Redrives,
     pub(crate) asked: Asked,
     readiness: Readiness,
     /// Standing subscriptions whose endpoints are asked at a time.
@@ -180,6 +183,7 @@ impl Server {
             heads: Heads::default(),
             idempotency: Answers::new(limits.idempotency_bytes),
             registry: Registry::default(),
+            redrives: Redrives::default(),
             asked: Asked::default(),
             readiness: Readiness::default(),
             asking: Semaphore::new(consent::MAX_ASKING),

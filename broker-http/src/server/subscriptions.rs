@@ -20,6 +20,7 @@ use super::publish::json_response;
 use super::pull::FULL_BYTES;
 use super::query::{Query, name_in_path, no_query};
 use super::reader::Reader;
+use super::redrives::Claim;
 use super::registry::{Put, Subscribed};
 use super::{Shared, body};
 use crate::SubscriptionSpec;
@@ -349,34 +350,38 @@ pub(crate) async fn redrive(
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
     let (max, rate) =
         body::json::<Redrive>(&headers, body, &shared, caller.as_deref()).await?.unwrap_or_default().bounds()?;
-    let redriven = match rate {
-        None => shared.broker.redrive(&subscribed.group, max).await?,
-        Some(rate) => {
-            let status = shared.broker.status().await?;
-            let kept = status.group(&subscribed.group).and_then(|group| group.dead_letters).unwrap_or(max);
-            let count = kept.min(max);
-            tokio::spawn(redrive_slowly(Arc::clone(&shared), subscribed, count, rate));
-            count
-        }
-    };
+    // To its end whatever becomes of who asked: what is moved is counted, and nobody moves it meanwhile.
+    let redriven = finish(async move {
+        let (broker, group) = (&*shared.broker, &subscribed.group);
+        let Some(rate) = rate else { return Ok(shared.redrives.at_once(broker, group, max).await?) };
+        let claim = shared.redrives.claim(broker, group, max).await?;
+        let count = claim.left();
+        tokio::spawn(redrive_slowly(Arc::clone(&shared), subscribed, claim, rate));
+        Ok(count)
+    })
+    .await?;
     Ok(respond(StatusCode::ACCEPTED, &json!({ "redriven": redriven })))
 }
 
 /// Redrives one after another, or at high rates a few at a time.
-async fn redrive_slowly(shared: Arc<Shared>, subscribed: Arc<Subscribed>, mut left: u64, rate: f64) {
+async fn redrive_slowly(shared: Arc<Shared>, subscribed: Arc<Subscribed>, mut claim: Claim, rate: f64) {
     let at_once = (rate / 100.0).ceil().max(1.0);
     let mut ticks = tokio::time::interval(Duration::from_secs_f64(at_once / rate));
-    while left > 0 {
+    while claim.left() > 0 {
         tokio::select! {
             _ = ticks.tick() => {}
-            () = shared.draining.cancelled() => return,
+            () = shared.draining.cancelled() => break,
         }
-        match shared.broker.redrive(&subscribed.group, left.min(at_once as u64)).await {
-            Ok(0) => return,
-            Ok(redriven) => left = left.saturating_sub(redriven),
-            Err(error) => return tracing::warn!(%error, name = %subscribed.name, "a redrive ended early"),
+        match claim.step(&*shared.broker, &subscribed.group, at_once as u64).await {
+            Ok(0) => break,
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(%error, name = %subscribed.name, "a redrive ended early");
+                break;
+            }
         }
     }
+    claim.end().await;
 }
 
 /// A subscription as it is shown to somebody: every default filled in, no secret.

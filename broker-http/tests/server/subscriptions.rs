@@ -220,6 +220,73 @@ async fn dead_letters_are_listed_redriven_and_purged() {
     }
 }
 
+/// Has so many dead letters of `q@a`, which it has for itself.
+async fn give_up(running: &Running, count: usize) {
+    for _ in 0..count {
+        assert_eq!(running.post("/topics/a", "x").await.status, 202);
+    }
+    let mut rejected = 0;
+    while rejected < count {
+        let leases = running.pull("q", "max=1000&wait=10s").await;
+        let reject: Vec<Value> = leases.iter().map(|lease| json!({ "lease": lease.lease })).collect();
+        rejected += reject.len();
+        assert!(running.settle("q", json!({ "reject": reject })).await.is_empty());
+    }
+}
+
+#[tokio::test]
+async fn redrives_count_what_each_moves() {
+    let running = Running::start().await;
+    running.put("q", r#"{"filter":"a","max_in_flight":1000}"#).await;
+    let redrive = async |body: &str| {
+        let reply = running.post("/subscriptions/q/redrive", body).await;
+        assert_eq!(reply.status, 202, "{reply:?}");
+        reply.json()["redriven"].as_u64().unwrap()
+    };
+    give_up(&running, 5).await;
+    // One moves at once, and the others in the next hour.
+    assert_eq!(redrive(r#"{"rate":0.001,"max":3}"#).await, 3);
+    assert_eq!(running.pull("q", "max=10&wait=10s").await.len(), 1);
+    // What another moves is another's, at whatever rate.
+    assert_eq!(redrive(r#"{"max":1}"#).await, 1);
+    assert_eq!(redrive(r#"{"rate":1000}"#).await, 1);
+    assert_eq!(redrive(r#"{"rate":1000}"#).await, 0);
+    assert_eq!(redrive("").await, 0);
+    let mut again = 0;
+    while again < 2 {
+        again += running.pull("q", "max=10&wait=10s").await.len();
+    }
+    assert_eq!(running.get("/subscriptions/q/dead").await.json()["dead"].as_array().unwrap().len(), 2);
+    // Who takes them out himself leaves nothing to move.
+    assert_eq!(running.delete("/subscriptions/q/dead").await.json()["purged"], 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redrives_at_a_time_count_each_dead_letter_once() {
+    let running = Running::start().await;
+    running.put("q", r#"{"filter":"a","max_in_flight":1000}"#).await;
+    give_up(&running, 50).await;
+    let redrive =
+        async |body: &str| running.post("/subscriptions/q/redrive", body).await.json()["redriven"].as_u64().unwrap();
+    let (slow, some, fast) = (r#"{"rate":1000}"#, r#"{"max":7}"#, r#"{"rate":100000}"#);
+    let counts = tokio::join!(
+        redrive(slow),
+        redrive(some),
+        redrive(slow),
+        redrive(fast),
+        redrive(some),
+        redrive(slow),
+        redrive("")
+    );
+    let told: u64 = <[u64; 7]>::from(counts).iter().sum();
+    assert_eq!(told, 50, "{counts:?}");
+    let mut moved = 0;
+    while moved < 50 {
+        moved += running.pull("q", "max=100&wait=10s").await.len();
+    }
+    assert_eq!(moved, 50);
+}
+
 #[tokio::test]
 async fn a_list_of_large_dead_letters_is_cut_and_says_so() {
     let running = Running::start().await;
