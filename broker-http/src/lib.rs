@@ -7,6 +7,10 @@ pub mod event;
 mod attributes;
 mod spec;
 
+// What the daemon and its library read.
+#[doc(hidden)]
+pub mod files;
+
 // The interface, the engine behind it, and the way back.
 pub mod client;
 mod outgoing;

@@ -19,6 +19,8 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_rustls::TlsAcceptor;
 
+use crate::files;
+
 /// How often the files are looked at, unless it is said otherwise.
 const LOOK: Duration = Duration::from_secs(5);
 
@@ -53,7 +55,7 @@ impl TlsFiles {
     /// Reads the files, blocking.
     fn read(&self) -> Result<Contents> {
         let read = |path: &Path| {
-            std::fs::read(path).map_err(|error| Error::invalid(format!("TLS: {}: {error}", path.display())))
+            files::read(path).map_err(|error| Error::invalid(format!("TLS: {}: {error}", path.display())))
         };
         Ok(Contents {
             certificate: read(&self.certificate)?,

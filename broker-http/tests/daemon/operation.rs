@@ -407,6 +407,36 @@ async fn sighup_takes_up_what_changed_and_leaves_what_is_broken() {
     assert_eq!(daemon.send("POST /topics/a", "x").await.0, 401);
 }
 
+/// Opening a named pipe waits for its writer: whoever read one would hear no signal any more.
+#[cfg(unix)]
+#[tokio::test]
+async fn a_file_that_is_a_pipe_is_refused_and_signals_are_heard() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("broker.toml");
+    let pipe = folder.path().join("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let config = write(&path, "");
+    let mut daemon = Daemon::start(&["--config", &config]).await;
+    let named = format!("[push]\nca = {:?}\n", pipe.to_str().unwrap());
+    let tls = format!("[tls]\ncertificate = {0:?}\nkey = {0:?}\n", pipe.to_str().unwrap());
+    for text in [&named, &tls] {
+        write(&path, text);
+        let (code, said) = run(&["check-config", "--config", &config]).await;
+        assert!(code == Some(1) && said.contains("no regular file"), "{text}: {said}");
+    }
+    write(&path, &named);
+    daemon.signal("-HUP");
+    let said = daemon.says("SIGHUP").await;
+    assert!(said.contains("push.ca") && said.contains("no regular file") && said.contains("as it was"), "{said}");
+    std::fs::remove_file(&path).unwrap();
+    std::fs::rename(&pipe, &path).unwrap();
+    daemon.signal("-HUP");
+    let said = daemon.says("SIGHUP").await;
+    assert!(said.contains("broker.toml: it is no regular file"), "{said}");
+    daemon.signal("-TERM");
+    assert_eq!(daemon.finish().await.0, Some(0));
+}
+
 /// A request of the operator's.
 fn ask(request: &str) -> String {
     format!("{request} HTTP/1.1\r\nauthorization: Bearer secret\r\nx: x")

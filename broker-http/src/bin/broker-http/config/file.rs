@@ -84,7 +84,7 @@ pub(super) const KEYS: [(&str, &str, &str); 8] = [
 
 pub(super) fn read(path: &Path) -> Result<File, String> {
     let named = |why: &str| format!("configuration file {}: {why}", path.display());
-    let text = std::fs::read_to_string(path).map_err(|error| named(&error.to_string()))?;
+    let text = broker_http::files::read_text(path).map_err(|error| named(&error.to_string()))?;
     parse(&text).map_err(|why| named(&why))
 }
 

@@ -354,7 +354,7 @@ fn otlp(
 fn push_tls(files: &FilePush) -> Result<PushTls, String> {
     let read = |key: &str, path: &Option<PathBuf>| {
         let read = |path: &Path| {
-            std::fs::read_to_string(path).map_err(|error| format!("push.{key}: {}: {error}", path.display()))
+            broker_http::files::read_text(path).map_err(|error| format!("push.{key}: {}: {error}", path.display()))
         };
         path.as_deref().map(read).transpose()
     };
