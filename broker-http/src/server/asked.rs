@@ -4,7 +4,8 @@
 //! An endpoint that answers the handshake without `WebHook-Allowed-Origin` may consent later, by a
 //! `GET` or `POST` of the URL it was told; so may whoever runs it, by hand. A new
 //! subscription is only what was asked for until then, bounded in number, in bytes and in time. It is made by the rules of
-//! the time when permission comes, and not at all where the name was given to something else, or taken away, meanwhile.
+//! the time when permission comes, and not at all where the name was given to something else, or taken away, meanwhile:
+//! who deletes what only waits takes it back.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
@@ -14,12 +15,13 @@ use axum::extract::State;
 use axum::response::Response;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use broker_core::{Error, ErrorKind, GroupName};
+use broker_core::{Error, ErrorKind, GroupName, TopicFilter};
 use http::{HeaderMap, HeaderValue, StatusCode, Uri};
 use parking_lot::Mutex;
 use serde_json::json;
 use subtle::ConstantTimeEq as _;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use super::Shared;
 use super::access::Caller;
@@ -37,9 +39,22 @@ const MAX_WAITING: usize = 1_000;
 /// How long one waits.
 pub(crate) const KEPT: Duration = Duration::from_secs(24 * 3600);
 
-/// What waits for permission, by name and whether it stands already; asked for again, it waits anew.
+/// What waits for permission.
 #[derive(Debug, Default)]
-pub(crate) struct Asked(Mutex<HashMap<(GroupName, bool), Waiting>>);
+pub(crate) struct Asked {
+    /// By name and whether it stands already; asked for again, it waits anew.
+    waiting: Mutex<HashMap<(GroupName, bool), Waiting>>,
+    /// Also what waits for the endpoint's own answer.
+    making: Mutex<HashMap<GroupName, Vec<Weak<Making>>>>,
+}
+
+/// A subscription that is to be made once its endpoint consents.
+#[derive(Debug)]
+pub(crate) struct Making {
+    filter: TopicFilter,
+    /// It was deleted before it was made.
+    pub(crate) taken_back: CancellationToken,
+}
 
 #[derive(Debug)]
 struct Waiting {
@@ -60,6 +75,7 @@ pub(crate) enum Pending {
         caller: Option<Caller>,
         /// What its settings hold.
         reservation: Reservation,
+        making: Arc<Making>,
     },
     /// What was to be made, and is not: something else became of the name.
     Void,
@@ -75,6 +91,42 @@ impl Waiting {
 }
 
 impl Asked {
+    /// One more is to be made, until it is dropped.
+    pub(crate) fn begin(&self, name: &GroupName, filter: &TopicFilter) -> Arc<Making> {
+        let one = Arc::new(Making { filter: filter.clone(), taken_back: CancellationToken::new() });
+        let mut making = self.making.lock();
+        making.retain(|_, all| {
+            all.retain(|one| one.strong_count() > 0);
+            !all.is_empty()
+        });
+        making.entry(name.clone()).or_default().push(Arc::downgrade(&one));
+        one
+    }
+
+    /// What is to be made under this name and was not taken back.
+    fn making(&self, name: &str) -> Vec<Arc<Making>> {
+        let making = self.making.lock();
+        let all = GroupName::new(name).ok().and_then(|name| making.get(&name)).map(Vec::as_slice).unwrap_or_default();
+        all.iter().filter_map(Weak::upgrade).filter(|one| !one.taken_back.is_cancelled()).collect()
+    }
+
+    /// To which topics they are.
+    pub(crate) fn filters(&self, name: &str) -> Vec<TopicFilter> {
+        self.making(name).iter().map(|one| one.filter.clone()).collect()
+    }
+
+    /// Those of them are not made to whose topics `may` says so; whether there was one.
+    pub(crate) fn take_back(&self, name: &str, may: impl Fn(&TopicFilter) -> bool) -> bool {
+        let taken: Vec<_> = self.making(name).into_iter().filter(|one| may(&one.filter)).collect();
+        taken.iter().for_each(|one| one.taken_back.cancel());
+        for waiting in self.waiting.lock().values_mut() {
+            if matches!(&waiting.pending, Pending::Make { making, .. } if making.taken_back.is_cancelled()) {
+                waiting.pending = Pending::Void;
+            }
+        }
+        !taken.is_empty()
+    }
+
     /// Has it wait; the key with which permission is given, and the URL at which it is. To be called before the endpoint
     /// is asked, since it may call back at once.
     ///
@@ -93,7 +145,7 @@ impl Asked {
         let key = URL_SAFE_NO_PAD.encode(random);
         let url = HeaderValue::try_from(format!("{base}/consent/{name}?key={key}"))
             .map_err(|_| Error::invalid("the callback's URL cannot be sent"))?;
-        let mut waiting = self.0.lock();
+        let mut waiting = self.waiting.lock();
         let now = Instant::now();
         waiting.retain(|_, waiting| !waiting.is_over(now));
         let entry = (name.clone(), matches!(pending, Pending::Permit(_)));
@@ -119,19 +171,19 @@ impl Asked {
 
     /// The name was given to something, or taken away: what was asked for it before is not made.
     pub(crate) fn void(&self, name: &GroupName) {
-        if let Some(waiting) = self.0.lock().get_mut(&(name.clone(), false)) {
+        if let Some(waiting) = self.waiting.lock().get_mut(&(name.clone(), false)) {
             waiting.pending = Pending::Void;
         }
     }
 
     /// Whether something waits for this key.
     fn knows(&self, name: &GroupName, key: &str) -> bool {
-        find(&self.0.lock(), name, key).is_some()
+        find(&self.waiting.lock(), name, key).is_some()
     }
 
     /// Permission was given by whoever knows the key; what waited for it.
     fn given(&self, name: &GroupName, key: &str) -> Option<Waiting> {
-        let mut waiting = self.0.lock();
+        let mut waiting = self.waiting.lock();
         let entry = find(&waiting, name, key)?;
         waiting.remove(&entry)
     }
@@ -169,7 +221,8 @@ pub(crate) async fn consent(State(shared): State<Arc<Shared>>, uri: Uri, headers
                 drop(changing);
                 permit(Arc::clone(&shared), standing.upgrade().ok_or_else(waited)?, permission).await?;
             }
-            Pending::Make { spec, only_new, caller, reservation } => {
+            Pending::Make { making, .. } if making.taken_back.is_cancelled() => return Err(void(&name)),
+            Pending::Make { spec, only_new, caller, reservation, making: _making } => {
                 shared.gate.check_subscription(caller.as_ref(), &spec).map_err(|_| void(&name))?;
                 shared.registry.check_free(name.as_str())?;
                 let owner = caller.as_ref().and_then(Caller::owner);

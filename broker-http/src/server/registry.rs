@@ -251,8 +251,7 @@ impl Registry {
     }
 
     /// Deletes a subscription, and with the last of a group its backlog, unless that is kept.
-    pub(crate) async fn delete(&self, shared: &Shared, name: &str, keep: bool) -> Answer<()> {
-        let _changing = self.changing.lock().await;
+    pub(crate) async fn delete(&self, _changing: &Changing<'_>, shared: &Shared, name: &str, keep: bool) -> Answer<()> {
         let subscribed = self.find(name)?;
         self.remove(shared, &subscribed, keep).await
     }

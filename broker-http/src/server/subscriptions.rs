@@ -7,7 +7,7 @@ use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use axum::response::Response;
-use broker_core::{GroupName, GroupStatus, Status};
+use broker_core::{GroupName, GroupStatus, Status, TopicFilter};
 use http::{HeaderMap, StatusCode, Uri, header};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -82,8 +82,19 @@ pub(crate) async fn put(
     };
     finish(async move {
         let owner = caller.as_ref().and_then(Caller::owner);
-        let pending = Pending::Make { spec: Box::new(spec.clone()), only_new, caller: caller.clone(), reservation };
-        let permission = match shared.ask_endpoint(&name, &spec, pending).await? {
+        let making = shared.asked.begin(&name, &spec.filter);
+        let taken_back = || {
+            Problem::conflict(format!("subscription {name} is not made: it was deleted while its endpoint was asked"))
+        };
+        let pending = Pending::Make {
+            spec: Box::new(spec.clone()),
+            only_new,
+            caller: caller.clone(),
+            reservation,
+            making: Arc::clone(&making),
+        };
+        let asked = making.taken_back.run_until_cancelled(shared.ask_endpoint(&name, &spec, pending)).await;
+        let permission = match asked.ok_or_else(taken_back)?? {
             Consent::NeedNot => None,
             Consent::Given(permission) => Some(permission),
             // Said too where it has called back already: it may still be about to be made.
@@ -93,10 +104,13 @@ pub(crate) async fn put(
         };
         // The endpoint may have taken its time.
         shared.gate.check_subscription(caller.as_ref(), &spec)?;
-        let by = (owner, permission);
         let changing = shared.registry.begin().await;
-        let (put, subscribed) = shared.registry.put(&changing, &shared, name, spec, only_new, by).await?;
-        drop(changing);
+        if making.taken_back.is_cancelled() {
+            return Err(taken_back());
+        }
+        let by = (owner, permission);
+        let (put, subscribed) = shared.registry.put(&changing, &shared, name.clone(), spec, only_new, by).await?;
+        drop((changing, making));
         shared.try_save().await?;
         let status = if put == Put::Made { StatusCode::CREATED } else { StatusCode::OK };
         Ok(respond(status, &view(&shared, &subscribed, caller.as_ref(), None)))
@@ -130,14 +144,26 @@ async fn show(
 }
 
 /// `DELETE /subscriptions/{name}`
-pub(crate) async fn delete(State(shared): State<Arc<Shared>>, uri: Uri) -> Answer<StatusCode> {
+pub(crate) async fn delete(
+    State(shared): State<Arc<Shared>>,
+    caller: Option<Extension<Caller>>,
+    uri: Uri,
+) -> Answer<StatusCode> {
     let mut query = Query::of(&uri);
     let keep = query.parsed::<bool>("keep")?.unwrap_or(false);
     query.finish()?;
     let name = name_in_path(&uri)?.into_owned();
     shared.registry.check_free(&name)?;
     finish(async move {
-        shared.registry.delete(&shared, &name, keep).await?;
+        let changing = shared.registry.begin().await;
+        let may = |filter: &TopicFilter| caller.as_ref().is_none_or(|Extension(caller)| caller.may_own(filter));
+        let taken_back = shared.asked.take_back(&name, may);
+        match shared.registry.delete(&changing, &shared, &name, keep).await {
+            // It only waited for its endpoint's consent.
+            Err(problem) if taken_back && problem.status() == StatusCode::NOT_FOUND => {}
+            deleted => deleted?,
+        }
+        drop(changing);
         shared.try_save().await?;
         Ok(StatusCode::NO_CONTENT)
     })

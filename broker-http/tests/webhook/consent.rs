@@ -228,6 +228,62 @@ async fn permission_that_comes_late_counts_by_what_is_so_now() {
     }
 }
 
+/// What waits can be taken back, by who may delete it.
+#[tokio::test]
+async fn what_waits_for_its_consent_can_be_deleted() {
+    const S: &str = "/subscriptions/s";
+    let (service, mut told) = silent().await;
+    let options = ServerOptions::new().with_webhook_origin("broker.example").unwrap();
+    let who = |name: &str, actions: &[Action], topics: &str| {
+        let identity = Identity::new(name).unwrap().with_token(TokenHash::of(name));
+        identity.allowing(actions.iter().copied(), [topics.parse().unwrap()])
+    };
+    let owns = [Action::Subscribe, Action::Settle];
+    let access = Access::new([
+        who("maker", &owns, "orders.>"),
+        who("reader", &owns[..1], "orders.>"),
+        who("stranger", &owns, "other.>"),
+    ]);
+    let options = options.with_webhook_callback(BASE).unwrap().with_access(access.unwrap());
+    let running = Running::start(options).await;
+    let ask = async |who, method, body: &Value| ask_as(&running, who, method, S, body.clone()).await.0;
+    assert_eq!(ask("maker", http::Method::DELETE, &json!("")).await, 404);
+    assert_eq!(ask("maker", http::Method::PUT, &spec(service)).await, 202);
+    // To who may not know of it there is none.
+    assert_eq!(ask("stranger", http::Method::DELETE, &json!("")).await, 404);
+    assert_eq!(ask("reader", http::Method::DELETE, &json!("")).await, 403);
+    assert_eq!(ask("maker", http::Method::DELETE, &json!("")).await, 204);
+    assert_eq!(ask("maker", http::Method::DELETE, &json!("")).await, 404, "it waits no more");
+    let path = told.recv().await.unwrap().strip_prefix(BASE).unwrap().to_owned();
+    assert_eq!(running.send(http::Method::POST, &path, json!("")).await.0, 410);
+    assert_eq!(ask("maker", http::Method::GET, &json!("")).await, 404);
+    // Asked for anew, it waits anew.
+    assert_eq!(ask("maker", http::Method::PUT, &spec(service)).await, 202);
+    let path = told.recv().await.unwrap().strip_prefix(BASE).unwrap().to_owned();
+    assert_eq!(running.send(http::Method::POST, &path, json!("")).await.0, 200);
+    assert_eq!(ask("maker", http::Method::GET, &json!("")).await, 200);
+}
+
+/// The request that makes it waits, too, while the endpoint thinks.
+#[tokio::test]
+async fn deleted_while_its_endpoint_is_asked_it_is_not_made() {
+    let (asked, mut was_asked) = tokio::sync::mpsc::unbounded_channel();
+    let options = async move || {
+        asked.send(()).unwrap();
+        std::future::pending::<()>().await;
+    };
+    let service = serve(Router::new().route("/hook", post(async || ()).options(options))).await;
+    let running = asking().await;
+    let deletes = async {
+        was_asked.recv().await.unwrap();
+        running.send(http::Method::DELETE, "/subscriptions/s", json!("")).await.0
+    };
+    let ((status, answer), deleted) = tokio::join!(running.put("s", spec(service)), deletes);
+    assert_eq!((status, deleted), (409, 204), "{answer}");
+    assert!(answer["detail"].as_str().unwrap().contains("deleted while"), "{answer}");
+    assert_eq!(running.send(http::Method::GET, "/subscriptions/s", json!("")).await.0, 404);
+}
+
 /// The rules change while the endpoint thinks.
 #[tokio::test]
 async fn a_yes_that_takes_long_counts_by_the_rules_of_now() {

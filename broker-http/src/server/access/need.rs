@@ -84,7 +84,17 @@ impl Need {
             },
             Self::Deleting(name) => match seen(shared, caller, name) {
                 Ok(subscribed) => caller.check_owning(&subscribed.spec.filter),
-                Err(missing) => caller.check_owning_at_all().and(Err(missing)),
+                Err(missing) => {
+                    caller.check_owning_at_all()?;
+                    // One that waits for its endpoint's consent can be taken back.
+                    let mut waiting = shared.asked.filters(name);
+                    waiting.retain(|filter| caller.may_see(filter) || caller.may_own(filter));
+                    match waiting.first() {
+                        None => Err(missing),
+                        Some(_) if waiting.iter().any(|filter| caller.may_own(filter)) => Ok(()),
+                        Some(filter) => caller.check_owning(filter),
+                    }
+                }
             },
             Self::Making(name) => match seen(shared, caller, name) {
                 Ok(subscribed) => caller.check_owning(&subscribed.spec.filter),

@@ -36,6 +36,11 @@ impl Caller {
         self.known.identity.lacks_to_own(filter).map_or(Ok(()), |action| self.check(action, filter))
     }
 
+    /// Whether it may.
+    pub(crate) fn may_own(&self, filter: &TopicFilter) -> bool {
+        self.known.identity.lacks_to_own(filter).is_none()
+    }
+
     /// The same, where it is not known yet of what filter.
     pub(super) fn check_owning_at_all(&self) -> Answer<()> {
         let lacks = OWNING.into_iter().find(|action| !self.may_at_all(*action));

@@ -73,7 +73,7 @@ impl Registry {
         let before = std::mem::replace(&mut *self.declared.write(), wanted.keys().cloned().collect());
         let mut failed = Vec::new();
         for name in before.into_iter().filter(|name| !wanted.contains_key(name)) {
-            match self.delete(shared, name.as_str(), true).await {
+            match self.delete(&self.begin().await, shared, name.as_str(), true).await {
                 // It could not be made, or has expired.
                 Err(problem) if problem.status() == StatusCode::NOT_FOUND => {}
                 Err(problem) => failed.push((name, problem)),
