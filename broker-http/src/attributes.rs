@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use broker_core::{Error, Message, Result, Topic};
 use serde::{Deserialize, Serialize};
 
+use crate::event::time_as_written;
+
 /// Dialects one inside another at most; a request must not make us recurse further.
 const MAX_DEPTH: usize = 8;
 
@@ -117,7 +119,10 @@ fn attribute<'a>(topic: &'a Topic, message: &'a Message, name: &str) -> Option<C
     match name {
         "specversion" => return Some("1.0".into()),
         "id" => return Some(message.id().to_string().into()),
-        "time" => return Some(message.timestamp().to_string().into()),
+        "time" => {
+            let written = time_as_written(message).map(Cow::Borrowed);
+            return written.or_else(|| Some(message.timestamp().to_string().into()));
+        }
         "datacontenttype" => return message.content_type().map(Cow::Borrowed),
         "partitionkey" => return message.key().and_then(|key| std::str::from_utf8(key).ok()).map(Cow::Borrowed),
         _ => {}

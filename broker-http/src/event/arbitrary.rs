@@ -15,7 +15,21 @@ pub(crate) fn topic() -> impl Strategy<Value = Topic> {
 pub(crate) fn message() -> impl Strategy<Value = Message> {
     let about = (id(), time(), of(bytes()), of(content_type()), headers());
     let schedule = (of(time()), of(time()), of("[^\\p{Cc}]{1,20}"));
-    (payload(), about, schedule).prop_map(|(payload, (id, time, key, content_type, headers), (due, expires, dedup))| {
+    (payload(), about, schedule, of(written())).prop_map(|(payload, about, (due, expires, dedup), written)| {
+        let (id, time, key, content_type, mut headers) = about;
+        if let Some(write) = written {
+            // Among the others, or before them.
+            let mut all = Headers::new();
+            let (before, value) = write(time);
+            if before {
+                all.append("ce-time", value.clone()).unwrap();
+            }
+            headers.iter().for_each(|(name, value)| all.push(name.clone(), value.clone()));
+            if !before {
+                all.append("ce-time", value).unwrap();
+            }
+            headers = all;
+        }
         let mut message = match payload {
             Some(payload) => Message::new(payload),
             None => Message::tombstone(),
@@ -38,6 +52,17 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
         }
         message
     })
+}
+
+/// How a time may be written, and where.
+fn written() -> impl Strategy<Value = fn(Timestamp) -> (bool, String)> {
+    let ways: [fn(Timestamp) -> (bool, String); 4] = [
+        |time| (true, time.to_string().replace('Z', "456Z")),
+        |time| (false, time.to_string().replace('Z', "+00:00")),
+        |time| (false, time.to_string()),
+        |_| (true, "2018-04-05T17:31:00Z".to_owned()),
+    ];
+    proptest::sample::select(ways.to_vec())
 }
 
 fn bytes() -> impl Strategy<Value = Bytes> {

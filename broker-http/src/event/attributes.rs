@@ -1,6 +1,6 @@
 //! CloudEvents attributes and the message headers they are.
 
-use broker_core::{HeaderName, Message, Topic};
+use broker_core::{HeaderName, Message, Timestamp, Topic};
 use bytes::Bytes;
 use smallvec::SmallVec;
 
@@ -11,11 +11,14 @@ pub(super) const MAX_ATTRIBUTES: usize = 100;
 /// What a message header is called that is a CloudEvents attribute.
 const PREFIX: &str = "ce-";
 
+/// Part of the message, and a header where its publisher wrote it in another way than we do.
+pub(super) const TIME: &str = "time";
+
 /// Attributes that are no message headers: parts of the message, or ours.
 pub(super) const OWN: [&str; 15] = [
     "specversion",
     "id",
-    "time",
+    TIME,
     "datacontenttype",
     "partitionkey",
     "data",
@@ -100,8 +103,46 @@ fn as_attribute<'a>(
 ) -> Option<(&'a str, &'a str)> {
     let text = std::str::from_utf8(value).ok().filter(|text| is_string(text))?;
     let once = message.headers().get_all(header.as_str()).nth(1).is_none();
-    let fits = is_name(name) && !OWN.contains(&name) && !(text.is_empty() && NEVER_EMPTY.contains(&name));
+    let own = OWN.contains(&name) && !(name == TIME && says(text, message.timestamp()));
+    let fits = is_name(name) && !own && !(text.is_empty() && NEVER_EMPTY.contains(&name));
     (fits && once).then_some((name, text))
+}
+
+/// The `time` of a message as its publisher wrote it, where that is not how we write it.
+pub(crate) fn time_as_written(message: &Message) -> Option<&str> {
+    let mut given = message.headers().get_all("ce-time");
+    let text = given.next().filter(|_| given.next().is_none())?;
+    std::str::from_utf8(text).ok().filter(|text| says(text, message.timestamp()))
+}
+
+/// Whether this text is RFC 3339 for a time, to the millisecond, and not what we would write.
+pub(super) fn says(text: &str, time: Timestamp) -> bool {
+    is_rfc_3339(text) && text.parse().is_ok_and(|read: Timestamp| read == time) && text != time.to_string()
+}
+
+/// `2018-04-05T17:31:00.123456+02:00`: what parses as a time may be more than that, which others do not read.
+fn is_rfc_3339(text: &str) -> bool {
+    let form = |text: &str, form: &str| {
+        let fits = |(byte, want): (u8, u8)| match want {
+            b'0' => byte.is_ascii_digit(),
+            b'+' => matches!(byte, b'+' | b'-'),
+            _ => byte.eq_ignore_ascii_case(&want),
+        };
+        text.len() == form.len() && text.bytes().zip(form.bytes()).all(fits)
+    };
+    const DATE_TIME: &str = "0000-00-00T00:00:00";
+    let Some((date_time, rest)) = text.split_at_checked(DATE_TIME.len()) else { return false };
+    let offset = match rest.strip_prefix('.') {
+        Some(fraction) => {
+            let offset = fraction.trim_start_matches(|digit: char| digit.is_ascii_digit());
+            if offset.len() == fraction.len() {
+                return false;
+            }
+            offset
+        }
+        None => rest,
+    };
+    form(date_time, DATE_TIME) && (form(offset, "Z") || form(offset, "+00:00"))
 }
 
 /// An attribute's name: lower-case letters and digits ("Naming Conventions" of the specification).
@@ -120,4 +161,40 @@ pub(super) fn is_string(text: &str) -> bool {
 /// Whether `partitionkey` can say this key.
 pub(super) fn as_partition_key(key: &Bytes) -> Option<&str> {
     std::str::from_utf8(key).ok().filter(|text| !text.is_empty() && is_string(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_is_kept_as_written_where_it_is_rfc_3339() {
+        let time: Timestamp = "2018-04-05T17:31:00.123Z".parse().unwrap();
+        for text in [
+            "2018-04-05T17:31:00.123456Z",
+            "2018-04-05T17:31:00.1230Z",
+            "2018-04-05t17:31:00.123z",
+            "2018-04-05T19:31:00.123+02:00",
+            "2018-04-05T17:31:00.123-00:00",
+        ] {
+            assert!(says(text, time), "{text}");
+        }
+        for text in [
+            "2018-04-05T17:31:00.123Z",
+            "2018-04-05T17:31:00Z",
+            "2018-04-05 17:31:00.123Z",
+            "20180405T173100.123Z",
+            "2018-04-05T17:31:00,123Z",
+            "2018-04-05T19:31:00.123+02",
+            "2018-04-05T17:31:00.123Z[UTC]",
+            "2018-04-05T17:31:00.Z",
+            "+002018-04-05T17:31:00.123Z",
+            "2018-04-05T17:31:00.123",
+            "2018-04-05T17:31:0",
+            "",
+            "ä018-04-05T17:31:00.123Z",
+        ] {
+            assert!(!says(text, time), "{text}");
+        }
+    }
 }

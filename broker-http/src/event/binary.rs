@@ -9,7 +9,7 @@ use bytes::Bytes;
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use super::attributes::{DEFAULT_SOURCE, Plan, as_partition_key};
+use super::attributes::{self, DEFAULT_SOURCE, Plan, as_partition_key};
 use super::draft::Draft;
 use super::format::Format;
 use super::{Decoded, Envelope, Options, percent};
@@ -97,7 +97,9 @@ fn encode_event(topic: &Topic, message: &Message, plan: &Plan<'_>, headers: &mut
     if !plan.has("type") {
         headers.insert(CE_TYPE, text(topic));
     }
-    headers.insert(CE_TIME, text(message.timestamp()));
+    if !plan.has(attributes::TIME) {
+        headers.insert(CE_TIME, text(message.timestamp()));
+    }
     for (name, value) in &plan.attributes {
         if let Ok(name) = HeaderName::try_from(format!("ce-{name}")) {
             headers.insert(name, text(value));

@@ -8,7 +8,7 @@ use base64::engine::general_purpose::STANDARD;
 use broker_core::{Error, HeaderName, Headers, Message, MessageId, Result, Timestamp, Topic, parse_duration};
 use bytes::Bytes;
 
-use super::attributes::{MAX_ATTRIBUTES, NEVER_EMPTY, header_name, is_default, is_name, is_string};
+use super::attributes::{MAX_ATTRIBUTES, NEVER_EMPTY, TIME, header_name, is_default, is_name, is_string, says};
 use super::{Decoded, Options, percent};
 
 /// What is known of a message so far.
@@ -48,7 +48,7 @@ impl<'a> Draft<'a> {
                 Ok(())
             }
             "id" => fill(&mut self.id, value.parse()),
-            "time" => fill(&mut self.time, value.parse()),
+            TIME => self.set_time(value),
             "datacontenttype" => fill(&mut self.content_type, Ok(value)),
             "partitionkey" => fill(&mut self.partition_key, non_empty(value).map(|text| text.into_owned().into())),
             "data" => Err(Error::invalid("no attribute may be called that")),
@@ -66,6 +66,16 @@ impl<'a> Draft<'a> {
         set.map_err(|error| Error::new(error.kind(), format!("attribute {name}: {}", error.message())))
     }
 
+    /// Of the time the milliseconds are the message's own; how it was written is kept beside it, so that it is passed on
+    /// as it came.
+    fn set_time(&mut self, value: Cow<'a, str>) -> Result<()> {
+        fill(&mut self.time, value.parse())?;
+        if self.time.is_some_and(|time| says(&value, time)) {
+            self.attributes.push((Cow::Borrowed(TIME), value));
+        }
+        Ok(())
+    }
+
     fn extend(&mut self, name: &str, value: Cow<'a, str>) -> Result<()> {
         if !is_name(name) || name.len() > 250 {
             return Err(Error::invalid("an attribute's name is lower-case letters and digits, 250 at most"));
@@ -73,7 +83,9 @@ impl<'a> Draft<'a> {
         if self.attributes.iter().any(|(have, _)| have == name) {
             return Err(twice());
         }
-        if self.attributes.len() == MAX_ATTRIBUTES {
+        // A time is one of those that every event may have.
+        let times = self.attributes.iter().filter(|(have, _)| have == TIME).count();
+        if self.attributes.len() - times == MAX_ATTRIBUTES {
             return Err(Error::invalid(format!("at most {MAX_ATTRIBUTES} attributes are allowed")));
         }
         if !is_string(&value) {

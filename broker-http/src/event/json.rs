@@ -11,7 +11,7 @@ use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess,
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use super::attributes::{Plan, as_partition_key, default_source};
+use super::attributes::{Plan, TIME, as_partition_key, default_source};
 use super::draft::{Draft, read_base64};
 use super::format::{charset, essence};
 use super::{Decoded, Envelope, Options, percent};
@@ -49,7 +49,9 @@ pub fn encode(envelope: Envelope<'_>, out: &mut Vec<u8>) {
     if !plan.has("type") {
         object.display("type", topic);
     }
-    object.display("time", message.timestamp());
+    if !plan.has(TIME) {
+        object.display(TIME, message.timestamp());
+    }
     if let Some(content_type) = message.content_type() {
         object.value("datacontenttype", content_type);
     }

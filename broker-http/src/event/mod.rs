@@ -20,6 +20,9 @@
 //! | deduplication key | `broker-dedup`, percent-encoded | `brokerdedup` |
 //! | timestamp | `ce-time`, or `broker-time` | `time` |
 //!
+//! The timestamp is in milliseconds. An event's `time` that was written in another way than we write it (with
+//! microseconds, with none, with an offset) is a message header `ce-time` as well, from which it is written again as it came.
+//!
 //! A delay and a time to live are durations (`10s`) or points in time (RFC 3339); we write points
 //! in time, which lose nothing on the way.
 
@@ -31,6 +34,8 @@ pub mod json;
 pub mod ndjson;
 mod options;
 pub(crate) mod percent;
+
+pub(crate) use attributes::time_as_written;
 
 #[cfg(test)]
 pub(crate) mod arbitrary;

@@ -366,6 +366,46 @@ async fn results_of_lines_are_not_streamed_to_who_refuses_them() {
 }
 
 #[tokio::test]
+async fn the_time_of_an_event_is_passed_on_as_it_was_written() {
+    let running = Running::start().await;
+    running.put("q", r#"{"filter":">"}"#).await;
+    let exact = |time: &str| json!({"filter": ">", "filters": [{"exact": {"time": time}}]}).to_string();
+    let times = [
+        "2026-01-02T03:04:05.678901Z",
+        "2026-01-02T03:04:05Z",
+        "2026-01-02T05:04:05.678+02:00",
+        "2026-01-02T03:04:05.678Z",
+    ];
+    for (index, time) in times.into_iter().enumerate() {
+        running.put(&format!("exact{index}"), &exact(time)).await;
+    }
+    for (index, time) in times.into_iter().enumerate() {
+        let headers =
+            [("ce-specversion", "1.0"), ("ce-id", "1"), ("ce-source", "/s"), ("ce-type", "t"), ("ce-time", time)];
+        assert_eq!(running.send("POST /topics/a", &headers, "x").await.status, 202);
+        let structured =
+            json!({"specversion": "1.0", "id": "2", "source": "/s", "type": "t", "time": time}).to_string();
+        let headers = [("content-type", "application/cloudevents+json")];
+        assert_eq!(running.send("POST /topics/a", &headers, structured).await.status, 202);
+        for name in ["q", &format!("exact{index}")] {
+            let leases = running.pull(name, "max=10&wait=10s").await;
+            assert_eq!(leases.len(), 2, "{name}: {leases:?}");
+            for lease in leases {
+                assert_eq!((&lease.event["time"], lease.event.get("brokerheaders")), (&json!(time), None), "{name}");
+            }
+        }
+    }
+    for index in 0..times.len() {
+        assert!(running.pull(&format!("exact{index}"), "").await.is_empty());
+    }
+    // What is no RFC 3339 is passed on as it.
+    let headers = [("content-type", "application/cloudevents+json")];
+    let odd = r#"{"specversion":"1.0","id":"2","source":"/s","type":"t","time":"20260102T030405Z"}"#;
+    assert_eq!(running.send("POST /topics/a", &headers, odd).await.status, 202);
+    assert_eq!(event(&running).await["time"], "2026-01-02T03:04:05.000Z");
+}
+
+#[tokio::test]
 async fn names_of_message_headers_differ_in_case() {
     let running = subscribed().await;
     let lines = [("content-type", "application/x-ndjson")];
