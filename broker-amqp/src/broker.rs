@@ -56,6 +56,8 @@ pub(crate) struct Shared {
     pub(crate) consuming: Arc<Link>,
     members: Mutex<Vec<Arc<Member>>>,
     groups: Mutex<BTreeMap<Group, Arc<Known>>>,
+    /// Held while a group is made.
+    pub(crate) making: tokio::sync::Mutex<()>,
     started: Mutex<Option<Handle>>,
     /// Intake is over.
     pub(crate) closing: CancellationToken,
@@ -197,6 +199,7 @@ impl AmqpBroker {
             consuming,
             members: Mutex::default(),
             groups: Mutex::default(),
+            making: Default::default(),
             started: Mutex::default(),
             closing: CancellationToken::new(),
             closed,

@@ -7,9 +7,9 @@ use broker_core::{
     SubscriptionStatus, TopicFilter,
 };
 use bytes::Bytes;
-use lapin::Channel;
 use lapin::options::{BasicAckOptions, BasicGetOptions, BasicNackOptions};
 use lapin::types::ShortString;
+use lapin::{Channel, Connection};
 
 use crate::AmqpOptions;
 use crate::broker::Shared;
@@ -52,39 +52,77 @@ pub(crate) async fn ensure(shared: &Shared, group: &Group, options: &GroupOption
     }
     let live = shared.connection().await?;
     let connection = &live.connection;
-    shared
-        .bounded(async {
-            let mut queues = topology::group_queues(connection, &names).await?;
-            let existed = !queues.is_empty();
-            if !existed {
-                // What was known of an earlier one of the name is over.
-                shared.forget(group);
+    let ensure = async {
+        let queues = topology::group_queues(connection, &names).await?;
+        let there = Asked { connection, group, names: &names, options, defaults: &defaults };
+        if !queues.is_empty() {
+            return Ok((there.join(shared, queues).await?, false));
+        }
+        // What was known of an earlier one of the name is over.
+        shared.forget(group);
+        if shared.options.passive {
+            return Err(Error::not_found(format!("group {group}: there is no queue {}", names.queue)));
+        }
+        if names.made != Made::ByUs {
+            return Ok((there.make(shared).await?, true));
+        }
+        // One creator at a time, within this process and among all: the settings of the first are the group's.
+        let _making = shared.making.lock().await;
+        topology::alone(connection, &names.making, async || {
+            let queues = topology::group_queues(connection, &names).await?;
+            if queues.is_empty() {
+                Ok((there.make(shared).await?, true))
+            } else {
+                Ok((there.join(shared, queues).await?, false))
             }
-            if !existed && shared.options.passive {
-                return Err(Error::not_found(format!("group {group}: there is no queue {}", names.queue)));
-            }
-            let mut settings = None;
-            if existed && names.made == Made::ByUs {
-                settings = settings::read(connection, &shared.writer, group, &names, &defaults).await?;
-                if let Some(settings) = &settings {
-                    options.check_joins(group, settings)?;
-                }
-            } else if names.made == Made::ByUs {
-                settings::write(connection, &shared.writer, &names, &defaults).await?;
-            }
-            let settings = settings.unwrap_or(defaults);
-            if !existed {
-                queues = new_queues(&names, settings.ordered, &shared.options)?;
-            }
-            on_channel(connection, async |channel| {
-                let (filter, ordered) = (&group.filter, settings.ordered);
-                topology::declare_group(channel, &names, filter, ordered, &queues, &shared.options).await
-            })
-            .await
-            .map_err(|error| topology::conflict(group, error))?;
-            Ok((shared.know(group, known(names, queues, settings)), !existed))
         })
         .await
+    };
+    let (known, made) = shared.bounded(ensure).await?;
+    Ok((shared.know(group, known), made))
+}
+
+/// A group that is to stand.
+struct Asked<'a> {
+    connection: &'a Connection,
+    group: &'a Group,
+    names: &'a GroupNames,
+    options: &'a GroupOptions,
+    defaults: &'a GroupSettings,
+}
+
+impl Asked<'_> {
+    /// There is none: makes it as it is asked for.
+    async fn make(&self, shared: &Shared) -> Result<Known> {
+        if self.names.made == Made::ByUs {
+            settings::write(self.connection, &shared.writer, self.names, self.defaults).await?;
+        }
+        let queues = new_queues(self.names, self.defaults.ordered, &shared.options)?;
+        self.declare(shared, queues, self.defaults.clone()).await
+    }
+
+    /// There is one: goes by its settings, which must be none but those asked for.
+    async fn join(&self, shared: &Shared, queues: Vec<ShortString>) -> Result<Known> {
+        let mut settings = None;
+        if self.names.made == Made::ByUs {
+            let Self { connection, group, names, options, defaults } = self;
+            settings = settings::read(connection, &shared.writer, group, names, defaults).await?;
+            if let Some(settings) = &settings {
+                options.check_joins(group, settings)?;
+            }
+        }
+        self.declare(shared, queues, settings.unwrap_or_else(|| self.defaults.clone())).await
+    }
+
+    async fn declare(&self, shared: &Shared, queues: Vec<ShortString>, settings: GroupSettings) -> Result<Known> {
+        on_channel(self.connection, async |channel| {
+            let (filter, ordered) = (&self.group.filter, settings.ordered);
+            topology::declare_group(channel, self.names, filter, ordered, &queues, &shared.options).await
+        })
+        .await
+        .map_err(|error| topology::conflict(self.group, error))?;
+        Ok(known(self.names.clone(), queues, settings))
+    }
 }
 
 /// What the queues of a group will be called that is not there yet.
@@ -175,7 +213,7 @@ fn missing(group: &Group) -> Error {
 }
 
 /// Whether there is a keeping queue; an error if there is no group either.
-async fn keeps(connection: &lapin::Connection, group: &Group, names: &GroupNames) -> Result<bool> {
+async fn keeps(connection: &Connection, group: &Group, names: &GroupNames) -> Result<bool> {
     if queue_state(connection, &names.dead).await?.is_some() {
         return Ok(true);
     }

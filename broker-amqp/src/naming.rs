@@ -49,6 +49,8 @@ pub(crate) struct GroupNames {
     pub(crate) dead_key: ShortString,
     /// The queue that holds one message: the group's settings.
     pub(crate) settings: ShortString,
+    /// The queue that is there while somebody makes the group.
+    pub(crate) making: ShortString,
     pub(crate) made: Made,
 }
 
@@ -79,6 +81,7 @@ impl GroupNames {
             // In a binding `*` and `#` would be wildcards; neither stand-in is in a name's grammar.
             dead_key: short(&what, &format!("broker-dead.{}", queue.replace('*', "+").replace('#', "~")))?,
             settings: short(&what, &format!("broker.settings:{queue}"))?,
+            making: short(&what, &format!("broker.making:{queue}"))?,
             made,
         })
     }

@@ -1,6 +1,7 @@
 //! Exchanges, queues and bindings, and what is declared when.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use broker_core::{Error, ErrorKind, Result, TopicFilter};
 use lapin::options::{
@@ -96,6 +97,29 @@ pub(crate) async fn declare_rung(connection: &Connection, rung: Rung, options: &
         bind(channel, &name, &name, ShortString::default()).await
     })
     .await
+}
+
+/// Runs `work` while nobody else does under this name: of an exclusive queue there is one, and other connections are
+/// refused it. It goes with the connection, or a minute after whoever left it there.
+pub(crate) async fn alone<T>(
+    connection: &Connection,
+    name: &ShortString,
+    work: impl AsyncFnOnce() -> Result<T>,
+) -> Result<T> {
+    let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+    let claim = async |channel: &Channel| {
+        let arguments = table([("x-expires", AMQPValue::LongInt(60_000))]);
+        channel.queue_declare(name.clone(), exclusive, arguments).await.map(drop).map_err(from_lapin)
+    };
+    while let Err(error) = on_channel(connection, claim).await {
+        if error.kind() != ErrorKind::Conflict {
+            return Err(error);
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let done = work().await;
+    on_channel(connection, async |channel| delete(channel, name).await).await?;
+    done
 }
 
 /// A group's queue and its binding. Declaring what is there is a comparison.

@@ -14,7 +14,8 @@ use broker_amqp::lapin::BasicProperties;
 use broker_amqp::lapin::options::{BasicPublishOptions, QueueDeclareOptions, QueueDeleteOptions};
 use broker_amqp::lapin::types::{AMQPValue, FieldTable};
 use broker_core::{
-    Broker, BrokerExt, DeadLetter, ErrorKind, Group, GroupOptions, Message, Subscribe, Subscription, Timestamp, Topic,
+    Broker, BrokerExt, DeadLetter, ErrorKind, Group, GroupOptions, Message, RetryPolicy, Subscribe, Subscription,
+    Timestamp, Topic,
 };
 use tokio::time::timeout;
 
@@ -131,6 +132,37 @@ async fn the_one_queue_left_of_several_is_bound_and_read() {
     delivery.ack().await.unwrap();
     drop(member);
     clean(broker, &group).await;
+}
+
+/// Two processes make a group at the same time, each as it thinks right.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_that_make_a_group_the_first_says_what_it_is() {
+    let _turn = TURN.lock().await;
+    let brokers = [open(server()).unwrap(), open(server()).unwrap()];
+    let retries = |most| GroupOptions::new().with_retry(RetryPolicy::default().with_max_attempts(most).unwrap());
+    for _ in 0..10 {
+        let (_, group) = names("made-twice");
+        let made = [0, 1].map(|index| {
+            let (broker, group) = (Arc::clone(&brokers[index]), group.clone());
+            tokio::spawn(async move { broker.create_group(&group, retries(3 + index as u32)).await })
+        });
+        let mut outcomes = Vec::new();
+        for made in made {
+            outcomes.push(made.await.unwrap());
+        }
+        let first = outcomes.iter().position(Result::is_ok).expect("nobody made it");
+        assert!(*outcomes[first].as_ref().unwrap());
+        let error = outcomes.swap_remove(1 - first).expect_err("both made it");
+        assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+        // Of one mind it is no matter who was first.
+        for broker in &brokers {
+            assert!(!broker.create_group(&group, retries(3 + first as u32)).await.unwrap());
+        }
+        assert!(brokers[0].delete_group(&group).await.unwrap());
+    }
+    for broker in brokers {
+        broker.close(PATIENCE).await;
+    }
 }
 
 /// A job that reads one message, and closes: those that wait behind it have been at a member more often
