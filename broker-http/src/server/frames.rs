@@ -26,6 +26,8 @@ pub(crate) struct Frames {
     have: usize,
     /// Bytes of a payload that nobody looks at.
     skip: usize,
+    /// Whether one was written: the first says how the connection is meant.
+    any: bool,
     /// Answers begun.
     answers: usize,
     /// Those of them that are h2's own.
@@ -66,6 +68,11 @@ impl Frames {
         }
     }
 
+    /// Whether another frame may begin: none is half written.
+    pub(crate) fn is_between(&self) -> bool {
+        self.have == 0 && self.skip == 0 && self.any
+    }
+
     /// What was written since this was last asked.
     pub(crate) fn asked(&mut self) -> Asked {
         std::mem::take(&mut self.asked)
@@ -86,7 +93,7 @@ impl Frames {
         // It has three bytes.
         let length = u32::from_be_bytes([0, l0, l1, l2]) as usize;
         self.skip = length.saturating_sub(self.have - HEAD);
-        self.have = 0;
+        (self.have, self.any) = (0, true);
         match kind {
             DATA => self.asked.updates += 2 + length / UPDATED,
             PING if flags & ACK == 0 => self.asked.pings += 1,
@@ -132,6 +139,8 @@ pub(crate) struct Heard {
     rest: usize,
     /// A head without an end.
     open: bool,
+    /// The last stream that was begun.
+    last: u32,
     said: Said,
 }
 
@@ -159,19 +168,32 @@ impl Heard {
                 (*byte, bytes) = (*first, rest);
                 self.have += 1;
             }
-            let [l0, l1, l2, kind, flags, ..] = self.head;
+            let [l0, l1, l2, kind, flags, s0, s1, s2, s3] = self.head;
             self.rest = u32::from_be_bytes([0, l0, l1, l2]) as usize;
             self.have = 0;
             if kind == HEADERS || kind == CONTINUATION {
                 self.open = flags & END_HEADERS == 0;
             }
             match kind {
-                HEADERS => self.said.requests += 1,
+                HEADERS => {
+                    self.said.requests += 1;
+                    self.last = self.last.max(u32::from_be_bytes([s0, s1, s2, s3]) & (u32::MAX >> 1));
+                }
                 PING if flags & ACK != 0 => self.said.pongs += 1,
                 DATA | CONTINUATION => {}
                 _ => self.said.others += 1,
             }
         }
+    }
+
+    /// What tells the other side that it floods, and which of its streams was the last (RFC 9113, 6.8).
+    pub(crate) fn calm(&self) -> [u8; HEAD + 8] {
+        let mut frame = [0; HEAD + 8];
+        let [.., length, kind, _flags, _, _, _, _, l0, l1, l2, l3, c0, c1, c2, c3] = &mut frame;
+        (*length, *kind) = (8, GOAWAY);
+        [*l0, *l1, *l2, *l3] = self.last.to_be_bytes();
+        [*c0, *c1, *c2, *c3] = u32::from(Reason::ENHANCE_YOUR_CALM).to_be_bytes();
+        frame
     }
 
     /// What was read since this was last asked.

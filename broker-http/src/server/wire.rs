@@ -8,6 +8,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -167,7 +168,24 @@ pub(crate) struct Watched<S> {
     /// Bytes read while looking for the end, and how many of them were taken.
     ahead: (Vec<u8>, usize),
     closing: Closing,
+    /// The other side floods: it is told so, and that is the end.
+    calming: Option<Box<Calming>>,
 }
+
+/// How far the end of a flood is.
+struct Calming {
+    frame: [u8; 17],
+    /// Bytes of it written.
+    told: usize,
+    /// Bytes that may still be read, and for how long.
+    most: usize,
+    time: Pin<Box<Sleep>>,
+}
+
+/// What still comes of a flood is read and dropped, so much and so long: closing on it would reset the connection, and
+/// with that take what is told.
+const CALM_BYTES: usize = 256 << 10;
+const CALM_TIME: Duration = Duration::from_secs(1);
 
 /// Frames that may come with a request: how much of its answer may be sent, what it depends on, its reset.
 const A_REQUEST: usize = 4;
@@ -202,6 +220,7 @@ impl<S> Watched<S> {
             told: 0,
             ahead: Default::default(),
             closing: Closing::Not,
+            calming: None,
         }
     }
 
@@ -220,17 +239,13 @@ impl<S> Watched<S> {
 
     /// Over HTTP/2, whether what was read is no flood of frames that ask for nothing, each of which h2 takes as it
     /// comes.
-    fn check_chatter(&mut self) -> io::Result<()> {
+    fn is_calm(&mut self) -> bool {
         let Said { requests, pongs, others } = self.heard.said();
         self.chatter.earn(requests * A_REQUEST);
         let asked = pongs.min(self.pings);
         self.pings -= asked;
         let chatter = others + (pongs - asked) * UNASKED;
-        if chatter > 0 && !self.chatter.may_go_on(chatter, Instant::now()) {
-            self.shared.metrics.refused(Refusal::Flood);
-            return Err(io::Error::other("a flood of frames that ask for nothing"));
-        }
-        Ok(())
+        chatter == 0 || self.chatter.may_go_on(chatter, Instant::now())
     }
 
     /// So much of this was written.
@@ -278,9 +293,45 @@ impl<S: AsyncRead + Unpin> Watched<S> {
     }
 }
 
+impl<S: AsyncRead + AsyncWrite + Unpin> Watched<S> {
+    /// Goes on with the end of a flood. Whatever is to be read or written from now on waits for it.
+    fn calm(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        let Some(calming) = &mut self.calming else { return Poll::Ready(flood()) };
+        if calming.time.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(flood());
+        }
+        while let Some(rest) = calming.frame.get(calming.told..).filter(|rest| !rest.is_empty()) {
+            match ready!(Pin::new(&mut self.stream).poll_write(cx, rest)) {
+                Ok(count @ 1..) => calming.told += count,
+                _ => return Poll::Ready(flood()),
+            }
+        }
+        if ready!(Pin::new(&mut self.stream).poll_flush(cx)).is_err() {
+            return Poll::Ready(flood());
+        }
+        let mut dropped = [0; 4096];
+        loop {
+            let mut dropped = ReadBuf::new(&mut dropped);
+            let read = ready!(Pin::new(&mut self.stream).poll_read(cx, &mut dropped));
+            let bytes = dropped.filled().len();
+            if read.is_err() || bytes == 0 || bytes > calming.most {
+                return Poll::Ready(flood());
+            }
+            calming.most -= bytes;
+        }
+    }
+}
+
+fn flood() -> io::Error {
+    io::Error::other("a flood of frames that ask for nothing")
+}
+
 impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Watched<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
+        if this.calming.is_some() {
+            return this.calm(cx).map(Err);
+        }
         if this.wire.late.load(Ordering::Acquire) {
             // Nothing else is being written: no request is at work.
             while let Some(rest) = HEAD_TOO_SLOW.get(this.told..).filter(|rest| !rest.is_empty()) {
@@ -313,7 +364,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Watched<S> {
         if this.wire.preface.load(Ordering::Relaxed) != OTHER {
             this.heard.read(bytes);
             this.wire.begun.store(this.wire.is_http2() && this.heard.has_begun(), Ordering::Relaxed);
-            this.check_chatter()?;
+            if !this.is_calm() {
+                this.shared.metrics.refused(Refusal::Flood);
+                if !this.frames.is_between() {
+                    return Poll::Ready(Err(flood()));
+                }
+                buf.set_filled(before);
+                let (frame, time) = (this.heard.calm(), Box::pin(sleep(CALM_TIME)));
+                this.calming = Some(Box::new(Calming { frame, told: 0, most: CALM_BYTES, time }));
+                return this.calm(cx).map(Err);
+            }
         } else {
             this.count_head();
         }
@@ -323,6 +383,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Watched<S> {
 
 impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        if self.calming.is_some() {
+            return self.calm(cx).map(Err);
+        }
         let count = ready!(Pin::new(&mut self.stream).poll_write(cx, buf))?;
         self.wrote(count, [buf]);
         Poll::Ready(Ok(count))
@@ -333,6 +396,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        if self.calming.is_some() {
+            return self.calm(cx).map(Err);
+        }
         let count = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, bufs))?;
         self.wrote(count, bufs.iter().map(|buf| &**buf));
         Poll::Ready(Ok(count))
@@ -344,6 +410,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Watched<S> {
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         // The connection flushes whenever it was looked at and has nothing more to write.
+        if self.calming.is_some() {
+            return self.calm(cx).map(Err);
+        }
         self.check_end(cx)?;
         if self.head.is_some() {
             self.count_head();

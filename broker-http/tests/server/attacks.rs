@@ -754,6 +754,39 @@ async fn a_flood_of_frames_that_ask_for_nothing_is_cut_off() {
     }
 }
 
+/// Whoever floods and still listens is told what is wrong, as HTTP/2 has it said (RFC 9113, 7 and 10.5).
+#[tokio::test]
+async fn who_floods_is_told_to_be_calm() {
+    let running = limited(|_| {}).await;
+    for flood in [frame(8, 0, 0, &[0, 0, 0, 1]), frame(6, 0, 0, &[0; 8])] {
+        let (mut read, mut write) = running.connect().await.into_split();
+        let begin = [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &frame(4, 0, 0, &[])].concat();
+        // GET /healthz, so that there is a stream.
+        let path = b"/healthz";
+        let head = [&[0x82, 0x86, 0x04, 8], &path[..], &[0x01, 9], b"localhost"].concat();
+        write.write_all(&[begin, frame(1, 5, 7, &head)].concat()).await.unwrap();
+        let (mut told, mut answered) = (None, false);
+        soon(async {
+            let mut head = [0; 9];
+            while read.read_exact(&mut head).await.is_ok() {
+                let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+                let mut payload = vec![0; length as usize];
+                read.read_exact(&mut payload).await.unwrap();
+                assert!(told.is_none(), "it is the last");
+                if head[3] == 0 && !answered {
+                    answered = true;
+                    write.write_all(&flood.repeat(6_000)).await.unwrap();
+                }
+                told = (head[3] == 7).then_some(payload);
+            }
+        })
+        .await;
+        let told = told.expect("no GOAWAY");
+        assert_eq!(told, [0, 0, 0, 7, 0, 0, 0, 11], "the last stream, and ENHANCE_YOUR_CALM");
+    }
+    assert_eq!(refused(&running, "flood").await, 2);
+}
+
 /// Tells for each frame how much more it takes, and asks whether the other side is there.
 #[tokio::test]
 async fn a_reader_that_says_much_of_what_it_reads_is_no_flood() {
