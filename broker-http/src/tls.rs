@@ -19,6 +19,9 @@ use tokio_rustls::client::TlsStream;
 pub(crate) enum MaybeTls {
     Plain(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
+    /// To this machine itself.
+    #[cfg(unix)]
+    Unix(tokio::net::UnixStream),
 }
 
 /// The configuration that trusts this machine's root certificates, or those of a PEM file instead.
@@ -72,6 +75,11 @@ macro_rules! forward {
                 let $stream = Pin::new(stream.as_mut());
                 $call
             }
+            #[cfg(unix)]
+            MaybeTls::Unix(stream) => {
+                let $stream = Pin::new(stream);
+                $call
+            }
         }
     };
 }
@@ -99,6 +107,8 @@ impl AsyncWrite for MaybeTls {
         match self {
             Self::Plain(stream) => stream.is_write_vectored(),
             Self::Tls(stream) => stream.is_write_vectored(),
+            #[cfg(unix)]
+            Self::Unix(stream) => stream.is_write_vectored(),
         }
     }
 

@@ -17,7 +17,8 @@ use url::Url;
 ///
 /// In a URL the same are query parameters: `http://127.0.0.1:2757?timeout=10s`. A token is the user
 /// name of the URL, or the parameter `token`; it is never printed. `https` trusts the root certificates
-/// of this machine, or those of a PEM file that the parameter `ca` names.
+/// of this machine, or those of a PEM file that the parameter `ca` names. `unix:/run/broker-http.sock` is a Unix socket of this
+/// machine.
 ///
 /// ```
 /// use std::time::Duration;
@@ -33,6 +34,8 @@ use url::Url;
 pub struct HttpOptions {
     /// `host:port`.
     authority: String,
+    /// A Unix socket of this machine, instead of an address.
+    socket: Option<PathBuf>,
     /// What stands before every path, for a daemon behind a gateway; empty or `/…`.
     prefix: String,
     authorization: Option<HeaderValue>,
@@ -65,7 +68,7 @@ pub(super) struct Tls {
 }
 
 impl HttpOptions {
-    /// Reads a URL, `http://host:port` or `https://host:port`.
+    /// Reads a URL, `http://host:port`, `https://host:port` or `unix:/path`.
     ///
     /// # Errors
     ///
@@ -76,16 +79,24 @@ impl HttpOptions {
 
     pub(super) fn from_broker_url(mut url: BrokerUrl) -> Result<Self> {
         let invalid = |why: &str| Error::invalid(format!("broker URL: {why}; it looks like http://127.0.0.1:2757"));
+        let (mut socket, mut path, mut authority) = (None, url.path().to_owned(), url.authority().to_owned());
         let scheme = match url.scheme() {
             "http" => "http",
             "https" => "https",
-            other => return Err(invalid(&format!("its scheme is {other:?}, and this is for http and https"))),
+            "unix" if cfg!(unix) => {
+                if path.is_empty() || !authority.is_empty() {
+                    return Err(invalid("a path follows unix:, as in unix:/run/broker-http.sock"));
+                }
+                socket = Some(PathBuf::from(std::mem::take(&mut path)));
+                authority = "localhost".to_owned();
+                "http"
+            }
+            other => return Err(invalid(&format!("its scheme is {other:?}, and this is for http, https and unix"))),
         };
-        if url.authority().is_empty() || url.authority().contains(',') {
+        if authority.is_empty() || authority.contains(',') {
             return Err(invalid("it names one host"));
         }
-        let parsed =
-            Url::parse(&format!("{scheme}://{}/", url.authority())).map_err(|_| invalid("its host does not parse"))?;
+        let parsed = Url::parse(&format!("{scheme}://{authority}/")).map_err(|_| invalid("its host does not parse"))?;
         let host = parsed.host_str().ok_or_else(|| invalid("it names no host"))?;
         let port = parsed.port_or_known_default().unwrap_or_default();
         if port == 0 {
@@ -117,7 +128,8 @@ impl HttpOptions {
         let milli = Duration::from_millis(1);
         let options = Self {
             authority: format!("{host}:{port}"),
-            prefix: url.path().trim_end_matches('/').to_owned(),
+            socket,
+            prefix: path.trim_end_matches('/').to_owned(),
             authorization,
             tls,
             connect_timeout: at_least("connect_timeout", url.duration("connect_timeout")?, 5 * second, milli)?,
@@ -162,6 +174,11 @@ impl HttpOptions {
         Ok(self)
     }
 
+    #[cfg(unix)]
+    pub(super) fn socket(&self) -> Option<&std::path::Path> {
+        self.socket.as_deref()
+    }
+
     pub(super) fn authority(&self) -> &str {
         &self.authority
     }
@@ -176,6 +193,9 @@ impl HttpOptions {
 
     /// The URL without credentials.
     pub(crate) fn name(&self) -> String {
+        if let Some(path) = &self.socket {
+            return format!("unix:{}", path.display());
+        }
         let scheme = if self.tls.is_some() { "https" } else { "http" };
         format!("{scheme}://{}{}", self.authority, self.prefix)
     }
@@ -234,6 +254,8 @@ mod tests {
     fn names_what_is_wrong() {
         for (url, named) in [
             ("http:", "host"),
+            ("unix:", "a path follows unix:"),
+            ("unix:/a?ca=roots.pem", "ca"),
             ("http://a,b", "host"),
             ("http://h:0", "port"),
             ("ftp://h", "scheme"),

@@ -71,10 +71,20 @@ impl Connection {
     ) -> std::io::Result<Self> {
         let stream = TcpStream::connect(authority).await?;
         stream.set_nodelay(true)?;
-        let stream = match tls {
+        Self::over(match tls {
             Some((connector, name)) => MaybeTls::Tls(Box::new(connector.connect(name, stream).await?)),
             None => MaybeTls::Plain(stream),
-        };
+        })
+        .await
+    }
+
+    /// Connects to a Unix socket of this machine.
+    #[cfg(unix)]
+    pub(super) async fn open_unix(path: &std::path::Path) -> std::io::Result<Self> {
+        Self::over(MaybeTls::Unix(tokio::net::UnixStream::connect(path).await?)).await
+    }
+
+    async fn over(stream: MaybeTls) -> std::io::Result<Self> {
         let (link, state) = Link::new(stream);
         let (sender, driver) = http1::Builder::new()
             .max_headers(MAX_HEADERS)

@@ -198,7 +198,14 @@ impl Http {
     }
 
     async fn dial(&self) -> Result<Connection> {
-        let open = Connection::open(self.options.authority(), self.tls().await?);
+        let tls = self.tls().await?;
+        let open = async {
+            #[cfg(unix)]
+            if let Some(path) = self.options.socket() {
+                return Connection::open_unix(path).await;
+            }
+            Connection::open(self.options.authority(), tls).await
+        };
         match tokio::time::timeout(self.options.connect_timeout, open).await {
             Ok(Ok(connection)) => Ok(connection),
             Ok(Err(error)) => {

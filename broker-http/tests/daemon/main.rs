@@ -198,6 +198,15 @@ async fn a_unix_socket_serves_too() {
         let mut answer = String::new();
         soon(stream.read_to_string(&mut answer)).await.unwrap();
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        // And so it is asked.
+        for args in [
+            &["pub", "a", "x", "--broker", &listen][..],
+            &["subscription", "list", "--broker", &listen],
+            &["status", "--once", "--broker", &listen],
+        ] {
+            let (code, said) = run(args).await;
+            assert_eq!(code, Some(0), "{args:?}: {said}");
+        }
         // Killed, it leaves its socket behind; the next takes it over.
         child.kill().await.unwrap();
     }

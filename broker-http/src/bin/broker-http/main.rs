@@ -118,7 +118,7 @@ fn with_default_command(mut args: Vec<OsString>) -> Vec<OsString> {
 /// Every kind of broker this binary knows.
 pub(crate) fn connectors() -> Connectors {
     let mut connectors = Connectors::new();
-    connectors.add(["http", "https"], broker_http::client::connector());
+    connectors.add(["http", "https", "unix"], broker_http::client::connector());
     #[cfg(feature = "kafka")]
     connectors.add(["kafka"], broker_kafka::connector());
     #[cfg(not(feature = "kafka"))]
