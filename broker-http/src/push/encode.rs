@@ -236,6 +236,34 @@ mod tests {
         assert_eq!((&body[0]["id"], &body[1]["brokerattempt"]), (&"a".into(), &3.into()));
     }
 
+    /// A receiver looks there for what he is sent.
+    #[test]
+    fn every_header_of_ours_is_in_the_readme() {
+        let time = Timestamp::from_millis(1);
+        let full = message("a").with_key("k").with_deliver_at(time).with_expires_at(time).with_dedup_key("d").unwrap();
+        let full = full.with_header("name", "x").unwrap();
+        let tombstone = Message::tombstone();
+        let mut said = std::collections::BTreeSet::new();
+        for mode in ["binary", "raw", "structured", "batch"] {
+            let encoder = encoder(&format!(r#""mode":"{mode}""#));
+            let test = encoder.encode_test(Envelope::new(&Topic::new("orders").unwrap(), &full));
+            for content in [
+                encode(&encoder, std::slice::from_ref(&full)),
+                encode(&encoder, std::slice::from_ref(&tombstone)),
+                test,
+            ] {
+                let names = content.headers.keys().map(|name| name.as_str().replace("header-name", "header-NAME"));
+                said.extend(names.filter(|name| name.starts_with("broker-")));
+            }
+        }
+        let readme = include_str!("../../README.md");
+        let rows: String = readme.lines().filter(|line| line.starts_with("| `broker-")).collect();
+        for name in &said {
+            assert!(rows.contains(&format!("`{name}`")), "{name} is not in the README's table of a push's headers");
+        }
+        assert_eq!(said.len(), rows.matches("`broker-").count(), "{said:?}");
+    }
+
     #[test]
     fn signatures_are_of_what_is_sent() {
         let signing = r#""signing":{"secret":"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"}"#;
