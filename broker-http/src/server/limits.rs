@@ -66,7 +66,8 @@ pub struct Limits {
     /// Subscriptions.
     pub subscriptions: usize,
     /// Topics in use: those whose messages are held somewhere, and those lately published to.
-    /// At it those are forgotten that hold nothing, or nothing but what is only retained.
+    /// At it those are forgotten that hold nothing, or nothing but what is only retained. One identity is given no further
+    /// one while as many that it published to first hold messages as are free.
     pub topics: usize,
     /// Bytes that messages published through this server and the bodies of its requests may hold,
     /// counted with what each message takes besides; at it what the topics of `memory:` only retain

@@ -79,11 +79,11 @@ fn prepare(shared: &Shared, parts: &http::request::Parts) -> Answer<Prepared> {
         return Err(Problem::draining());
     }
     let topic = name_in_path(&parts.uri)?;
-    let published = shared.publishers.of(&topic)?;
+    let caller = Caller::of(&parts.extensions);
+    let published = shared.publishers.of(&topic, caller.as_ref())?;
     published.check_room()?;
     let options = Options::parse(parts.uri.query(), &parts.headers)?;
     let format = Format::of(&parts.headers)?;
-    let caller = Caller::of(&parts.extensions);
     let key = Key::of(&parts.headers, &topic, caller.as_ref())?;
     let several = matches!(format, Format::Batch | Format::Lines);
     let reader = several.then(|| Reader::of(shared, &parts.extensions));

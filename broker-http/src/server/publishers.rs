@@ -9,6 +9,7 @@ use broker_core::{Broker, Message, Publisher, PublisherOptions, Result, Timestam
 use parking_lot::{Mutex, RwLock};
 use rustc_hash::FxHashMap;
 
+use super::access::Caller;
 use super::charge::{Account, Full};
 use super::memory::{Ledger, Vain};
 use super::metrics::Refusal;
@@ -39,6 +40,25 @@ pub(crate) struct Published {
     last: AtomicI64,
     account: Arc<Account>,
     bounds: Mutex<Bounds>,
+    /// Whose share it is of.
+    _first: Option<First>,
+}
+
+/// A topic in use counts among those that an identity published to first.
+#[derive(Debug)]
+struct First(Arc<AtomicUsize>);
+
+impl First {
+    fn of(caller: &Caller) -> Self {
+        caller.topics().fetch_add(1, Ordering::AcqRel);
+        Self(Arc::clone(caller.topics()))
+    }
+}
+
+impl Drop for First {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 /// What is said about a topic.
@@ -68,12 +88,13 @@ impl Publishers {
         }
     }
 
-    /// The handle for `topic`.
+    /// The handle for `topic`, asked for by `caller`.
     ///
     /// # Errors
     ///
-    /// That it is no topic, or none to publish to; 429 if as many as may be hold messages.
-    pub(crate) fn of(&self, topic: &str) -> Answer<Arc<Published>> {
+    /// That it is no topic, or none to publish to; 429 if as many as may be hold messages, or as many of the caller's as
+    /// are free for others.
+    pub(crate) fn of(&self, topic: &str, caller: Option<&Caller>) -> Answer<Arc<Published>> {
         if let Some(published) = self.kept.read().get(topic) {
             return Ok(Arc::clone(published));
         }
@@ -86,8 +107,14 @@ impl Publishers {
             last: AtomicI64::new(Timestamp::now().as_millis()),
             account: Account::new(&self.ledger, &name),
             bounds: Mutex::new(bounds),
+            _first: caller.map(First::of),
         });
-        let full = |kept: &FxHashMap<Box<str>, Arc<Published>>| kept.len() >= self.max() && !kept.contains_key(topic);
+        // Those before this one. One always is for who has none.
+        let own = || caller.map_or(0, |caller| caller.topics().load(Ordering::Acquire).saturating_sub(1));
+        let over = |known: usize| own() > 0 && own() >= self.max().saturating_sub(known);
+        let full = |kept: &FxHashMap<Box<str>, Arc<Published>>| {
+            (kept.len() >= self.max() || over(kept.len())) && !kept.contains_key(topic)
+        };
         let mut kept = self.kept.write();
         if full(&kept) {
             forget_oldest(&mut kept);
@@ -100,11 +127,16 @@ impl Publishers {
                 forget_oldest(&mut kept);
             }
             if full(&kept) {
-                return Err(Problem::too_many(format!(
-                    "there are {} topics with messages, which is the most; have those taken out first",
-                    self.max()
-                ))
-                .counted(Refusal::Topics));
+                let max = self.max();
+                let why = match caller.filter(|_| kept.len() < max) {
+                    None => format!("there are {max} topics with messages, which is the most"),
+                    Some(caller) => format!(
+                        "{} has {} of the {max} topics, and no more than that are left, which are for others",
+                        caller.name(),
+                        own()
+                    ),
+                };
+                return Err(Problem::too_many(format!("{why}; have messages taken out first")).counted(Refusal::Topics));
             }
         }
         Ok(Arc::clone(kept.entry(topic.into()).or_insert(published)))

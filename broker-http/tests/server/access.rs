@@ -375,6 +375,37 @@ async fn stream(running: &Running, who: &str) -> TcpStream {
     stream
 }
 
+/// What one identity has filled and nobody takes out leaves as much for others.
+#[tokio::test]
+async fn one_identity_leaves_topics_for_others() {
+    let publishes = |name| identity(name).allowing([Action::Publish], [">".parse().unwrap()]);
+    let ops = identity("ops").allowing([Action::Admin], [">".parse().unwrap()]);
+    let access = Access::new([publishes("greedy"), publishes("late"), publishes("last"), ops]).unwrap();
+    let mut limits = broker_http::Limits::default();
+    limits.topics = 4;
+    let running = Running::with(ServerOptions::new().with_access(access).with_limits(limits)).await;
+    let publish = async |who, topic: &str| ask(&running, who, &format!("POST /topics/{topic}"), "x").await;
+    // While nothing is held they are as many as one likes, one after another.
+    for topic in 0..20 {
+        assert_eq!(publish("greedy", &format!("passing.{topic}")).await.status, 202);
+    }
+    assert_eq!(ask(&running, "ops", "PUT /subscriptions/q", r#"{"filter":"held.>"}"#).await.status, 201);
+    for topic in ["held.a", "held.b"] {
+        assert_eq!(publish("greedy", topic).await.status, 202, "{topic}");
+    }
+    publish("greedy", "held.c").await.is_problem(429, "greedy has 2 of the 4 topics");
+    assert_eq!(publish("greedy", "held.a").await.status, 202, "one that is in use");
+    assert_eq!(publish("late", "held.c").await.status, 202);
+    publish("late", "held.d").await.is_problem(429, "late has 1 of the 4 topics");
+    assert_eq!(publish("last", "held.d").await.status, 202);
+    for who in ["greedy", "late", "last"] {
+        publish(who, "held.e").await.is_problem(429, "there are 4 topics with messages");
+    }
+    // What is taken out makes room for whoever comes.
+    assert_eq!(ask(&running, "ops", "DELETE /subscriptions/q/backlog", "").await.status, 200);
+    assert_eq!(publish("greedy", "held.e").await.status, 202);
+}
+
 #[tokio::test]
 async fn one_identity_leaves_streams_for_others() {
     let reader = |name| identity(name).allowing([Action::Subscribe], ["orders.>".parse().unwrap()]);

@@ -69,11 +69,14 @@ pub(crate) struct Known {
     answers: Part,
     /// Its streams that are open.
     streams: Arc<AtomicUsize>,
+    /// Topics in use that it published to first.
+    topics: Arc<AtomicUsize>,
 }
 
 impl Known {
     fn new(identity: Identity, bucket: Option<Arc<Bucket>>) -> Self {
-        Self { identity, bucket, bodies: Share::default(), answers: Part::default(), streams: Arc::default() }
+        let (bodies, answers) = (Share::default(), Part::default());
+        Self { identity, bucket, bodies, answers, streams: Arc::default(), topics: Arc::default() }
     }
 }
 
@@ -120,8 +123,14 @@ impl Access {
             let old = before.known.iter().find(|old| old.identity.name == new.identity.name);
             // What it holds it holds under the new rules, too.
             let held = old.unwrap_or(new);
-            let (bodies, answers, streams) = (held.bodies.clone(), held.answers.clone(), Arc::clone(&held.streams));
-            Arc::new(Known { identity: new.identity.clone(), bucket, bodies, answers, streams })
+            Arc::new(Known {
+                identity: new.identity.clone(),
+                bucket,
+                bodies: held.bodies.clone(),
+                answers: held.answers.clone(),
+                streams: Arc::clone(&held.streams),
+                topics: Arc::clone(&held.topics),
+            })
         };
         Self { known: self.known.iter().map(known).collect() }
     }
@@ -204,6 +213,11 @@ impl Caller {
     /// How many streams of its are open.
     pub(crate) fn streams(&self) -> &Arc<AtomicUsize> {
         &self.known.streams
+    }
+
+    /// How many topics in use it published to first.
+    pub(crate) fn topics(&self) -> &Arc<AtomicUsize> {
+        &self.known.topics
     }
 
     pub(crate) fn may(&self, action: Action, filter: &TopicFilter) -> bool {
