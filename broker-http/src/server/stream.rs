@@ -42,7 +42,7 @@ pub(crate) const FRAME_BYTES: usize = 64 << 10;
 /// How often a stream on which nothing happens says that it is alive.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-/// What a stream without a group keeps of what its reader has not read.
+/// What a stream without a group keeps of what its reader has not read, where the broker has such a bound.
 const MAX_EVENTS: u64 = 10_000;
 const MAX_BYTES: u64 = 16 << 20;
 
@@ -137,10 +137,15 @@ pub(crate) async fn join(
     Ok((shared.broker.subscribe(&group.filter, options).await?, tally))
 }
 
-/// A copy of one's own, from `start` on.
+/// A copy of one's own, from `start` on. In hand of it are `max_in_flight` messages at most, whatever the broker; what
+/// waits behind them is bounded where the broker can tell how many it dropped, and elsewhere waits in its server: in
+/// Kafka's log as its retention has it, in RabbitMQ's queue of this stream's own, which goes with the stream.
 pub(crate) async fn copy(shared: &Shared, filter: &TopicFilter, start: StartAt) -> Answer<Subscription> {
     let max = if start == StartAt::New { MESSAGES_AT_ONCE * 2 } else { MAX_SEEKING };
-    let mut options = GroupOptions::new().with_backlog(bounded()?);
+    let mut options = GroupOptions::new();
+    if shared.broker.capabilities().overflow_drop_oldest.is_some() {
+        options = options.with_backlog(bounded()?);
+    }
     if start != StartAt::New {
         options = options.with_start(start);
     }
@@ -148,13 +153,16 @@ pub(crate) async fn copy(shared: &Shared, filter: &TopicFilter, start: StartAt) 
     Ok(shared.broker.subscribe(filter, options).await?)
 }
 
-/// A copy that begins after the event the reader saw last, if that is still retained.
+/// A copy that begins after the event the reader saw last, if that is still retained. A broker that keeps its messages
+/// retains them without a bound of ours, so that nothing is sought there: it would be read from its beginning.
 async fn resume(shared: &Shared, filter: &TopicFilter, last: &HeaderValue) -> Answer<(Subscription, Seeking)> {
     // Browsers send back in UTF-8 what they were given.
     let id = std::str::from_utf8(last.as_bytes()).ok();
     let id = id.and_then(|text| percent::decode_field(text).parse::<MessageId>().ok());
+    let can = shared.broker.capabilities();
     if let Some(id) = id
-        && shared.broker.capabilities().start_earliest.is_some()
+        && can.start_earliest.is_some()
+        && !can.durable
     {
         match copy(shared, filter, StartAt::Earliest).await {
             Ok(subscription) => return Ok((subscription, Seeking::After(id))),

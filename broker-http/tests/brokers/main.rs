@@ -2,6 +2,7 @@
 //! configuration, one may be killed, and one that is told to end loses nothing.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
+mod streams;
 #[path = "../daemon/support.rs"]
 mod support;
 
@@ -28,6 +29,13 @@ fn server(kind: &str) -> String {
     if kind == "kafka" { format!("{url}?partitions=4") } else { url.to_owned() }
 }
 
+/// A topic that no other test has.
+fn unique() -> String {
+    let mut unique = [0; 8];
+    getrandom::fill(&mut unique).unwrap();
+    format!("daemons-{:x}", u64::from_ne_bytes(unique))
+}
+
 /// What an endpoint was pushed: how often each id came.
 type Pushed = Arc<Mutex<BTreeMap<String, usize>>>;
 
@@ -49,9 +57,7 @@ impl Stage {
                 *counts.lock().entry(header(&request, "ce-id").unwrap().to_owned()).or_default() += 1;
             }
         });
-        let mut unique = [0; 8];
-        getrandom::fill(&mut unique).unwrap();
-        let topic = format!("daemons-{:x}", u64::from_ne_bytes(unique));
+        let topic = unique();
         let config = tempfile::NamedTempFile::new().unwrap();
         let text = format!(
             "broker = \"{broker}\"\n[subscriptions.{topic}]\nfilter = \"{topic}\"\nendpoint = \"http://{hook}/\"\nmax_in_flight = 8\nretry = {{ initial = \"10ms\", max = \"100ms\" }}\n",
