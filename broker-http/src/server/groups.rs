@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use broker_core::{Broker, Error, ErrorKind, Group, GroupOptions, GroupSettings, Result};
+use broker_core::{Broker, Error, ErrorKind, Group, GroupOptions, GroupSettings, Result, Topic};
 use parking_lot::Mutex;
 
 use crate::SubscriptionSpec;
@@ -44,6 +44,11 @@ async fn ensure(broker: &dyn Broker, group: &Group, asked: GroupOptions) -> Resu
         Err(error) if error.kind() == ErrorKind::Conflict => broker.create_group(group, asked).await.map(drop),
         made => made.map(drop),
     }
+}
+
+/// Where dead letters of a group go if nobody says it.
+pub(crate) fn usual_dead_letter(group: &Group) -> Option<Topic> {
+    GroupOptions::new().resolve(Some(&group.name)).ok()?.dead_letter
 }
 
 impl Groups {
@@ -133,6 +138,16 @@ impl Groups {
             settings.backlog = changes.backlog.unwrap_or(settings.backlog);
             settings.retry = changes.retry.unwrap_or(settings.retry);
             settings.dead_letter = changes.dead_letter.or_else(|| settings.dead_letter.take());
+        }
+        Ok(())
+    }
+
+    /// Has a group's dead letters go to this topic from now on, or where they go if nobody says it.
+    pub(crate) async fn redirect(&self, broker: &dyn Broker, group: &Group, to: Option<Topic>) -> Result<()> {
+        let Some(to) = to.or_else(|| usual_dead_letter(group)) else { return Ok(()) };
+        broker.alter_group(group, GroupOptions::new().with_dead_letter(to.clone())).await?;
+        if let Some(joined) = self.0.lock().get_mut(group) {
+            joined.settings.dead_letter = Some(to);
         }
         Ok(())
     }

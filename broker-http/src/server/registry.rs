@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use broker_core::{Broker, ErrorKind, Group, GroupName, Result};
+use broker_core::{Broker, ErrorKind, Group, GroupName, Result, Topic};
 use http::StatusCode;
 use parking_lot::RwLock;
 use tokio::sync::{Mutex as AsyncMutex, MutexGuard, Notify};
@@ -19,7 +19,7 @@ use subscribed::{How, Inherited};
 
 use super::Shared;
 use super::consent::Permission;
-use super::groups::Groups;
+use super::groups::{self, Groups};
 use super::leases::Tally;
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
@@ -123,6 +123,7 @@ impl Registry {
             Some(have) => self.replace(shared, have, group, spec, (owner, permission)).await?,
         };
         shared.asked.void(&done.1.name);
+        self.redirect(shared, &done.1.group).await;
         Ok(done)
     }
 
@@ -261,10 +262,48 @@ impl Registry {
         shared.asked.void(&subscribed.name);
         self.changed();
         subscribed.end(shared);
-        if self.groups.leave(&subscribed.group) && !keep {
+        if !self.groups.leave(&subscribed.group) {
+            self.redirect(shared, &subscribed.group).await;
+        } else if !keep {
             shared.broker.delete_group(&subscribed.group).await?;
         }
         Ok(())
+    }
+
+    /// Where the dead letters of a group go that has `now`, as its members say: what one says that is gone, or whose owner
+    /// has no right to it any more, is said no more.
+    fn dead_letter(&self, shared: &Shared, group: &Group, now: Option<&Topic>) -> Option<Topic> {
+        let table = self.table.read();
+        let members = table.values().filter(|one| one.group == *group);
+        let mut said: Vec<_> = members
+            .filter(|one| one.spec.dead_letter.is_some() && !shared.gate.disowns(one.owner().as_ref(), &one.spec))
+            .map(|one| one.spec.dead_letter.as_ref())
+            .collect();
+        // The last change counts while somebody stands by it.
+        said.sort_by_key(|said| *said != now);
+        said.first().copied().flatten().cloned()
+    }
+
+    /// Whether dead letters of a group go elsewhere than they are to.
+    fn misdirects(&self, shared: &Shared, group: &Group) -> bool {
+        let Some(settings) = self.groups.settings(group) else { return false };
+        let wanted = self.dead_letter(shared, group, settings.dead_letter.as_ref());
+        wanted.or_else(|| groups::usual_dead_letter(group)) != settings.dead_letter
+    }
+
+    /// Has them go there. To be called while nothing else changes.
+    async fn redirect(&self, shared: &Shared, group: &Group) {
+        if !self.misdirects(shared, group) {
+            return;
+        }
+        let now = self.groups.settings(group).and_then(|settings| settings.dead_letter);
+        let wanted = self.dead_letter(shared, group, now.as_ref());
+        match self.groups.redirect(&*shared.broker, group, wanted).await {
+            Ok(()) => tracing::info!(%group, "its dead letters go where the members say that stand"),
+            Err(error) => {
+                tracing::warn!(%group, %error, "its dead letters go on where a member said that does not stand")
+            }
+        }
     }
 
     /// Takes up what the endpoint of a subscription permitted, unless it was replaced meanwhile.
@@ -291,8 +330,22 @@ impl Registry {
     }
 
     /// The rules have changed: pushes whose owner may no longer have them stop, and those go on whose owner may again.
-    pub(crate) fn reauthorize(&self, shared: &Shared) {
-        self.table.read().values().for_each(|subscribed| subscribed.reauthorize(shared));
+    /// So does what they say of their groups.
+    pub(crate) fn reauthorize(&self, shared: &Arc<Shared>) {
+        let all: Vec<_> = self.table.read().values().cloned().collect();
+        all.iter().for_each(|subscribed| subscribed.reauthorize(shared));
+        let Some(first) = all.first() else { return };
+        let groups: BTreeSet<_> = all.iter().map(|one| &one.group).collect();
+        let groups: Vec<_> = groups.into_iter().filter(|group| self.misdirects(shared, group)).cloned().collect();
+        if !groups.is_empty() {
+            let shared = Arc::clone(shared);
+            first.runtime.spawn(async move {
+                let _changing = shared.registry.begin().await;
+                for group in groups {
+                    shared.registry.redirect(&shared, &group).await;
+                }
+            });
+        }
     }
 
     /// Pauses or resumes; what the endpoint had disabled, `resume` enables, and one that has not
@@ -348,6 +401,9 @@ impl Registry {
             let named = format!("restore subscription {name}");
             let inherited = Inherited { paused, disabled, owner, permission };
             self.insert(shared, name, group, spec, inherited).map_err(|error| error.context(named))?;
+        }
+        for group in asked.keys() {
+            self.redirect(shared, group).await;
         }
         Ok(())
     }

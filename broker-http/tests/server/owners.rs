@@ -134,6 +134,48 @@ async fn a_right_to_the_dead_letter_topic_it_names_belongs_to_it() {
     is_held(&running, 0).await;
 }
 
+/// What a member says of its group counts while it stands: with its right, or with itself, its dead-letter topic goes.
+#[tokio::test]
+async fn a_group_keeps_no_dead_letter_topic_of_who_is_gone() {
+    let folder = tempfile::tempdir().unwrap();
+    let state = folder.path().join("state.json");
+    let made = || maker("orders.>").allowing([Action::Publish], ["given.up".parse().unwrap()]);
+    let running = Running::with(kept(&state, access([made()]))).await;
+    let spec = r#"{"filter":"orders.>","group":"g","dead_letter":"given.up"}"#;
+    assert_eq!(ask(&running, "maker", "PUT /subscriptions/a", spec).await.status, 201);
+    let spec = r#"{"filter":"orders.>","group":"g"}"#;
+    assert_eq!(ask(&running, "reader", "PUT /subscriptions/b", spec).await.status, 201);
+    let goes_to = async |running: &Running, topic: &str| {
+        soon(async {
+            while ask(running, "ops", "GET /subscriptions/b", "").await.json()["dead_letter"] != topic {
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+    };
+    goes_to(&running, "given.up").await;
+    running.server.set_access(access([]));
+    goes_to(&running, "dead.g").await;
+    // And so it is: a message that is given up is there.
+    assert_eq!(ask(&running, "ops", "PUT /subscriptions/d", r#"{"filter":"dead.g"}"#).await.status, 201);
+    publish(&running, "1").await;
+    let pulled = ask(&running, "reader", "POST /subscriptions/b/pull?wait=20s", "").await.json();
+    let settled = json!({"reject": [{"lease": pulled["deliveries"][0]["lease"], "reason": "no"}]}).to_string();
+    assert_eq!(ask(&running, "reader", "POST /subscriptions/b/settle", &settled).await.status, 200);
+    assert_eq!(ask(&running, "ops", "GET /subscriptions/d", "").await.json()["status"]["lag"], 1);
+    // It comes back with the right, and goes with the subscription; a start knows both.
+    running.server.set_access(access([made()]));
+    goes_to(&running, "given.up").await;
+    running.server.drain(std::time::Duration::from_secs(20)).await;
+    let without = Running::with(kept(&state, access([]))).await;
+    goes_to(&without, "dead.g").await;
+    without.server.drain(std::time::Duration::from_secs(20)).await;
+    let again = Running::with(kept(&state, access([made()]))).await;
+    goes_to(&again, "given.up").await;
+    assert_eq!(ask(&again, "ops", "DELETE /subscriptions/a", "").await.status, 204);
+    goes_to(&again, "dead.g").await;
+}
+
 #[tokio::test]
 async fn a_restart_knows_whose_it_is() {
     let folder = tempfile::tempdir().unwrap();
