@@ -317,6 +317,14 @@ async fn checking_serving_and_reloading_refuse_the_same() {
         assert!(said.contains(named) && said.contains("stays as it was"), "{text}: {said}");
         assert_eq!(daemon.send("GET /subscriptions/r", "").await.0, 404, "{text}");
     }
+    // What is fixed for life is no reason not to start with it, and is left alone by a reload.
+    write(&path, "[subscriptions.q]\nfilter = \"a\"\nordered = true\n[subscriptions.new]\nfilter = \"a\"\n");
+    assert_eq!(run(&["check-config", "--config", &config]).await.0, Some(0));
+    daemon.signal("-HUP");
+    let said = daemon.says("broker-http: ").await;
+    assert!(said.contains("subscription q: ordered would change from false to true"), "{said}");
+    assert!(said.contains("under another name") && said.contains("stays as it was"), "{said}");
+    assert_eq!(daemon.send("GET /subscriptions/new", "").await.0, 404);
     // What agrees, or says nothing of it, stands.
     for other in ["", "backlog = { max_messages = 5 }\nretry = { max_attempts = 3 }\nstart = \"new\""] {
         write(&path, &two("backlog = { max_messages = 5 }\nretry = { max_attempts = 3 }", other));

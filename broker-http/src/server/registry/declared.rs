@@ -46,6 +46,17 @@ impl Registry {
                 Some(first) => Some(first.clone()),
                 None => {
                     let settings = Groups::first(broker, &group, spec).map_err(|error| named(error.into()))?;
+                    let alone = table.values().filter(|one| one.group == group).count() == 1;
+                    if let Some(stands) = self.groups.settings(&group).filter(|_| have.is_some())
+                        && (alone || spec.ordered.is_some())
+                        && stands.ordered != settings.ordered
+                    {
+                        return Err(named(Problem::conflict(format!(
+                            "ordered would change from {} to {}, and it is fixed when a group is made; declare it under another \
+                            name, and leave the old one until it is empty",
+                            stands.ordered, settings.ordered
+                        ))));
+                    }
                     groups.insert(group.clone(), (format!("subscription {name}"), settings));
                     // A new one joins what somebody else has made.
                     let made = own.iter().find(|one| one.group == group).filter(|_| have.is_none());
