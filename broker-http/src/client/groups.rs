@@ -78,7 +78,8 @@ fn subscription_name(group: &Group) -> Result<GroupName> {
 ///
 /// # Errors
 ///
-/// [`Conflict`](ErrorKind::Conflict) if it stands with other settings than were asked for.
+/// [`Conflict`](ErrorKind::Conflict) if it stands with other settings than were asked for, and
+/// [`Unsupported`](ErrorKind::Unsupported) if it has no bound and one was asked for.
 pub(super) async fn stand(shared: &Shared, standing: &Standing) -> Result<bool> {
     // Others may make it and delete it between our two requests, but hardly for ever.
     for _ in 0..5 {
@@ -86,6 +87,9 @@ pub(super) async fn stand(shared: &Shared, standing: &Standing) -> Result<bool> 
             && let Some(view) = view(shared, standing.name.as_str()).await?
         {
             check_is(&view, &standing.group)?;
+            if standing.options.backlog.is_some() && view.backlog.is_none() {
+                return Err(Error::unsupported("backlog: the broker behind the daemon bounds none; leave backlog out"));
+            }
             standing.options.check_joins(&standing.group, &view.settings()?)?;
             return Ok(false);
         }

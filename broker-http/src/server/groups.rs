@@ -38,6 +38,20 @@ pub(crate) fn with_defaults(broker: &dyn Broker, mut options: GroupOptions) -> G
     options
 }
 
+/// Whether a group of this broker has a bound at all.
+pub(crate) fn bounds_backlogs(broker: &dyn Broker) -> bool {
+    let can = broker.capabilities();
+    [can.overflow_wait, can.overflow_reject, can.overflow_drop_oldest].iter().any(|overflow| overflow.is_some())
+}
+
+/// Refuses a bound that nobody keeps: what a group is said to have there is a default, which one asked for may equal.
+fn check_bound(broker: &dyn Broker, asked: &GroupOptions) -> Result<()> {
+    if asked.backlog.is_some() && !bounds_backlogs(broker) {
+        return Err(Error::unsupported("backlog: the broker behind this interface bounds none; leave backlog out"));
+    }
+    Ok(())
+}
+
 /// Makes a group with our defaults, or takes it as it is if it stands with others.
 async fn ensure(broker: &dyn Broker, group: &Group, asked: GroupOptions) -> Result<()> {
     match broker.create_group(group, with_defaults(broker, asked.clone())).await {
@@ -56,9 +70,10 @@ impl Groups {
     ///
     /// # Errors
     ///
-    /// That the group has other settings than are asked for, or cannot be made.
+    /// That the group has other settings than are asked for, or cannot be made; that its broker has no such bound.
     pub(crate) async fn join(&self, broker: &dyn Broker, group: &Group, spec: &SubscriptionSpec) -> Result<()> {
         let asked = asked(spec);
+        check_bound(broker, &asked)?;
         if let Some(settings) = self.settings(group) {
             asked.check_joins(group, &settings)?;
         }
@@ -102,6 +117,7 @@ impl Groups {
     /// Brings a group to what a changed subscription asks. What it leaves out goes back to the
     /// default if it is the group's only subscription, and stays if it shares the group.
     pub(crate) async fn alter(&self, broker: &dyn Broker, group: &Group, spec: &SubscriptionSpec) -> Result<()> {
+        check_bound(broker, &asked(spec))?;
         let Some(joined) = self.0.lock().get(group).cloned() else { return Ok(()) };
         let have = joined.settings;
         let asked = if joined.subscriptions > 1 {

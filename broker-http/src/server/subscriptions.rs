@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use super::access::Caller;
 use super::asked::Pending;
 use super::consent::Consent;
+use super::groups::bounds_backlogs;
 use super::problem::{Answer, Problem};
 use super::publish::json_response;
 use super::pull::FULL_BYTES;
@@ -410,7 +411,7 @@ async fn redrive_slowly(shared: Arc<Shared>, subscribed: Arc<Subscribed>, mut cl
     claim.end().await;
 }
 
-/// A subscription as it is shown to somebody: every default filled in, no secret.
+/// A subscription as it is shown to somebody: every default filled in that its broker keeps, no secret.
 fn view(shared: &Shared, subscribed: &Subscribed, caller: Option<&Caller>, status: Option<&Status>) -> Value {
     let mut view = serde_json::to_value(&*subscribed.spec).unwrap_or_default();
     set(&mut view, "name", json!(subscribed.name));
@@ -419,7 +420,9 @@ fn view(shared: &Shared, subscribed: &Subscribed, caller: Option<&Caller>, statu
         set(&mut view, "start", json!(settings.start));
         set(&mut view, "ordered", json!(settings.ordered));
         set(&mut view, "retry", json!(settings.retry));
-        set(&mut view, "backlog", json!(settings.backlog));
+        if bounds_backlogs(&*shared.broker) {
+            set(&mut view, "backlog", json!(settings.backlog));
+        }
         set(&mut view, "dead_letter", json!(settings.dead_letter));
     }
     redact(&mut view);

@@ -2,6 +2,7 @@
 //! configuration, one may be killed, and one that is told to end loses nothing.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
+mod backlogs;
 mod streams;
 #[path = "../daemon/support.rs"]
 mod support;
