@@ -1,6 +1,7 @@
 //! `GET /topics/{filter}/stream`: messages as server-sent events, for `curl -N`, browsers and
 //! scripts. What was written is acked.
 
+use std::any::Any;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,8 +12,8 @@ use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use broker_core::{
-    Backlog, Delivery, ErrorKind, Gap, Group, GroupName, GroupOptions, MessageId, Overflow, StartAt, Subscribe,
-    Subscription, TopicFilter,
+    Backlog, Delivery, ErrorKind, Gap, Group, GroupName, GroupOptions, MemoryBroker, MessageId, Overflow, StartAt,
+    Subscribe, Subscription, TopicFilter,
 };
 use bytes::Bytes;
 use http::{HeaderValue, StatusCode, header};
@@ -48,6 +49,10 @@ const MAX_BYTES: u64 = 16 << 20;
 
 /// Retained events that are looked through for the one a reader saw last.
 const MAX_SEEKING: usize = 20_000;
+
+/// How long what another daemon retains is waited for: since the last of it came, and in all.
+const QUIET: Duration = Duration::from_secs(2);
+const SEEKING: Duration = Duration::from_secs(10);
 
 pub(crate) async fn stream(State(shared): State<Arc<Shared>>, request: Request) -> Answer {
     let (mut parts, _) = request.into_parts();
@@ -165,7 +170,11 @@ async fn resume(shared: &Shared, filter: &TopicFilter, last: &HeaderValue) -> An
         && !can.durable
     {
         match copy(shared, filter, StartAt::Earliest).await {
-            Ok(subscription) => return Ok((subscription, Seeking::After(id))),
+            Ok(subscription) => {
+                let broker: &dyn Any = &*shared.broker;
+                let patience = (!broker.is::<MemoryBroker>()).then(Patience::new);
+                return Ok((subscription, Seeking::After(id, patience)));
+            }
             // It can, and was not told to.
             Err(problem) if problem.is_unsupported() => {}
             Err(problem) => return Err(problem),
@@ -186,8 +195,36 @@ enum Seeking {
     No,
     /// What it missed is not retained.
     Missed,
-    /// After this event, among those retained.
-    After(MessageId),
+    /// After this event, among those retained; they come in their time if they are not in this process.
+    After(MessageId, Option<Patience>),
+}
+
+/// How long what is retained elsewhere may still come: nobody says where it ends.
+struct Patience {
+    wait: Pin<Box<Sleep>>,
+    end: Instant,
+    bytes: u64,
+}
+
+impl Patience {
+    fn new() -> Self {
+        Self { wait: Box::pin(sleep(QUIET)), end: Instant::now() + SEEKING, bytes: 0 }
+    }
+
+    /// More has come. It is held here until it is known where to go on, and no more of it than waits for a reader.
+    fn more(&mut self, deliveries: &[Delivery]) {
+        self.bytes += deliveries.iter().map(|delivery| delivery.message().size() as u64).sum::<u64>();
+        self.wait.as_mut().reset(self.end.min(Instant::now() + QUIET));
+    }
+
+    /// Whether nothing more is to be read, as where messages keep coming.
+    fn is_over(&self) -> bool {
+        self.bytes > MAX_BYTES || Instant::now() >= self.end
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.wait.as_mut().poll(cx)
+    }
 }
 
 /// The body: polled when there is room to write, so that what it gave before has been written.
@@ -232,14 +269,12 @@ impl http_body::Body for Events {
             this.greeted = true;
             return frame(b": connected\n\n".to_vec());
         }
+        // What it finds may have a gap forgotten that it met on its way.
+        if matches!(this.seeking, Seeking::After(..)) {
+            ready!(this.poll_seek(cx));
+        }
         if let Some(gap) = this.gap.take() {
             return frame(encode_gap(gap));
-        }
-        if matches!(this.seeking, Seeking::After(_)) {
-            ready!(this.poll_seek(cx));
-            if let Some(gap) = this.gap.take() {
-                return frame(encode_gap(gap));
-            }
         }
         if this.ready.is_empty() {
             match this.subscription.poll_receive(cx, &mut this.written, MESSAGES_AT_ONCE) {
@@ -314,16 +349,24 @@ impl Events {
         Poll::Ready(Some(Ok(Frame::data(self.reader.part(turn, text)))))
     }
 
-    /// Reads what is retained up to the event sought. Never pending: what is retained is there at
-    /// once, and where it ends without that event, it has been forgotten.
+    /// Reads what is retained up to the event sought. What this process retains is there at once, and where it ends
+    /// without that event, it has been forgotten; what another does has until its patience ends.
     fn poll_seek(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let Seeking::After(id) = &self.seeking else { return Poll::Ready(()) };
+        let Seeking::After(id, patience) = &mut self.seeking else { return Poll::Ready(()) };
         let mut batch = Vec::new();
         loop {
             let room = MAX_SEEKING - self.ready.len();
-            let more = room > 0 && matches!(self.subscription.poll_receive(cx, &mut batch, room), Poll::Ready(Ok(1..)));
+            let over = patience.as_ref().is_some_and(Patience::is_over);
+            let polled = if room == 0 || over {
+                Poll::Ready(Ok(0))
+            } else {
+                self.subscription.poll_receive(cx, &mut batch, room)
+            };
             let gap = self.subscription.gap();
             let found = batch.iter().position(|delivery| delivery.message().id() == id);
+            if let Some(patience) = patience.as_mut().filter(|_| !batch.is_empty()) {
+                patience.more(&batch);
+            }
             if let Some(at) = found {
                 // Seen already, and everything before it.
                 self.tally.settle(self.ready.len());
@@ -337,11 +380,14 @@ impl Events {
             }
             self.tally.lend(batch.len());
             self.ready.extend(batch.drain(..));
-            if found.is_none() && more {
-                continue;
-            }
             if found.is_none() {
-                self.gap = Some(Gap::Unknown);
+                match polled {
+                    Poll::Ready(Ok(1..)) => continue,
+                    Poll::Pending if patience.as_mut().is_some_and(|patience| patience.poll(cx).is_pending()) => {
+                        return Poll::Pending;
+                    }
+                    _ => self.gap = Some(Gap::Unknown),
+                }
             }
             self.seeking = Seeking::No;
             return Poll::Ready(());
