@@ -104,7 +104,8 @@ fn as_attribute<'a>(
     let text = std::str::from_utf8(value).ok().filter(|text| is_string(text))?;
     let once = message.headers().get_all(header.as_str()).nth(1).is_none();
     let own = OWN.contains(&name) && !(name == TIME && says(text, message.timestamp()));
-    let fits = is_name(name) && !own && !(text.is_empty() && NEVER_EMPTY.contains(&name));
+    let empty = text.is_empty() && NEVER_EMPTY.contains(&name);
+    let fits = is_name(name) && !own && !empty && check_uri(name, text).is_ok();
     (fits && once).then_some((name, text))
 }
 
@@ -158,6 +159,44 @@ pub(super) fn is_string(text: &str) -> bool {
     })
 }
 
+/// Whether attribute `name` may have this value where it is a `URI` or a `URI-reference` of the CloudEvents type system:
+/// others read no event of a batch if one has a `source` or `dataschema` that is none.
+pub(super) fn check_uri(name: &str, value: &str) -> Result<(), &'static str> {
+    match name {
+        "source" | "dataschema" if !has_uri_characters(value) => Err(
+            "it is a URI, which has no spaces, controls, letters beyond ASCII nor \"<>\\^`{|}, and two hexadecimal digits after \
+            each %; percent-encode them, and in a header of binary mode that % once more, as in %2520",
+        ),
+        "dataschema" if !has_scheme(value) => Err("it is a URI with a scheme, as in https://example.com/schema"),
+        _ => Ok(()),
+    }
+}
+
+/// RFC 3986, section 2. Brackets are let be wherever they are.
+fn has_uri_characters(text: &str) -> bool {
+    let mut bytes = text.bytes();
+    let hex = |bytes: &mut std::str::Bytes<'_>| bytes.next().is_some_and(|byte| byte.is_ascii_hexdigit());
+    while let Some(byte) = bytes.next() {
+        let fits = match byte {
+            b'%' => hex(&mut bytes) && hex(&mut bytes),
+            b'!' | b'#'..=b';' | b'=' | b'?'..=b'[' | b']' | b'_' | b'a'..=b'z' | b'~' => true,
+            _ => false,
+        };
+        if !fits {
+            return false;
+        }
+    }
+    true
+}
+
+/// RFC 3986, section 3.1.
+fn has_scheme(text: &str) -> bool {
+    text.split_once(':').is_some_and(|(scheme, _)| {
+        scheme.starts_with(|first: char| first.is_ascii_alphabetic())
+            && scheme.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'-' | b'.'))
+    })
+}
+
 /// Whether `partitionkey` can say this key.
 pub(super) fn as_partition_key(key: &Bytes) -> Option<&str> {
     std::str::from_utf8(key).ok().filter(|text| !text.is_empty() && is_string(text))
@@ -166,6 +205,26 @@ pub(super) fn as_partition_key(key: &Bytes) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_uri_is_told_by_its_characters_and_its_scheme() {
+        for uri in
+            ["urn:uuid:6e8bc430-9c3a-11d9-9669-0800200c9a66", "https://u@[::1]:8/a%20b?c=d&e=(f)#g", "mailto:a+b@c.d"]
+        {
+            assert_eq!((check_uri("source", uri), check_uri("dataschema", uri)), (Ok(()), Ok(())), "{uri}");
+        }
+        for reference in ["/topics/a.b", "../x", "1-555-123-4567", "a/b:c", "?q", ":"] {
+            assert_eq!(check_uri("source", reference), Ok(()), "{reference}");
+            assert!(check_uri("dataschema", reference).is_err(), "{reference}");
+        }
+        for neither in [
+            " a:b", "a:b c", "a:\u{7f}", "a:\u{e4}", "a:<b>", "a:\"", "a:{b}", "a:\\b", "a:%", "a:%2", "a:%2g",
+            "a:%%20",
+        ] {
+            assert!(check_uri("source", neither).is_err() && check_uri("dataschema", neither).is_err(), "{neither}");
+            assert_eq!(check_uri("subject", neither), Ok(()));
+        }
+    }
 
     #[test]
     fn a_time_is_kept_as_written_where_it_is_rfc_3339() {

@@ -8,7 +8,9 @@ use base64::engine::general_purpose::STANDARD;
 use broker_core::{Error, HeaderName, Headers, Message, MessageId, Result, Timestamp, Topic, parse_duration};
 use bytes::Bytes;
 
-use super::attributes::{MAX_ATTRIBUTES, NEVER_EMPTY, TIME, header_name, is_default, is_name, is_string, says};
+use super::attributes::{
+    MAX_ATTRIBUTES, NEVER_EMPTY, TIME, check_uri, header_name, is_default, is_name, is_string, says,
+};
 use super::{Decoded, Options, percent};
 
 /// What is known of a message so far.
@@ -92,6 +94,7 @@ impl<'a> Draft<'a> {
             return Err(Error::invalid("control characters and noncharacters are not allowed"));
         }
         let value = if NEVER_EMPTY.contains(&name) { non_empty(value)? } else { value };
+        check_uri(name, &value).map_err(Error::invalid)?;
         self.attributes.push((Cow::Owned(name.to_owned()), value));
         Ok(())
     }

@@ -179,6 +179,33 @@ fn of_a_batch_that_is_too_long_nothing_is_kept() {
 }
 
 #[test]
+fn what_is_no_uri_is_no_attribute_of_one() {
+    let read = |schema: &str| {
+        let mut headers = HeaderMap::new();
+        let attributes = [("ce-specversion", "1.0"), ("ce-id", "1"), ("ce-source", "/s"), ("ce-type", "t")];
+        for (name, value) in attributes.into_iter().chain([("ce-dataschema", schema)]) {
+            headers.insert(name, value.parse().unwrap());
+        }
+        binary::decode(&headers, &Options::default(), "x".into(), None)
+    };
+    let error = read("https://example.com/a%20b").unwrap_err();
+    assert!(error.kind() == ErrorKind::Invalid && error.message().contains("dataschema"), "{error}");
+    let message = read("https://example.com/a%2520b").unwrap().message;
+    assert_eq!(message.headers().get_str("ce-dataschema"), Some("https://example.com/a%20b"));
+
+    // From elsewhere than a CloudEvent it is a header, and comes back as it was.
+    let topic = Topic::new("t").unwrap();
+    let mut message = Message::new("x");
+    message.headers_mut().append("ce-source", "a b").unwrap();
+    message.headers_mut().append("ce-dataschema", "/a b").unwrap();
+    let mut text = Vec::new();
+    json::encode(Envelope { topic: &topic, message: &message, subscription: None, attempt: None }, &mut text);
+    let event: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    assert_eq!((event["source"].as_str(), event.get("dataschema")), (Some("/topics/t"), None));
+    assert_eq!(json::decode(&text, &Options::default(), None).unwrap().message.headers(), message.headers());
+}
+
+#[test]
 fn json_that_is_no_event_is_refused_by_name() {
     let many: String = (0..200).map(|n| format!(r#""x{n}":"","#)).collect();
     for (members, named) in [
@@ -188,6 +215,8 @@ fn json_that_is_no_event_is_refused_by_name() {
         (r#""id":"x""#, "attribute id"),
         (r#""source":"""#, "attribute source"),
         (r#""subject":"""#, "attribute subject"),
+        (r#""dataschema":"https://example.com/a b""#, "attribute dataschema"),
+        (r#""dataschema":"/schema""#, "attribute dataschema"),
         (r#""time":"yesterday""#, "attribute time"),
         (r#""Upper":"x""#, "attribute Upper"),
         (r#""with_underscore":"x""#, "attribute with_underscore"),
