@@ -4,6 +4,7 @@
 //! one group alone. What a group has dropped or redriven is remembered as the offsets of a second
 //! consumer group, which never has members: `dead-letters:NAME@FILTER`.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -41,6 +42,26 @@ struct Kept {
     letter: DeadLetter,
 }
 
+/// What is not read yet, each partition to where it ended when somebody asked: a letter that is redriven and dies again
+/// comes after that.
+struct Left {
+    from: FxHashMap<Partition, i64>,
+    end: Vec<(Partition, i64)>,
+}
+
+/// Letters of one partition.
+#[derive(Default)]
+struct Found {
+    letters: VecDeque<Kept>,
+    bytes: usize,
+    /// There may be more.
+    cut: bool,
+}
+
+/// So many bytes of dead letters are in memory at a time, and of each partition a message more, however many are
+/// asked for.
+const PAGE: usize = 16 * 1024 * 1024;
+
 impl Grave {
     /// `stored` are the group's settings, `topic` the dead-letter topic among them.
     pub(crate) fn new(admin: &Arc<Admin>, group: &Group, topic: Topic, stored: Stored) -> Result<Self> {
@@ -48,25 +69,46 @@ impl Grave {
         Ok(Self { admin: Arc::clone(admin), group: group.clone(), topic, stored, keeper })
     }
 
-    /// The oldest `max`.
+    /// The oldest `max`; fewer, but one, where they are large.
     pub(crate) fn letters(&self, max: usize) -> Result<Vec<DeadLetter>> {
-        Ok(self.oldest(max)?.into_iter().map(|kept| kept.letter).collect())
+        let page = self.page(&mut self.kept()?, max)?;
+        Ok(page.into_iter().map(|kept| kept.letter).collect())
     }
 
     /// Forgets all there are now; tells how many.
     pub(crate) fn purge(&self) -> Result<u64> {
-        let mut count = 0;
-        let end = self.scan(|_| {
+        let (kept, mut count) = (self.kept()?, 0);
+        self.scan(&kept, |_| {
             count += 1;
             true
         })?;
-        self.forget(end)?;
+        self.forget(kept.end)?;
         Ok(count)
     }
 
-    /// Publishes the oldest `max` to where they came from, for the group alone; tells how many.
+    /// Publishes the oldest `max` of those there are now to where they came from, for the group alone; tells how many.
     pub(crate) fn redrive(&self, publishing: &Publishing, max: u64) -> Result<u64> {
-        let letters = self.oldest(usize::try_from(max).unwrap_or(usize::MAX))?;
+        let (mut kept, mut redriven) = (self.kept()?, 0);
+        while redriven < max {
+            let room = usize::try_from(max - redriven).unwrap_or(usize::MAX);
+            let failed = match self.page(&mut kept, room) {
+                Ok(page) if page.is_empty() => break,
+                Ok(page) => {
+                    let (of_page, failed) = self.give(publishing, page)?;
+                    redriven += of_page;
+                    failed
+                }
+                Err(error) => Some(error),
+            };
+            if let Some(error) = failed {
+                return if redriven == 0 { Err(error) } else { Ok(redriven) };
+            }
+        }
+        Ok(redriven)
+    }
+
+    /// Publishes these, and forgets them; tells how many, and why one is not among them.
+    fn give(&self, publishing: &Publishing, letters: Vec<Kept>) -> Result<(u64, Option<Error>)> {
         let group = self.group.to_string();
         let mut publishes = Vec::with_capacity(letters.len());
         for Kept { partition, offset, letter } in letters {
@@ -91,30 +133,42 @@ impl Grave {
             }
         }
         self.forget(forgotten.into_iter().map(|(number, offset)| ((self.topic.clone(), number), offset)).collect())?;
-        failed.filter(|_| redriven == 0).map_or(Ok(redriven), Err)
+        Ok((redriven, failed))
     }
 
-    fn oldest(&self, max: usize) -> Result<Vec<Kept>> {
-        let mut found: FxHashMap<i32, Vec<Kept>> = FxHashMap::default();
+    /// The oldest of what is left, `max` at most and about [`PAGE`] bytes, which are then not left any more.
+    fn page(&self, left: &mut Left, max: usize) -> Result<Vec<Kept>> {
+        let unread = left.end.iter().filter(|(partition, end)| left.from.get(partition).is_some_and(|from| from < end));
+        let share = PAGE / unread.count().max(1);
+        let mut found: FxHashMap<i32, Found> = FxHashMap::default();
         if max > 0 {
-            self.scan(|kept| {
-                let of_partition = found.entry(kept.partition).or_default();
-                of_partition.push(kept);
-                of_partition.len() < max
+            self.scan(left, |kept| {
+                let found = found.entry(kept.partition).or_default();
+                found.bytes += kept.letter.message.size();
+                found.letters.push_back(kept);
+                found.cut = found.bytes >= share || found.letters.len() >= max;
+                !found.cut
             })?;
         }
         // Merged by time, each partition in its order: what is taken is the beginning of each.
-        let mut partitions: Vec<_> = found.into_values().map(|letters| letters.into_iter().peekable()).collect();
-        let mut oldest = Vec::new();
-        while oldest.len() < max {
-            let first = partitions
-                .iter_mut()
-                .filter_map(|letters| letters.peek().map(|kept| kept.letter.last).map(|last| (last, letters)))
+        let mut page = Vec::new();
+        while page.len() < max {
+            // What comes next in a partition that was not read to its end may be older than all others.
+            if found.values().any(|found| found.cut && found.letters.is_empty()) {
+                break;
+            }
+            let first = found
+                .values_mut()
+                .filter_map(|found| found.letters.front().map(|kept| kept.letter.last).map(|last| (last, found)))
                 .min_by_key(|(last, _)| *last);
-            let Some(kept) = first.and_then(|(_, letters)| letters.next()) else { break };
-            oldest.push(kept);
+            let Some(kept) = first.and_then(|(_, found)| found.letters.pop_front()) else { break };
+            left.from.insert((self.topic.clone(), kept.partition), kept.offset + 1);
+            page.push(kept);
         }
-        Ok(oldest)
+        if found.values().all(|found| !found.cut && found.letters.is_empty()) {
+            left.from = left.end.iter().cloned().collect();
+        }
+        Ok(page)
     }
 
     fn forget(&self, offsets: Vec<(Partition, i64)>) -> Result<()> {
@@ -125,9 +179,8 @@ impl Grave {
         self.keeper.commit(&self.stored, &offsets)
     }
 
-    /// Shows every letter of the group to `visit`, each partition in order, until it says false for
-    /// the partition; tells where the topic ended.
-    fn scan(&self, mut visit: impl FnMut(Kept) -> bool) -> Result<Vec<(Partition, i64)>> {
+    /// What is kept now.
+    fn kept(&self) -> Result<Left> {
         let partitions = self.admin.matching(&TopicFilter::from(&self.topic))?;
         let end = self.admin.offsets(&partitions, At::End)?;
         let mut from: FxHashMap<Partition, i64> = self.admin.offsets(&partitions, At::Beginning)?.into_iter().collect();
@@ -136,13 +189,20 @@ impl Grave {
                 *from = progress.watermark.max(*from);
             }
         }
+        Ok(Left { from, end })
+    }
+
+    /// Shows every letter of the group that is left to `visit`, each partition in order, until it says false for the
+    /// partition.
+    fn scan(&self, left: &Left, mut visit: impl FnMut(Kept) -> bool) -> Result<()> {
+        let Left { from, end } = left;
         let mut open: FxHashMap<i32, i64> = end
             .iter()
             .filter(|(partition, end)| from.get(partition).is_some_and(|from| from < end))
             .map(|((_, number), end)| (*number, *end))
             .collect();
         if open.is_empty() {
-            return Ok(end);
+            return Ok(());
         }
         let consumer = self.consumer()?;
         let assigned = from.iter().filter(|((_, number), _)| open.contains_key(number));
@@ -170,7 +230,7 @@ impl Grave {
             }
             deadline = Instant::now() + patience;
         }
-        Ok(end)
+        Ok(())
     }
 
     /// The dead letter that a record is, if it is one of the group's.
@@ -189,6 +249,8 @@ impl Grave {
                 ("enable.partition.eof", "true"),
                 ("auto.offset.reset", "earliest"),
                 ("fetch.wait.max.ms", "50"),
+                // What is fetched ahead lies in memory, too.
+                ("queued.max.messages.kbytes", "16384"),
             ],
         );
         client::hand_on(&mut settings, self.admin.config(), Role::Consumer);

@@ -90,6 +90,39 @@ async fn what_an_old_message_leaves_behind_is_young() -> Result<()> {
     Ok(())
 }
 
+/// However many are asked for, no more of them are in memory than fit; all of them are redriven, and once.
+#[tokio::test(flavor = "multi_thread")]
+async fn large_dead_letters_are_paged() -> Result<()> {
+    const COUNT: usize = 40;
+    let (broker, topic) = (broker("")?, topic("large")?);
+    let group: Group = format!("large-{:x}@{topic}", fastrand::u64(..)).parse()?;
+    let mut member = join(&broker, &group, GroupOptions::new()).await?;
+    for n in 0..COUNT {
+        let payload = format!("{n}{}", " ".repeat(900_000));
+        broker.publish(&topic, Message::new(payload)).await?;
+    }
+    for _ in 0..COUNT {
+        take(&mut member, 1).await?.remove(0).reject("too much").await?;
+    }
+    let listed = broker.dead_letters(&group, usize::MAX).await?;
+    let bytes: usize = listed.iter().map(|letter| letter.message.size()).sum();
+    assert!(!listed.is_empty() && listed.len() < COUNT && bytes < 24 << 20, "{} of them, {bytes} bytes", listed.len());
+    assert_eq!(broker.redrive(&group, 3).await?, 3);
+    assert_eq!(broker.redrive(&group, u64::MAX).await?, COUNT as u64 - 3);
+    assert_eq!(broker.dead_letters(&group, usize::MAX).await?.len(), 0);
+    let mut numbers = Vec::new();
+    for _ in 0..COUNT {
+        let delivery = take(&mut member, 1).await?.remove(0);
+        numbers.push(payload(&delivery).trim().parse::<usize>().unwrap());
+        delivery.ack().await?;
+    }
+    numbers.sort_unstable();
+    assert_eq!(numbers, (0..COUNT).collect::<Vec<_>>());
+    assert!(broker.delete_group(&group).await?);
+    close(&broker).await;
+    Ok(())
+}
+
 /// The longest wait there is holds its message and nobody else, until its member goes.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wait_without_end_is_one() -> Result<()> {
