@@ -14,9 +14,7 @@ use broker_core::{Consumer, Delivery, Gap, Result};
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::consumer::Receiver;
-use crate::link::Live;
 use crate::member::Member;
-use crate::topology::queue_state;
 
 /// How often a member compares what it has with its share.
 const EVERY: Duration = Duration::from_secs(1);
@@ -77,10 +75,8 @@ pub(crate) async fn run(members: Vec<Arc<Member>>) {
             _ = tick.tick() => {}
         }
         let active: Vec<&Arc<Member>> = members.iter().filter(|member| member.is_active()).collect();
-        let Some(live) = first.shared.consuming.state().live.filter(Live::is_up) else { continue };
         // A lost connection is somebody else's to notice.
-        let asked = first.shared.bounded(queue_state(&live.connection, &first.queue)).await;
-        let Ok(Some(queue)) = asked else { continue };
+        let Ok(Some(queue)) = first.shared.queue_state(&first.queue).await else { continue };
         for member in active.into_iter().skip(share(members.len(), queue.consumers)) {
             member.step_back.notify_one();
         }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use broker_core::{
@@ -24,6 +25,7 @@ use crate::groups;
 use crate::link::{Link, Live, closed};
 use crate::member::{Known, Member};
 use crate::naming::short;
+use crate::topology::{self, QueueState};
 use crate::wire::Travel;
 use crate::writer::{Envelope, Route, Writer};
 
@@ -54,6 +56,11 @@ pub(crate) struct Shared {
     /// Publishing and consuming each have a connection, so that a blocked publisher stops no ack.
     publishing: Arc<Link>,
     pub(crate) consuming: Arc<Link>,
+    /// Declaring and asking have another: of what is missing or differs the server tells by closing the channel, of which a
+    /// connection bears so many.
+    asking: Arc<Link>,
+    /// Whether it was ever needed.
+    asks: AtomicBool,
     members: Mutex<Vec<Arc<Member>>>,
     groups: Mutex<BTreeMap<Group, Arc<Known>>>,
     /// Held while a group is made.
@@ -90,10 +97,19 @@ impl Shared {
         }
     }
 
-    /// The connection that consumes, for declaring and asking.
+    /// The connection for declaring and asking.
     pub(crate) async fn connection(&self) -> Result<Live> {
         self.start()?;
-        self.consuming.live(Instant::now() + self.options.connect_timeout, false).await
+        if !self.asks.swap(true, Ordering::AcqRel) {
+            self.spawn(Arc::clone(&self.asking).run());
+        }
+        self.asking.live(Instant::now() + self.options.connect_timeout, false).await
+    }
+
+    /// The state of a queue; `None` if there is no such queue.
+    pub(crate) async fn queue_state(&self, queue: &ShortString) -> Result<Option<QueueState>> {
+        let live = self.connection().await?;
+        self.bounded(topology::queue_state(&live, queue)).await
     }
 
     /// An exchange of a few words with the server, for as long as connecting may take at most.
@@ -175,7 +191,11 @@ impl Shared {
             .saturating_duration_since(Instant::now())
             .clamp(Duration::from_millis(100), Duration::from_secs(1));
         if complete {
-            tokio::join!(self.publishing.goodbye(patience), self.consuming.goodbye(patience));
+            tokio::join!(
+                self.publishing.goodbye(patience),
+                self.consuming.goodbye(patience),
+                self.asking.goodbye(patience)
+            );
         }
         self.closed.cancel();
         for member in self.members() {
@@ -192,11 +212,14 @@ impl AmqpBroker {
         let closed = CancellationToken::new();
         let link = |purpose| Arc::new(Link::new(purpose, Arc::clone(&options), closed.clone()));
         let (publishing, consuming) = (link("publish"), link("consume"));
+        let asking = Arc::new(Link::new("manage", Arc::clone(&options), closed.clone()).replaced());
         let shared = Shared {
             writer: Arc::new(Writer::new(Arc::clone(&options), Arc::clone(&publishing), closed.clone())),
             options,
             publishing,
             consuming,
+            asking,
+            asks: AtomicBool::new(false),
             members: Mutex::default(),
             groups: Mutex::default(),
             making: Default::default(),
@@ -214,7 +237,9 @@ impl AmqpBroker {
     ///
     /// As [`connect`](Broker::connect).
     pub async fn raw(&self) -> Result<Arc<lapin::Connection>> {
-        Ok(self.shared.connection().await?.connection)
+        self.shared.start()?;
+        let deadline = Instant::now() + self.shared.options.connect_timeout;
+        Ok(self.shared.consuming.live(deadline, false).await?.connection)
     }
 
     async fn open(&self, filter: &TopicFilter, options: Subscribe) -> Result<Subscription> {

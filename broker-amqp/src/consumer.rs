@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::error::{from_lapin, is_final};
-use crate::link::{Live, Wait, closed};
+use crate::link::{Wait, closed};
 use crate::member::{Member, Undecodable};
 use crate::topology;
 use crate::wire;
@@ -95,7 +95,7 @@ async fn keep(member: &Arc<Member>, ready: oneshot::Sender<Result<()>>) -> Resul
             return Ok(());
         }
         let error = match opened {
-            Ok((live, channel, consumer, queue)) => {
+            Ok((channel, consumer, queue)) => {
                 wait.reset();
                 let epoch = member.begin(queue.clone());
                 if let Some(ready) = ready.take()
@@ -123,8 +123,7 @@ async fn keep(member: &Arc<Member>, ready: oneshot::Sender<Result<()>>) -> Resul
                     Ended::Cancelled => {
                         member.lost();
                         // The server says so when the queue is deleted, or its node goes down.
-                        let asked = member.shared.bounded(topology::queue_state(&live.connection, &queue));
-                        match asked.await {
+                        match member.shared.queue_state(&queue).await {
                             Ok(None) if member.group.is_some() => {
                                 return Err(Error::not_found("the group was deleted: its subscriptions end"));
                             }
@@ -151,7 +150,7 @@ async fn keep(member: &Arc<Member>, ready: oneshot::Sender<Result<()>>) -> Resul
     }
 }
 
-type Opened = (Live, Channel, lapin::Consumer, ShortString);
+type Opened = (Channel, lapin::Consumer, ShortString);
 
 async fn open(member: &Member, patient: bool) -> Result<Opened> {
     let shared = &member.shared;
@@ -159,7 +158,7 @@ async fn open(member: &Member, patient: bool) -> Result<Opened> {
     let patience = if patient { Duration::from_secs(365 * 24 * 3600) } else { shared.options.connect_timeout };
     let live = shared.consuming.live(Instant::now() + patience, patient).await?;
     let opening = async {
-        let channel = live.connection.create_channel().await.map_err(from_lapin)?;
+        let channel = live.channel().await?;
         let queue = match &member.group {
             Some(group) => {
                 let names = &member.known.names;
@@ -177,7 +176,7 @@ async fn open(member: &Member, patient: bool) -> Result<Opened> {
             .basic_consume(queue.clone(), ShortString::default(), BasicConsumeOptions::default(), FieldTable::default())
             .await
             .map_err(from_lapin)?;
-        Ok((live.clone(), channel, consumer, queue))
+        Ok((channel, consumer, queue))
     };
     match timeout(shared.options.connect_timeout, opening).await {
         Ok(opened) => opened,

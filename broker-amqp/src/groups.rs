@@ -1,19 +1,21 @@
 //! Groups from outside: making, deleting, purging, asking, and their dead letters.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use broker_core::{
     DeadLetter, Error, Group, GroupOptions, GroupSettings, GroupStatus, Result, StartAt, State, Status,
     SubscriptionStatus, TopicFilter,
 };
 use bytes::Bytes;
+use lapin::Channel;
 use lapin::options::{BasicAckOptions, BasicGetOptions, BasicNackOptions};
 use lapin::types::ShortString;
-use lapin::{Channel, Connection};
 
 use crate::AmqpOptions;
 use crate::broker::Shared;
 use crate::error::from_lapin;
+use crate::link::Live;
 use crate::management;
 use crate::member::Known;
 use crate::naming::{GroupNames, Made};
@@ -51,10 +53,9 @@ pub(crate) async fn ensure(shared: &Shared, group: &Group, options: &GroupOption
         )));
     }
     let live = shared.connection().await?;
-    let connection = &live.connection;
     let ensure = async {
-        let queues = topology::group_queues(connection, &names).await?;
-        let there = Asked { connection, group, names: &names, options, defaults: &defaults };
+        let queues = topology::group_queues(&live, &names).await?;
+        let there = Asked { live: &live, group, names: &names, options, defaults: &defaults };
         if !queues.is_empty() {
             return Ok((there.join(shared, queues).await?, false));
         }
@@ -68,8 +69,8 @@ pub(crate) async fn ensure(shared: &Shared, group: &Group, options: &GroupOption
         }
         // One creator at a time, within this process and among all: the settings of the first are the group's.
         let _making = shared.making.lock().await;
-        topology::alone(connection, &names.making, async || {
-            let queues = topology::group_queues(connection, &names).await?;
+        topology::alone(&live, &names.making, async || {
+            let queues = topology::group_queues(&live, &names).await?;
             if queues.is_empty() {
                 Ok((there.make(shared).await?, true))
             } else {
@@ -84,7 +85,7 @@ pub(crate) async fn ensure(shared: &Shared, group: &Group, options: &GroupOption
 
 /// A group that is to stand.
 struct Asked<'a> {
-    connection: &'a Connection,
+    live: &'a Live,
     group: &'a Group,
     names: &'a GroupNames,
     options: &'a GroupOptions,
@@ -95,7 +96,7 @@ impl Asked<'_> {
     /// There is none: makes it as it is asked for.
     async fn make(&self, shared: &Shared) -> Result<Known> {
         if self.names.made == Made::ByUs {
-            settings::write(self.connection, &shared.writer, self.names, self.defaults).await?;
+            settings::write(self.live, &shared.writer, self.names, self.defaults).await?;
         }
         let queues = new_queues(self.names, self.defaults.ordered, &shared.options)?;
         self.declare(shared, queues, self.defaults.clone()).await
@@ -105,8 +106,8 @@ impl Asked<'_> {
     async fn join(&self, shared: &Shared, queues: Vec<ShortString>) -> Result<Known> {
         let mut settings = None;
         if self.names.made == Made::ByUs {
-            let Self { connection, group, names, options, defaults } = self;
-            settings = settings::read(connection, &shared.writer, group, names, defaults).await?;
+            let Self { live, group, names, options, defaults } = self;
+            settings = settings::read(live, &shared.writer, group, names, defaults).await?;
             if let Some(settings) = &settings {
                 options.check_joins(group, settings)?;
             }
@@ -115,7 +116,7 @@ impl Asked<'_> {
     }
 
     async fn declare(&self, shared: &Shared, queues: Vec<ShortString>, settings: GroupSettings) -> Result<Known> {
-        on_channel(self.connection, async |channel| {
+        on_channel(self.live, async |channel| {
             let (filter, ordered) = (&self.group.filter, settings.ordered);
             topology::declare_group(channel, self.names, filter, ordered, &queues, &shared.options).await
         })
@@ -153,7 +154,7 @@ pub(crate) async fn alter(shared: &Shared, group: &Group, options: &GroupOptions
     let live = shared.connection().await?;
     shared
         .bounded(async {
-            if topology::group_queues(&live.connection, &names).await?.is_empty() {
+            if topology::group_queues(&live, &names).await?.is_empty() {
                 return Err(missing(group));
             }
             if options.start.is_some() {
@@ -175,9 +176,9 @@ pub(crate) async fn delete(shared: &Shared, group: &Group) -> Result<bool> {
     shared
         .bounded(async {
             shared.forget(group);
-            let queues = topology::group_queues(&live.connection, &names).await?;
+            let queues = topology::group_queues(&live, &names).await?;
             if !queues.is_empty() {
-                on_channel(&live.connection, async |channel| {
+                on_channel(&live, async |channel| {
                     if names.has_lanes(&queues) {
                         topology::delete_exchange(channel, &names.queue).await?;
                     }
@@ -198,10 +199,10 @@ pub(crate) async fn purge(shared: &Shared, group: &Group) -> Result<u64> {
     let names = GroupNames::of(group, &shared.options)?;
     let live = shared.connection().await?;
     let purge = async {
-        let queues = topology::group_queues(&live.connection, &names).await?;
+        let queues = topology::group_queues(&live, &names).await?;
         let mut purged = 0;
         for queue in if queues.is_empty() { std::slice::from_ref(&names.queue) } else { &queues } {
-            purged += on_channel(&live.connection, async |channel| topology::purge(channel, queue).await).await?;
+            purged += on_channel(&live, async |channel| topology::purge(channel, queue).await).await?;
         }
         Ok(purged)
     };
@@ -213,17 +214,21 @@ fn missing(group: &Group) -> Error {
 }
 
 /// Whether there is a keeping queue; an error if there is no group either.
-async fn keeps(connection: &Connection, group: &Group, names: &GroupNames) -> Result<bool> {
-    if queue_state(connection, &names.dead).await?.is_some() {
+async fn keeps(live: &Live, group: &Group, names: &GroupNames) -> Result<bool> {
+    if queue_state(live, &names.dead).await?.is_some() {
         return Ok(true);
     }
-    if topology::group_queues(connection, names).await?.is_empty() { Err(missing(group)) } else { Ok(false) }
+    if topology::group_queues(live, names).await?.is_empty() { Err(missing(group)) } else { Ok(false) }
 }
 
 async fn get(channel: &Channel, queue: &ShortString) -> Result<Option<lapin::message::Delivery>> {
     let got = channel.basic_get(queue.clone(), BasicGetOptions::default()).await.map_err(from_lapin)?;
     Ok(got.map(|got| got.delivery))
 }
+
+/// How often, and after how long each time, it is looked whether dead letters that were shown are back.
+const LOOKS: u32 = 100;
+const LOOK: Duration = Duration::from_millis(10);
 
 fn letter(delivery: &mut lapin::message::Delivery) -> Result<DeadLetter> {
     let body = Bytes::from(std::mem::take(&mut delivery.data));
@@ -240,15 +245,16 @@ pub(crate) async fn dead_letters(shared: &Shared, group: &Group, max: usize) -> 
     let live = shared.connection().await?;
     shared
         .bounded(async {
-            if !keeps(&live.connection, group, &names).await? {
+            if !keeps(&live, group, &names).await? {
                 return Ok(Vec::new());
             }
-            on_channel(&live.connection, async |channel| {
+            on_channel(&live, async |channel| {
                 let mut letters = Vec::new();
-                let mut last = None;
+                let (mut last, mut taken) = (None, 0);
                 while letters.len() < max {
                     let Some(mut delivery) = get(channel, &names.dead).await? else { break };
                     last = Some(delivery.delivery_tag);
+                    taken += 1;
                     match letter(&mut delivery) {
                         Ok(letter) => letters.push(letter),
                         Err(error) => tracing::warn!(%group, %error, "the keeping queue holds what is no dead letter"),
@@ -258,7 +264,14 @@ pub(crate) async fn dead_letters(shared: &Shared, group: &Group, max: usize) -> 
                 if let Some(tag) = last {
                     let back = BasicNackOptions { multiple: true, requeue: true };
                     channel.basic_nack(tag, back).await.map_err(from_lapin)?;
-                    state_on(channel, &names.dead).await?;
+                    // A quorum queue has them again a moment later, and whoever redrives next is to find them; unless
+                    // somebody takes them just now.
+                    for _ in 0..LOOKS {
+                        if state_on(channel, &names.dead).await?.ready >= taken {
+                            break;
+                        }
+                        tokio::time::sleep(LOOK).await;
+                    }
                 }
                 Ok(letters)
             })
@@ -273,11 +286,11 @@ pub(crate) async fn purge_dead_letters(shared: &Shared, group: &Group) -> Result
     let live = shared.connection().await?;
     shared
         .bounded(async {
-            if !keeps(&live.connection, group, &names).await? {
+            if !keeps(&live, group, &names).await? {
                 return Ok(0);
             }
-            let gone = topology::group_queues(&live.connection, &names).await?.is_empty();
-            on_channel(&live.connection, async |channel| {
+            let gone = topology::group_queues(&live, &names).await?.is_empty();
+            on_channel(&live, async |channel| {
                 let purged = topology::purge(channel, &names.dead).await?;
                 if gone {
                     topology::delete(channel, &names.dead).await?;
@@ -295,11 +308,11 @@ pub(crate) async fn redrive(shared: &Shared, group: &Group, max: u64) -> Result<
     let live = shared.connection().await?;
     let (queues, kept) = shared
         .bounded(async {
-            let queues = topology::group_queues(&live.connection, &names).await?;
+            let queues = topology::group_queues(&live, &names).await?;
             if queues.is_empty() {
                 return Err(missing(group));
             }
-            let kept = queue_state(&live.connection, &names.dead).await?;
+            let kept = queue_state(&live, &names.dead).await?;
             Ok((queues, kept.map_or(0, |state| state.ready)))
         })
         .await?;
@@ -308,7 +321,7 @@ pub(crate) async fn redrive(shared: &Shared, group: &Group, max: u64) -> Result<
     if kept == 0 {
         return Ok(0);
     }
-    on_channel(&live.connection, async |channel| {
+    on_channel(&live, async |channel| {
         let mut redriven = 0;
         // No more than were there: one that dies again at once is not sent round.
         for _ in 0..kept {
@@ -364,12 +377,12 @@ pub(crate) async fn status(shared: &Shared, status: &mut Status) -> Result<()> {
         let states = shared.bounded(async {
             let mut own: Option<QueueState> = None;
             for queue in &known.queues {
-                let Some(state) = queue_state(&live.connection, queue).await? else { return Ok((None, None)) };
+                let Some(state) = queue_state(&live, queue).await? else { return Ok((None, None)) };
                 // Every member is at every queue.
                 let ready = own.map_or(0, |own| own.ready);
                 own = Some(QueueState { ready: ready + state.ready, consumers: state.consumers });
             }
-            let dead = queue_state(&live.connection, &known.names.dead).await?;
+            let dead = queue_state(&live, &known.names.dead).await?;
             Ok((own, dead))
         });
         let (Some(own), dead) = states.await? else {

@@ -5,14 +5,16 @@
 
 use std::net::Shutdown;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use broker_core::{Error, ErrorKind, Result};
 use futures_util::StreamExt;
+use lapin::protocol::AMQPErrorKind;
 use lapin::tcp::{AMQPUriTcpExt, AsyncTcpStream, OwnedIdentity, OwnedTLSConfig};
 use lapin::types::LongString;
 use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo};
-use lapin::{Connection, ConnectionProperties, Event};
+use lapin::{Channel, Connection, ConnectionProperties, Event};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -22,11 +24,17 @@ use crate::AmqpOptions;
 use crate::error::{from_lapin, is_final};
 use crate::reactor::{runtimes, sifted};
 
+/// Channels that the server closed on a connection after which it is replaced: lapin (4.12) gives the number of such a
+/// channel to no other, and RabbitMQ has 2,047 of them for a connection.
+const WORN: usize = 1_000;
+
 /// A connection that stands.
 #[derive(Clone)]
 pub(crate) struct Live {
     pub(crate) connection: Arc<Connection>,
     socket: Socket,
+    /// Channels that the server has closed.
+    closed: Arc<AtomicUsize>,
 }
 
 impl Live {
@@ -35,9 +43,66 @@ impl Live {
         self.connection.status().connected()
     }
 
+    /// A channel.
+    ///
+    /// lapin (4.12) keeps what the server closed a channel for under the channel's number, and fails whoever is given
+    /// that number next with it. The number is of no use from then on, so that another one is tried.
+    pub(crate) async fn channel(&self) -> Result<Channel> {
+        let mut vain = 0;
+        loop {
+            match self.connection.create_channel().await {
+                Ok(channel) => return Ok(channel),
+                Err(error) if of_another(&error) && vain < WORN && self.is_up() => vain += 1,
+                Err(error) if matches!(error.kind(), lapin::ErrorKind::ChannelsLimitReached) => {
+                    if self.is_worn() {
+                        // There are numbers enough on a new one.
+                        self.kill();
+                    }
+                    return Err(Error::unavailable(
+                        "the connection has as many channels as RabbitMQ allows one (channel_max)",
+                    ));
+                }
+                Err(error) => return Err(from_lapin(error)),
+            }
+        }
+    }
+
+    /// The server has closed one of its channels.
+    pub(crate) fn wear(&self) {
+        self.closed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn is_worn(&self) -> bool {
+        self.closed.load(Ordering::Relaxed) >= WORN
+    }
+
+    /// Closes it once nobody uses it.
+    async fn retire(self, closed: CancellationToken) {
+        while Arc::strong_count(&self.connection) > 1 && self.is_up() {
+            tokio::select! {
+                () = closed.cancelled() => break,
+                () = tokio::time::sleep(Duration::from_millis(100)) => {}
+            }
+        }
+        let _ = timeout(GOODBYE, self.connection.close(200, "OK".into())).await;
+        self.kill();
+    }
+
     /// Breaks it at once, whatever it is waiting for.
     pub(crate) fn kill(&self) {
         self.socket.shutdown();
+    }
+}
+
+/// How long a connection may take to be closed that nobody uses.
+const GOODBYE: Duration = Duration::from_secs(5);
+
+/// Whether an error is none of a channel that is opened: the server refuses no such thing, but what others do.
+fn of_another(error: &lapin::Error) -> bool {
+    match error.kind() {
+        lapin::ErrorKind::ProtocolError(said) => matches!(said.kind(), AMQPErrorKind::Soft(_)),
+        lapin::ErrorKind::InvalidChannelState(..) => true,
+        _ => false,
     }
 }
 
@@ -74,10 +139,19 @@ pub(crate) struct LinkState {
     pub(crate) blocked: Option<String>,
 }
 
-/// One connection of a broker's two.
+/// Why a connection is made anew.
+enum End {
+    Lost(Error),
+    /// It stands, and is replaced.
+    Worn,
+}
+
+/// One connection of a broker's three.
 pub(crate) struct Link {
     /// What it is for, as the server's listing shows it.
     purpose: &'static str,
+    /// Whether another takes its place once it is worn: nothing on it lasts.
+    is_replaced: bool,
     options: Arc<AmqpOptions>,
     state: watch::Sender<LinkState>,
     closed: CancellationToken,
@@ -85,7 +159,14 @@ pub(crate) struct Link {
 
 impl Link {
     pub(crate) fn new(purpose: &'static str, options: Arc<AmqpOptions>, closed: CancellationToken) -> Self {
-        Self { purpose, options, state: watch::Sender::new(LinkState::default()), closed }
+        let state = watch::Sender::new(LinkState::default());
+        Self { purpose, is_replaced: false, options, state, closed }
+    }
+
+    /// The same, for what does not last: it is replaced before the server has closed too many of its channels.
+    pub(crate) fn replaced(mut self) -> Self {
+        self.is_replaced = true;
+        self
     }
 
     pub(crate) fn state(&self) -> LinkState {
@@ -128,28 +209,45 @@ impl Link {
     pub(crate) async fn run(self: Arc<Self>) {
         let mut made = 0;
         let mut wait = Wait::new(self.options.max_reconnect_wait);
+        let mut worn: Option<Live> = None;
         while !self.closed.is_cancelled() {
             match self.connect_any(made).await {
                 Ok((connection, socket)) => {
                     made += 1;
                     wait.reset();
-                    let live = Live { connection: Arc::new(connection), socket };
+                    let live = Live { connection: Arc::new(connection), socket, closed: Arc::default() };
                     let events = live.connection.events_listener();
                     self.state.send_modify(|state| {
                         state.live = Some(live.clone());
                         state.last_error = None;
                         state.blocked = None;
                     });
-                    let error = self.lost(&live, events).await;
-                    live.kill();
-                    if self.closed.is_cancelled() {
-                        break;
+                    if let Some(worn) = worn.take() {
+                        tokio::spawn(worn.retire(self.closed.clone()));
                     }
-                    tracing::warn!(purpose = self.purpose, %error, "the connection to RabbitMQ is lost; it is made again");
-                    self.state.send_modify(|state| {
-                        state.live = None;
-                        state.last_error = Some(error);
-                    });
+                    match self.end(&live, events).await {
+                        End::Worn => {
+                            tracing::debug!(
+                                purpose = self.purpose,
+                                "a connection has had its channels; it is replaced"
+                            );
+                            worn = Some(live);
+                        }
+                        End::Lost(error) => {
+                            live.kill();
+                            if self.closed.is_cancelled() {
+                                break;
+                            }
+                            tracing::warn!(
+                                purpose = self.purpose, %error,
+                                "the connection to RabbitMQ is lost; it is made again"
+                            );
+                            self.state.send_modify(|state| {
+                                state.live = None;
+                                state.last_error = Some(error);
+                            });
+                        }
+                    }
                 }
                 Err(error) => {
                     let wait = wait.next();
@@ -171,12 +269,15 @@ impl Link {
         self.state.send_modify(|state| state.live = None);
     }
 
-    /// Waits until the connection is lost, and tells why.
-    async fn lost(&self, live: &Live, events: impl futures_util::Stream<Item = Event>) -> Error {
+    /// Waits until the connection is of no more use, and tells why.
+    async fn end(&self, live: &Live, events: impl futures_util::Stream<Item = Event>) -> End {
         let mut events = std::pin::pin!(events);
         loop {
+            if live.is_worn() && self.is_replaced {
+                return End::Worn;
+            }
             let event = tokio::select! {
-                () = self.closed.cancelled() => return closed(),
+                () = self.closed.cancelled() => return End::Lost(closed()),
                 // An event lost would be a connection lost unseen.
                 event = timeout(Duration::from_secs(1), events.next()) => event,
             };
@@ -187,9 +288,9 @@ impl Link {
                 }
                 Ok(Some(Event::ConnectionUnblocked)) => self.state.send_modify(|state| state.blocked = None),
                 // A channel's error comes this way as well; the connection then still stands.
-                Ok(Some(Event::Error(error))) if !live.is_up() => return from_lapin(error),
-                Ok(None) => return Error::unavailable("the connection is lost"),
-                _ if !live.is_up() => return Error::unavailable("the connection is lost"),
+                Ok(Some(Event::Error(error))) if !live.is_up() => return End::Lost(from_lapin(error)),
+                Ok(None) => return End::Lost(Error::unavailable("the connection is lost")),
+                _ if !live.is_up() => return End::Lost(Error::unavailable("the connection is lost")),
                 _ => {}
             }
         }

@@ -7,12 +7,13 @@
 use std::time::Duration;
 
 use broker_core::{Error, Group, GroupSettings, Message, Result, RetryPolicy, StartAt, Topic};
+use lapin::Channel;
 use lapin::options::{BasicGetOptions, BasicNackOptions, QueueDeclareOptions};
 use lapin::types::AMQPValue;
-use lapin::{Channel, Connection};
 use serde::{Deserialize, Serialize};
 
 use crate::error::from_lapin;
+use crate::link::Live;
 use crate::naming::GroupNames;
 use crate::topology::{on_channel, queue_state, state_on, table};
 use crate::wire::Travel;
@@ -27,13 +28,8 @@ struct Stored {
 }
 
 /// Leaves the settings of a group that is being created.
-pub(crate) async fn write(
-    connection: &Connection,
-    writer: &Writer,
-    names: &GroupNames,
-    settings: &GroupSettings,
-) -> Result<()> {
-    on_channel(connection, async |channel| {
+pub(crate) async fn write(live: &Live, writer: &Writer, names: &GroupNames, settings: &GroupSettings) -> Result<()> {
+    on_channel(live, async |channel| {
         let arguments = table([
             ("x-max-length", AMQPValue::LongLongInt(1)),
             ("x-overflow", AMQPValue::LongString("drop-head".into())),
@@ -53,13 +49,13 @@ pub(crate) async fn write(
 /// The settings of a group that is there; `None` if nobody left any (a queue that is not of our making).
 /// Lost ones are replaced by `defaults`.
 pub(crate) async fn read(
-    connection: &Connection,
+    live: &Live,
     writer: &Writer,
     group: &Group,
     names: &GroupNames,
     defaults: &GroupSettings,
 ) -> Result<Option<GroupSettings>> {
-    if queue_state(connection, &names.settings).await?.is_none() {
+    if queue_state(live, &names.settings).await?.is_none() {
         return Ok(None);
     }
     // Another member may have the message in its hand for a moment.
@@ -67,7 +63,7 @@ pub(crate) async fn read(
         if attempt > 0 {
             tokio::time::sleep(Duration::from_millis(u64::from(attempt.min(20)))).await;
         }
-        let body = on_channel(connection, async |channel| peek(channel, names).await).await?;
+        let body = on_channel(live, async |channel| peek(channel, names).await).await?;
         if let Some(body) = body {
             let stored: Stored = serde_json::from_slice(&body).map_err(|error| {
                 Error::codec(format!("group {group}: queue {} holds no settings", names.settings)).with_source(error)
@@ -82,7 +78,7 @@ pub(crate) async fn read(
     }
     // A crash between the queue and its message, or a server that lost it.
     tracing::warn!(%group, queue = %names.settings, "the group's settings are lost; they are written anew");
-    write(connection, writer, names, defaults).await?;
+    write(live, writer, names, defaults).await?;
     Ok(Some(defaults.clone()))
 }
 

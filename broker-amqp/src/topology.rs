@@ -9,10 +9,11 @@ use lapin::options::{
     QueueDeleteOptions, QueuePurgeOptions,
 };
 use lapin::types::{AMQPValue, FieldTable, ShortString};
-use lapin::{Channel, Connection, ExchangeKind};
+use lapin::{Channel, ExchangeKind};
 
 use crate::error::from_lapin;
 use crate::ladder::{Leads, Rung};
+use crate::link::Live;
 use crate::naming::{GroupNames, Made, binding_key, short};
 use crate::{AmqpOptions, QueueType, wire};
 
@@ -31,19 +32,21 @@ pub(crate) struct QueueState {
 }
 
 /// Runs `work` on a channel of its own, since the server answers a mistake by closing the channel.
-pub(crate) async fn on_channel<T>(connection: &Connection, work: impl AsyncFnOnce(&Channel) -> Result<T>) -> Result<T> {
-    let channel = connection.create_channel().await.map_err(from_lapin)?;
+pub(crate) async fn on_channel<T>(live: &Live, work: impl AsyncFnOnce(&Channel) -> Result<T>) -> Result<T> {
+    let channel = live.channel().await?;
     let done = work(&channel).await;
     if channel.status().connected() {
         // What it held goes back; that it may have been lost meanwhile changes nothing.
         let _ = channel.close(200, "OK".into()).await;
+    } else {
+        live.wear();
     }
     done
 }
 
 /// The state of a queue; `None` if there is no such queue.
-pub(crate) async fn queue_state(connection: &Connection, queue: &ShortString) -> Result<Option<QueueState>> {
-    let state = on_channel(connection, async |channel| state_on(channel, queue).await).await;
+pub(crate) async fn queue_state(live: &Live, queue: &ShortString) -> Result<Option<QueueState>> {
+    let state = on_channel(live, async |channel| state_on(channel, queue).await).await;
     match state {
         Ok(state) => Ok(Some(state)),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
@@ -68,7 +71,7 @@ pub(crate) async fn declare_exchange(channel: &Channel, options: &AmqpOptions) -
 
 /// A delay queue and the exchange before it. One that is there under the name serves as it is: it was
 /// made by a peer that chose the other queue type.
-pub(crate) async fn declare_rung(connection: &Connection, rung: Rung, options: &AmqpOptions) -> Result<()> {
+pub(crate) async fn declare_rung(live: &Live, rung: Rung, options: &AmqpOptions) -> Result<()> {
     let name = rung.name(&options.exchange)?;
     let exchange = match rung.leads {
         Leads::ToQueue => String::new(),
@@ -80,7 +83,7 @@ pub(crate) async fn declare_rung(connection: &Connection, rung: Rung, options: &
         ("x-message-ttl", AMQPValue::LongLongInt(ttl)),
         ("x-dead-letter-exchange", AMQPValue::LongString(exchange.into())),
     ]);
-    let declared = on_channel(connection, async |channel| {
+    let declared = on_channel(live, async |channel| {
         let declared = channel.queue_declare(name.clone(), QueueDeclareOptions::durable(), arguments).await;
         declared.map(drop).map_err(from_lapin)
     });
@@ -88,7 +91,7 @@ pub(crate) async fn declare_rung(connection: &Connection, rung: Rung, options: &
         Err(error) if error.kind() != ErrorKind::Conflict => return Err(error),
         _ => {}
     }
-    on_channel(connection, async |channel| {
+    on_channel(live, async |channel| {
         let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
         channel
             .exchange_declare(name.clone(), ExchangeKind::Fanout, durable, FieldTable::default())
@@ -101,24 +104,20 @@ pub(crate) async fn declare_rung(connection: &Connection, rung: Rung, options: &
 
 /// Runs `work` while nobody else does under this name: of an exclusive queue there is one, and other connections are
 /// refused it. It goes with the connection, or a minute after whoever left it there.
-pub(crate) async fn alone<T>(
-    connection: &Connection,
-    name: &ShortString,
-    work: impl AsyncFnOnce() -> Result<T>,
-) -> Result<T> {
+pub(crate) async fn alone<T>(live: &Live, name: &ShortString, work: impl AsyncFnOnce() -> Result<T>) -> Result<T> {
     let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
     let claim = async |channel: &Channel| {
         let arguments = table([("x-expires", AMQPValue::LongInt(60_000))]);
         channel.queue_declare(name.clone(), exclusive, arguments).await.map(drop).map_err(from_lapin)
     };
-    while let Err(error) = on_channel(connection, claim).await {
+    while let Err(error) = on_channel(live, claim).await {
         if error.kind() != ErrorKind::Conflict {
             return Err(error);
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     let done = work().await;
-    on_channel(connection, async |channel| delete(channel, name).await).await?;
+    on_channel(live, async |channel| delete(channel, name).await).await?;
     done
 }
 
@@ -187,8 +186,8 @@ async fn declare_lanes(
 }
 
 /// The queues of a group that stands; none if it does not.
-pub(crate) async fn group_queues(connection: &Connection, names: &GroupNames) -> Result<Vec<ShortString>> {
-    if queue_state(connection, &names.queue).await?.is_some() {
+pub(crate) async fn group_queues(live: &Live, names: &GroupNames) -> Result<Vec<ShortString>> {
+    if queue_state(live, &names.queue).await?.is_some() {
         return Ok(vec![names.queue.clone()]);
     }
     let mut lanes = Vec::new();
@@ -197,7 +196,7 @@ pub(crate) async fn group_queues(connection: &Connection, names: &GroupNames) ->
     }
     loop {
         let lane = names.lane(lanes.len())?;
-        if queue_state(connection, &lane).await?.is_none() {
+        if queue_state(live, &lane).await?.is_none() {
             return Ok(lanes);
         }
         lanes.push(lane);

@@ -134,6 +134,34 @@ async fn the_one_queue_left_of_several_is_bound_and_read() {
     clean(broker, &group).await;
 }
 
+/// The server tells that a queue is missing by closing the channel, of which a connection has 2,047.
+#[tokio::test(flavor = "multi_thread")]
+async fn asking_for_what_is_missing_wears_nothing_out() {
+    let _turn = TURN.lock().await;
+    let (topic, group) = names("asked-often");
+    let broker = open(server()).unwrap();
+    let mut member = join(&*broker, &group).await;
+    let asking = (0..10).map(|_| {
+        let (broker, group) = (Arc::clone(&broker), group.clone());
+        tokio::spawn(async move {
+            for _ in 0..400 {
+                assert!(broker.dead_letters(&group, 1).await.unwrap().is_empty());
+            }
+        })
+    });
+    for asked in asking.collect::<Vec<_>>() {
+        asked.await.unwrap();
+    }
+    // Nor does what else there is suffer.
+    broker.publish(&topic, Message::new("read")).await.unwrap();
+    next(&mut member).await.ack().await.unwrap();
+    let other = Group::new("another".parse().unwrap(), group.filter.clone());
+    assert!(broker.create_group(&other, GroupOptions::new()).await.unwrap());
+    assert!(broker.delete_group(&other).await.unwrap());
+    drop(member);
+    clean(broker, &group).await;
+}
+
 /// Two processes make a group at the same time, each as it thinks right.
 #[tokio::test(flavor = "multi_thread")]
 async fn of_two_that_make_a_group_the_first_says_what_it_is() {

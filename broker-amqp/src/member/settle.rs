@@ -288,7 +288,7 @@ impl Member {
         let live = self.shared.connection().await?;
         let names = &self.known.names;
         let options = &self.shared.options;
-        let declare = topology::on_channel(&live.connection, async |channel| {
+        let declare = topology::on_channel(&live, async |channel| {
             topology::declare_keeping(channel, names, options).await
         });
         self.shared.bounded(declare).await?;

@@ -240,7 +240,7 @@ impl Task {
                 let ticket = entry.ticket;
                 self.unsent.push_front(entry);
                 let writer = Arc::clone(&self.writer);
-                let declaring = topology::declare_rung(&live.connection, rung, &writer.options);
+                let declaring = topology::declare_rung(live, rung, &writer.options);
                 match self.expiring(timeout(writer.options.connect_timeout, declaring)).await {
                     Ok(Ok(())) => drop(rungs.insert(rung)),
                     Ok(Err(error)) if is_final(&error) => {
@@ -385,7 +385,7 @@ impl Task {
 /// A channel with confirms, and the exchange.
 async fn open(writer: &Writer, live: &Live) -> Result<Channel> {
     let options = &writer.options;
-    let channel = live.connection.create_channel().await.map_err(from_lapin)?;
+    let channel = live.channel().await?;
     channel.confirm_select(ConfirmSelectOptions::default()).await.map_err(from_lapin)?;
     topology::declare_exchange(&channel, options).await?;
     let frame_max = live.connection.configuration().frame_max() as usize;
