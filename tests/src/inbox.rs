@@ -6,6 +6,7 @@ use std::time::Duration;
 use broker_core::{Delivery, Message, Received, Subscription};
 
 use crate::messages::{same_set, shown};
+use crate::patience::within;
 use crate::{Attempt, Failed, Timing};
 
 /// A subscription, received from with patience.
@@ -43,11 +44,11 @@ impl Inbox {
     /// If none comes, or the subscription ended.
     pub async fn one(&mut self) -> Attempt<Delivery> {
         let patience = self.timing.arrival();
-        match tokio::time::timeout(patience, self.subscription.next()).await {
-            Ok(Ok(Some(delivery))) => Ok(delivery),
-            Ok(Ok(None)) => Err(Failed("the subscription ended while a delivery was expected".to_owned())),
-            Ok(Err(error)) => Err(Failed(format!("the subscription failed: {error}"))),
-            Err(_) => Err(Failed(format!("no delivery within {patience:?}"))),
+        match within(patience, self.subscription.next()).await {
+            Some(Ok(Some(delivery))) => Ok(delivery),
+            Some(Ok(None)) => Err(Failed("the subscription ended while a delivery was expected".to_owned())),
+            Some(Err(error)) => Err(Failed(format!("the subscription failed: {error}"))),
+            None => Err(Failed(format!("no delivery within {patience:?}"))),
         }
     }
 
@@ -146,11 +147,11 @@ impl Inbox {
     ///
     /// If it delivers, fails or stays open.
     pub async fn ended(&mut self) -> Attempt {
-        match tokio::time::timeout(self.timing.patience, self.subscription.next()).await {
-            Ok(Ok(None)) => Ok(()),
-            Ok(Ok(Some(delivery))) => Err(Failed(format!("an unexpected delivery: {}", shown(delivery.message())))),
-            Ok(Err(error)) => Err(Failed(format!("the subscription failed: {error}"))),
-            Err(_) => Err(Failed("the subscription did not end".to_owned())),
+        match within(self.timing.patience, self.subscription.next()).await {
+            Some(Ok(None)) => Ok(()),
+            Some(Ok(Some(delivery))) => Err(Failed(format!("an unexpected delivery: {}", shown(delivery.message())))),
+            Some(Err(error)) => Err(Failed(format!("the subscription failed: {error}"))),
+            None => Err(Failed("the subscription did not end".to_owned())),
         }
     }
 
@@ -161,17 +162,17 @@ impl Inbox {
     /// If the broker does not hear of it.
     pub async fn close(self) -> Attempt {
         let patience = self.timing.patience;
-        match tokio::time::timeout(patience, self.subscription.close()).await {
-            Ok(closed) => Ok(closed?),
-            Err(_) => Err(Failed(format!("closing a subscription did not end within {patience:?}"))),
+        match within(patience, self.subscription.close()).await {
+            Some(closed) => Ok(closed?),
+            None => Err(Failed(format!("closing a subscription did not end within {patience:?}"))),
         }
     }
 }
 
 /// Waits for a settlement to be taken.
 pub(crate) async fn settled(patience: Duration, settle: broker_core::Settle) -> Attempt {
-    match tokio::time::timeout(patience, settle).await {
-        Ok(taken) => taken.map_err(|error| Failed(format!("a settlement was not taken: {error}"))),
-        Err(_) => Err(Failed(format!("a settlement did not end within {patience:?}"))),
+    match within(patience, settle).await {
+        Some(taken) => taken.map_err(|error| Failed(format!("a settlement was not taken: {error}"))),
+        None => Err(Failed(format!("a settlement did not end within {patience:?}"))),
     }
 }

@@ -32,6 +32,7 @@
 // Running the suite.
 mod column;
 mod harness;
+mod patience;
 mod report;
 mod runner;
 

@@ -12,6 +12,7 @@ use broker_core::{
 };
 use parking_lot::Mutex;
 
+use crate::patience::within;
 use crate::{Attempt, Failed, Harness, Inbox, Link, Place, Shown, Timing, Verdict};
 
 /// Text that no other check, run or process uses: letters and digits.
@@ -193,8 +194,8 @@ impl Scene {
     pub async fn close(&self, broker: &dyn Broker) -> Attempt<broker_core::DrainReport> {
         // The guard is beyond the deadline: ending late by a little is no fault.
         let guard = self.timing.patience * 2;
-        let closing = tokio::time::timeout(guard, broker.close(self.timing.patience)).await;
-        closing.map_err(|_| Failed(format!("close did not end within {guard:?}")))
+        let closing = within(guard, broker.close(self.timing.patience)).await;
+        closing.ok_or_else(|| Failed(format!("close did not end within {guard:?}")))
     }
 
     /// A way to the server that can be cut; `Err` is the verdict where there is none.
@@ -236,9 +237,7 @@ impl Scene {
     /// If it does.
     pub async fn within<T>(&self, what: &str, future: impl Future<Output = T>) -> Attempt<T> {
         let patience = self.timing.patience;
-        tokio::time::timeout(patience, future)
-            .await
-            .map_err(|_| Failed(format!("{what} did not end within {patience:?}")))
+        within(patience, future).await.ok_or_else(|| Failed(format!("{what} did not end within {patience:?}")))
     }
 
     /// `future`, which waits for deliveries that a lost connection may have held.
@@ -248,9 +247,7 @@ impl Scene {
     /// If it takes longer than those may.
     pub async fn arriving<T>(&self, what: &str, future: impl Future<Output = T>) -> Attempt<T> {
         let patience = self.timing.arrival();
-        tokio::time::timeout(patience, future)
-            .await
-            .map_err(|_| Failed(format!("{what} did not end within {patience:?}")))
+        within(patience, future).await.ok_or_else(|| Failed(format!("{what} did not end within {patience:?}")))
     }
 
     /// `future`, which must succeed within the patience.

@@ -413,11 +413,13 @@ impl State {
         self.up && self.epoch == epoch
     }
 
-    /// A delivery that was handed out is.
-    fn settled(&mut self, item: &Inbound) {
+    /// A delivery that was handed out is. Whom to wake, if the next of its key may go now.
+    #[must_use]
+    fn settled(&mut self, item: &Inbound) -> Option<Waker> {
         self.handed = self.handed.saturating_sub(1);
         self.remembered.remove(item.message.id());
         self.lanes.done(item.message.key());
+        if self.lanes.is_ready() { self.waker.take() } else { None }
     }
 
     fn give_back(&mut self, tag: u64) {

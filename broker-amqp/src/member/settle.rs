@@ -1,6 +1,7 @@
 //! How a delivery is settled: acked, given back, sent round again, or buried.
 
 use std::sync::Arc;
+use std::task::Waker;
 use std::time::Duration;
 
 use broker_core::{
@@ -30,17 +31,17 @@ impl Member {
         }
         match settlement {
             Settlement::Ack => {
-                let full = {
+                let (full, next) = {
                     let mut state = self.state.lock();
                     if !state.is(epoch) {
                         return Operation::from(lost());
                     }
                     state.acks.ack(item.tag);
-                    state.settled(item);
-                    state.acks.pending() >= self.threshold()
+                    let next = state.settled(item);
+                    (state.acks.pending() >= self.threshold(), next)
                 };
                 self.known.counts.lock().acked += 1;
-                self.tell(full);
+                self.tell(full, next);
                 Settle::done()
             }
             Settlement::Release => self.release(epoch, item),
@@ -52,7 +53,11 @@ impl Member {
         }
     }
 
-    fn tell(&self, full: bool) {
+    /// Something is to be told to the server; `next` waits for what may be handed out now.
+    fn tell(&self, full: bool, next: Option<Waker>) {
+        if let Some(next) = next {
+            next.wake();
+        }
         self.wire.notify_one();
         if full {
             self.full.notify_one();
@@ -75,7 +80,7 @@ impl Member {
                 state.give_back(tag);
             }
         }
-        self.tell(true);
+        self.tell(true, None);
         Settle::done()
     }
 
@@ -160,15 +165,15 @@ impl Member {
 
     /// Done with, at once.
     fn finish(&self, epoch: u64, item: &Inbound) -> Settle {
-        {
+        let next = {
             let mut state = self.state.lock();
             if !state.is(epoch) {
                 return Operation::from(lost());
             }
             state.acks.ack(item.tag);
-            state.settled(item);
-        }
-        self.tell(true);
+            state.settled(item)
+        };
+        self.tell(true, next);
         Settle::done()
     }
 
@@ -288,9 +293,8 @@ impl Member {
         let live = self.shared.connection().await?;
         let names = &self.known.names;
         let options = &self.shared.options;
-        let declare = topology::on_channel(&live, async |channel| {
-            topology::declare_keeping(channel, names, options).await
-        });
+        let declare =
+            topology::on_channel(&live, async |channel| topology::declare_keeping(channel, names, options).await);
         self.shared.bounded(declare).await?;
         self.state.lock().kept = true;
         Ok(())
@@ -302,12 +306,12 @@ impl Member {
             return Err(lost());
         }
         state.acks.ack(item.tag);
-        match handed {
+        let next = match handed {
             Handed::Yes => state.settled(item),
-            Handed::No => {}
-        }
+            Handed::No => None,
+        };
         drop(state);
-        self.tell(true);
+        self.tell(true, next);
         Ok(())
     }
 }

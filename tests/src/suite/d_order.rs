@@ -135,6 +135,20 @@ pub(super) async fn one_of_a_key(broker: &dyn Broker, scene: &Scene) -> Verdict 
         member.settled(delivery.ack()).await?;
     }
     member.quiet().await?;
+    // Settled elsewhere, as by a handler of its own task, it wakes who waits for the next.
+    scene.publish(broker, &topic, &[keyed("c", "c1"), keyed("c", "c2"), keyed("c", "c3")]).await?;
+    let mut before = member.one().await?;
+    for name in ["c2", "c3"] {
+        let settling = tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            before.ack().await
+        });
+        before = member.one().await.map_err(|failed| failed.context("once the one before is settled elsewhere"))?;
+        ensure!(before.message().payload() == name, "{} came instead of {name}", shown(before.message()));
+        let settled = settling.await.map_err(|error| Failed(format!("settling elsewhere: {error}")))?;
+        scene.done("settling elsewhere", std::future::ready(settled)).await?;
+    }
+    member.settled(before.ack()).await?;
     PASSED
 }
 
