@@ -159,13 +159,18 @@ pub(super) fn is_string(text: &str) -> bool {
     })
 }
 
+/// Whether attribute `name` is a `URI` or a `URI-reference` of the CloudEvents type system.
+pub(super) fn is_uri(name: &str) -> bool {
+    matches!(name, "source" | "dataschema")
+}
+
 /// Whether attribute `name` may have this value where it is a `URI` or a `URI-reference` of the CloudEvents type system:
 /// others read no event of a batch if one has a `source` or `dataschema` that is none.
 pub(super) fn check_uri(name: &str, value: &str) -> Result<(), &'static str> {
     match name {
-        "source" | "dataschema" if !has_uri_characters(value) => Err(
+        _ if is_uri(name) && !has_uri_characters(value) => Err(
             "it is a URI, which has no spaces, controls, letters beyond ASCII nor \"<>\\^`{|}, and two hexadecimal digits after \
-            each %; percent-encode them, and in a header of binary mode that % once more, as in %2520",
+            each %; percent-encode them",
         ),
         "dataschema" if !has_scheme(value) => Err("it is a URI with a scheme, as in https://example.com/schema"),
         _ => Ok(()),

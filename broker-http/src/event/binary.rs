@@ -9,7 +9,7 @@ use bytes::Bytes;
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use super::attributes::{self, DEFAULT_SOURCE, Plan, as_partition_key};
+use super::attributes::{self, DEFAULT_SOURCE, Plan, as_partition_key, check_uri, is_uri};
 use super::draft::Draft;
 use super::format::Format;
 use super::{Decoded, Envelope, Options, percent};
@@ -198,7 +198,8 @@ pub fn decode(headers: &HeaderMap, options: &Options, body: Bytes, on: Option<&T
     for (name, value) in headers {
         let Some(attribute) = name.as_str().strip_prefix("ce-") else { continue };
         first = first.or(Some(name));
-        let value = read_attribute(value).map_err(|why| Error::invalid(format!("attribute {attribute}: {why}")))?;
+        let value =
+            read_attribute(attribute, value).map_err(|why| Error::invalid(format!("attribute {attribute}: {why}")))?;
         draft.set(Cow::Borrowed(attribute), value)?;
     }
     match first {
@@ -225,12 +226,19 @@ pub fn decode(headers: &HeaderMap, options: &Options, body: Bytes, on: Option<&T
     Ok(decoded)
 }
 
-fn read_attribute(value: &HeaderValue) -> Result<Cow<'_, str>, &'static str> {
+fn read_attribute<'a>(name: &str, value: &'a HeaderValue) -> Result<Cow<'a, str>, &'static str> {
     let not_utf8 = "what it decodes to is not UTF-8";
-    match percent::decode_value(value.as_bytes())? {
+    let decoded = match percent::decode_value(value.as_bytes())? {
         Cow::Borrowed(bytes) => std::str::from_utf8(bytes).map(Cow::Borrowed).map_err(|_| not_utf8),
         Cow::Owned(bytes) => String::from_utf8(bytes).map(Cow::Owned).map_err(|_| not_utf8),
+    };
+    if is_uri(name) && !decoded.as_ref().is_ok_and(|decoded| check_uri(name, decoded).is_ok()) {
+        // Of some SDKs, which encode no percent sign, `/a%20b` is what was meant: encoded as it is to be it would be
+        // `/a%2520b`, and a URI with a space there is none.
+        let as_sent = value.to_str().ok().filter(|text| check_uri(name, text).is_ok());
+        return as_sent.map_or(decoded, |text| Ok(Cow::Borrowed(text)));
     }
+    decoded
 }
 
 /// The headers of a message that are HTTP headers as well, where they are well formed (W3C Trace

@@ -188,10 +188,21 @@ fn what_is_no_uri_is_no_attribute_of_one() {
         }
         binary::decode(&headers, &Options::default(), "x".into(), None)
     };
-    let error = read("https://example.com/a%20b").unwrap_err();
-    assert!(error.kind() == ErrorKind::Invalid && error.message().contains("dataschema"), "{error}");
-    let message = read("https://example.com/a%2520b").unwrap().message;
-    assert_eq!(message.headers().get_str("ce-dataschema"), Some("https://example.com/a%20b"));
+    for wrong in ["https://example.com/a b", "https://example.com/%7ba b", "/a%20b"] {
+        let error = read(wrong).unwrap_err();
+        assert!(error.kind() == ErrorKind::Invalid && error.message().contains("dataschema"), "{error}");
+    }
+    for (sent, read_as) in [
+        ("https://example.com/a%2520b", "https://example.com/a%20b"),
+        ("https://example.com/%61", "https://example.com/a"),
+        // Not encoded for the header: what they decode to would be no URI.
+        ("https://example.com/a%20b", "https://example.com/a%20b"),
+        ("https://example.com/caf%C3%A9", "https://example.com/caf%C3%A9"),
+        ("https://example.com/caf%E9", "https://example.com/caf%E9"),
+    ] {
+        let message = read(sent).unwrap().message;
+        assert_eq!(message.headers().get_str("ce-dataschema"), Some(read_as));
+    }
 
     // From elsewhere than a CloudEvent it is a header, and comes back as it was.
     let topic = Topic::new("t").unwrap();
