@@ -6,13 +6,15 @@
 use std::error::Error as _;
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use http::{HeaderMap, Method, Request, Response, Version};
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::{Body as _, Incoming};
-use hyper::client::conn::{http1, http2};
+use hyper::client::conn::{TrySendError, http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use parking_lot::Mutex;
 use tokio::sync::OwnedSemaphorePermit;
@@ -44,7 +46,9 @@ pub(crate) struct Content {
 pub(crate) struct Route {
     client: PushClient,
     target: Target,
-    shared: Mutex<Option<http2::SendRequest<Body>>>,
+    shared: Mutex<Option<Shared>>,
+    /// How many answers all connections have brought.
+    answers: AtomicU64,
     /// Held while the protocol of an endpoint is not known, so that a burst opens one HTTP/2
     /// connection and not one a request.
     asking: tokio::sync::Mutex<Option<Protocol>>,
@@ -58,7 +62,13 @@ enum Protocol {
 
 impl Route {
     pub(crate) fn new(client: PushClient, target: Target) -> Self {
-        Self { client, target, shared: Mutex::default(), asking: tokio::sync::Mutex::default() }
+        Self {
+            client,
+            target,
+            shared: Mutex::default(),
+            answers: AtomicU64::new(0),
+            asking: tokio::sync::Mutex::default(),
+        }
     }
 
     pub(crate) fn target(&self) -> &Target {
@@ -67,6 +77,11 @@ impl Route {
 
     pub(crate) fn client(&self) -> &PushClient {
         &self.client
+    }
+
+    /// How many answers all connections have brought.
+    pub(crate) fn answers(&self) -> u64 {
+        self.answers.load(Ordering::Relaxed)
     }
 
     /// A connection: the shared one, or a new one on the place that `permit` keeps.
@@ -97,10 +112,10 @@ impl Route {
     /// The shared connection, if there is one that lives.
     fn shared(&self) -> Option<Connection> {
         let mut shared = self.shared.lock();
-        if shared.as_ref().is_some_and(http2::SendRequest::is_closed) {
+        if shared.as_ref().is_some_and(|shared| !shared.is_open()) {
             *shared = None;
         }
-        shared.clone().map(|send| Connection(Kind::Shared(Shared { send, used: true })))
+        shared.clone().map(|shared| Connection(Kind::Shared(Shared { used: true, ..shared })))
     }
 
     /// Lets go of the shared connection: it ends when the requests on it do.
@@ -123,8 +138,9 @@ impl Route {
                 let _ = connection.await;
                 drop(permit);
             });
-            *self.shared.lock() = Some(send.clone());
-            return Ok(Connection(Kind::Shared(Shared { send, used: false })));
+            let shared = Shared { send, used: false, going: Arc::default() };
+            *self.shared.lock() = Some(shared.clone());
+            return Ok(Connection(Kind::Shared(shared)));
         }
         let (send, driver) = http1::Builder::new()
             .max_buf_size(MAX_HEAD_BYTES)
@@ -154,13 +170,20 @@ struct Own {
     permit: Option<OwnedSemaphorePermit>,
 }
 
+#[derive(Clone)]
 struct Shared {
     send: http2::SendRequest<Body>,
     used: bool,
+    /// Whether a request has met its end: it takes no other, though hyper may not have noticed yet.
+    going: Arc<AtomicBool>,
 }
 
 /// Why there was no answer.
+#[derive(Debug)]
 pub(crate) enum Broken {
+    /// The endpoint has not processed the request, and that is certain: nothing of it was written, or the endpoint
+    /// refused its stream, or ended the connection before it (GOAWAY; RFC 9113, section 8.7).
+    Unseen,
     /// A connection that was kept from before ended without one byte of an answer: the endpoint had
     /// most likely closed it already, and has not seen the request.
     Stale,
@@ -174,19 +197,23 @@ impl Connection {
     /// # Errors
     ///
     /// Why there is no whole answer; the connection is then of no use.
-    pub(crate) async fn exchange(&mut self, content: Content, target: &Route) -> Result<Answer, Broken> {
-        let target = &target.target;
-        match &mut self.0 {
+    pub(crate) async fn exchange(&mut self, content: Content, route: &Route) -> Result<Answer, Broken> {
+        let Route { target, answers, .. } = route;
+        let answer = match &mut self.0 {
             Kind::Own(own) => own.exchange(content, target).await,
             Kind::Shared(shared) => shared.exchange(content, target).await,
+        };
+        if answer.is_ok() {
+            answers.fetch_add(1, Ordering::Relaxed);
         }
+        answer
     }
 
     /// Whether it can take another request.
     pub(crate) fn is_open(&self) -> bool {
         match &self.0 {
             Kind::Own(own) => own.open && !own.send.is_closed(),
-            Kind::Shared(shared) => !shared.send.is_closed(),
+            Kind::Shared(shared) => shared.is_open(),
         }
     }
 
@@ -202,7 +229,7 @@ impl Connection {
     pub(crate) fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match &mut self.0 {
             Kind::Own(own) => own.poll_driver(cx),
-            Kind::Shared(shared) if shared.send.is_closed() => Poll::Ready(()),
+            Kind::Shared(shared) if !shared.is_open() => Poll::Ready(()),
             Kind::Shared(_) => Poll::Pending,
         }
     }
@@ -216,8 +243,9 @@ impl Own {
         let request = request(content.method, target.origin.clone(), Version::HTTP_11, headers, content.body);
         let Self { send, driver, open, .. } = self;
         let answer = async move {
-            send.ready().await?;
-            read(send.send_request(request).await?, content.answer_bytes).await
+            send.ready().await.map_err(|error| (error, true))?;
+            let response = send.try_send_request(request).await.map_err(unwritten)?;
+            read(response, content.answer_bytes).await.map_err(|error| (error, false))
         };
         let mut answer = pin!(answer);
         let result = poll_fn(|cx| {
@@ -237,10 +265,14 @@ impl Own {
                 self.used = true;
                 Ok(answer)
             }
-            Err(error) => {
+            Err((error, unwritten)) => {
                 self.open = false;
                 let heard = self.heard.anything();
-                if self.used && !heard { Err(Broken::Stale) } else { Err(Broken::Failed(explain(&error, heard))) }
+                Err(match (heard, unwritten) {
+                    (false, true) => Broken::Unseen,
+                    (false, false) if self.used => Broken::Stale,
+                    _ => Broken::Failed(explain(&error, heard)),
+                })
             }
         }
     }
@@ -258,15 +290,31 @@ impl Shared {
         let used = std::mem::replace(&mut self.used, true);
         let Content { method, headers, body, answer_bytes } = content;
         let request = request(method, target.absolute.clone(), Version::HTTP_2, headers, body);
-        let broken = |error: hyper::Error, heard: bool| {
-            if used && !heard && !refused_by_peer(&error) {
-                Broken::Stale
-            } else {
-                Broken::Failed(explain(&error, heard))
+        let response = match self.send.try_send_request(request).await {
+            Ok(response) => response,
+            Err(error) => {
+                let (error, unwritten) = unwritten(error);
+                let h2 = h2_error(&error);
+                // All but one stream's own end is the connection's.
+                if !h2.is_some_and(h2::Error::is_reset) {
+                    self.going.store(true, Ordering::Relaxed);
+                }
+                return Err(match h2 {
+                    _ if unwritten => Broken::Unseen,
+                    Some(h2) if unprocessed(h2) => Broken::Unseen,
+                    // The endpoint ended this one request of a connection that lives on: an answer of a kind.
+                    Some(h2) if h2.is_reset() => Broken::Failed(explain(&error, false)),
+                    _ if used => Broken::Stale,
+                    _ => Broken::Failed(explain(&error, false)),
+                });
             }
         };
-        let response = self.send.send_request(request).await.map_err(|error| broken(error, false))?;
-        read(response, answer_bytes).await.map(|(answer, _)| answer).map_err(|error| broken(error, true))
+        let answer = read(response, answer_bytes).await;
+        answer.map(|(answer, _)| answer).map_err(|error| Broken::Failed(explain(&error, true)))
+    }
+
+    fn is_open(&self) -> bool {
+        !self.send.is_closed() && !self.going.load(Ordering::Relaxed)
     }
 }
 
@@ -295,17 +343,27 @@ async fn read(response: Response<Incoming>, most: usize) -> hyper::Result<(Answe
     Ok((answer, true))
 }
 
-/// Whether the endpoint itself ended one request of a shared connection, which would otherwise live
-/// on: an answer of a kind. Refusing a stream unseen is not (RFC 9113, section 8.7).
-fn refused_by_peer(error: &hyper::Error) -> bool {
+/// The error, and whether nothing of the request was written: hyper hands it back then.
+fn unwritten(mut error: TrySendError<Request<Body>>) -> (hyper::Error, bool) {
+    let unwritten = error.take_message().is_some();
+    (error.into_error(), unwritten)
+}
+
+/// Whether the endpoint says that it has not processed the stream. GOAWAY comes to a stream as an error only where it
+/// is above the last one that the endpoint took.
+fn unprocessed(error: &h2::Error) -> bool {
+    error.is_remote() && (error.is_go_away() || error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM))
+}
+
+fn h2_error(error: &hyper::Error) -> Option<&h2::Error> {
     let mut source = error.source();
     while let Some(cause) = source {
         if let Some(h2) = cause.downcast_ref::<h2::Error>() {
-            return h2.is_reset() && h2.reason() != Some(h2::Reason::REFUSED_STREAM);
+            return Some(h2);
         }
         source = cause.source();
     }
-    false
+    None
 }
 
 /// Why a request failed, in a few words.

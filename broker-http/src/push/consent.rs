@@ -65,7 +65,7 @@ pub(crate) async fn ask(
         let mut connection = route.open(&mut client.permit().await).await?;
         connection.exchange(request, &route).await.map_err(|broken| match broken {
             Broken::Failed(why) => why,
-            Broken::Stale => "connection closed without an answer".to_owned(),
+            Broken::Unseen | Broken::Stale => "connection closed without an answer".to_owned(),
         })
     };
     let answer = match tokio::time::timeout(PATIENCE.min(spec.timeout), asking).await {

@@ -14,6 +14,7 @@ use super::connection::{Broken, Connection, Content};
 use super::core::Parcel;
 use super::encode::envelope;
 use super::engine::Engine;
+use super::resend::Resends;
 use super::timer::Timer;
 use super::verdict::{self, Decision, Item, Outcome, Verdict};
 use crate::Mode;
@@ -86,7 +87,7 @@ pub(crate) async fn exchange<'a>(
     let mut turn = engine.encoder.turn(messages).await;
     let (time, began) = (Timestamp::now(), Instant::now());
     let attempt = async {
-        let mut free = true;
+        let mut resends = Resends::new(engine.route.answers());
         loop {
             let open = match connection {
                 Some(open) => open,
@@ -99,16 +100,16 @@ pub(crate) async fn exchange<'a>(
             drop(turn.take());
             match open.exchange(content, &engine.route).await {
                 Ok(answer) => return Outcome::Answer(answer),
-                Err(Broken::Failed(reason)) => return Outcome::Failed(reason),
-                // Free, and only once: an endpoint that refuses whatever it is sent would be asked without end.
-                Err(Broken::Stale) if free => {
-                    free = false;
+                Err(broken) if resends.is_free(&broken, engine.route.answers()) => {
                     permit = connection.take().and_then(Connection::into_permit);
                 }
-                Err(Broken::Stale) => {
+                Err(Broken::Unseen | Broken::Stale) => {
                     engine.route.forget();
-                    return Outcome::Failed("the endpoint refused the request twice without an answer".to_owned());
+                    return Outcome::Failed(
+                        "the endpoint refused the request again and again without an answer".to_owned(),
+                    );
                 }
+                Err(Broken::Failed(reason)) => return Outcome::Failed(reason),
             }
         }
     };

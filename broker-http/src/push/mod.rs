@@ -23,6 +23,7 @@ mod guard;
 mod handle;
 mod lane;
 mod rate;
+mod resend;
 mod sign;
 mod special;
 mod target;

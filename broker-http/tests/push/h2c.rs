@@ -9,7 +9,8 @@ use http_body_util::{BodyExt as _, Full};
 use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use tokio::net::TcpListener;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::support::{Endpoint, QUICK, Rig, status};
 
@@ -59,7 +60,7 @@ async fn an_endpoint_that_speaks_only_http_1_is_a_failure_that_says_why() {
 }
 
 #[tokio::test]
-async fn an_endpoint_that_refuses_every_stream_is_asked_twice_an_attempt_and_not_without_end() {
+async fn an_endpoint_that_refuses_every_stream_is_asked_a_few_times_an_attempt_and_not_without_end() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}/hook", listener.local_addr().unwrap());
     let requests = Arc::new(AtomicUsize::new(0));
@@ -84,5 +85,89 @@ async fn an_endpoint_that_refuses_every_stream_is_asked_twice_an_attempt_and_not
     rig.publish_text("42").await;
     let reason = rig.dead(1).await.remove(0).failure.reason().to_owned();
     assert!(reason.starts_with("max_attempts (3)"), "{reason}");
-    assert!(requests.load(Ordering::Relaxed) <= 6, "{requests:?} requests in 3 attempts");
+    assert!(requests.load(Ordering::Relaxed) <= 12, "{requests:?} requests in 3 attempts");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_that_ends_connections_after_some_requests_costs_no_attempt() {
+    const MESSAGES: usize = 5_000;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/hook", listener.local_addr().unwrap());
+    let (connections, answered) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    tokio::spawn({
+        let (connections, answered) = (Arc::clone(&connections), Arc::clone(&answered));
+        async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                connections.fetch_add(1, Ordering::Relaxed);
+                let answered = Arc::clone(&answered);
+                tokio::spawn(async move {
+                    let mut connection = h2::server::handshake(lingering(stream)).await.unwrap();
+                    let mut accepted = 0;
+                    while let Some(Ok((request, mut respond))) = connection.accept().await {
+                        assert_eq!(request.headers()["broker-attempt"], "1");
+                        answered.fetch_add(1, Ordering::Relaxed);
+                        respond.send_response(hyper::Response::new(()), true).unwrap();
+                        accepted += 1;
+                        if accepted == 20 {
+                            connection.graceful_shutdown();
+                        }
+                    }
+                });
+            }
+        }
+    });
+    let rig = Rig::new(&url, r#""http2":true,"retry":{"max_attempts":1}"#).await;
+    rig.publish((0..MESSAGES).map(|number| Message::new(number.to_string()))).await;
+    rig.drained().await;
+    let dead = rig.broker.dead_letters(&rig.group, 1000).await.unwrap();
+    let reasons: Vec<_> = dead.iter().map(|dead| dead.failure.reason()).collect();
+    assert!(reasons.is_empty(), "{reasons:?}");
+    assert_eq!(answered.load(Ordering::Relaxed), MESSAGES);
+    assert!(connections.load(Ordering::Relaxed) > 10, "{connections:?} connections");
+}
+
+#[tokio::test]
+async fn an_endpoint_that_ends_every_connection_before_any_request_is_a_failed_attempt() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/hook", listener.local_addr().unwrap());
+    let connections = Arc::new(AtomicUsize::new(0));
+    tokio::spawn({
+        let connections = Arc::clone(&connections);
+        async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                connections.fetch_add(1, Ordering::Relaxed);
+                tokio::spawn(async move {
+                    // The preface (24 bytes) and whatever comes with it, then SETTINGS, and GOAWAY of last stream 0.
+                    let (mut stream, mut preface) = (stream, [0; 24]);
+                    stream.read_exact(&mut preface).await.unwrap();
+                    let frames = [&[0, 0, 0, 4, 0, 0, 0, 0, 0][..], &[0, 0, 8, 7, 0, 0, 0, 0, 0], &[0; 8]].concat();
+                    stream.write_all(&frames).await.unwrap();
+                    let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
+                });
+            }
+        }
+    });
+    let rig = Rig::new(&url, r#""http2":true,"timeout":"5s","retry":{"max_attempts":1}"#).await;
+    rig.publish_text("42").await;
+    let reason = rig.dead(1).await.remove(0).failure.reason().to_owned();
+    assert!(reason.contains("refused the request again and again"), "{reason}");
+    assert!(connections.load(Ordering::Relaxed) <= 4, "{connections:?} connections in 1 attempt");
+}
+
+/// The stream, which reads on after the server has let go of it: closing with something unread would reset the
+/// connection, and take the answers on their way with it.
+fn lingering(stream: TcpStream) -> tokio::io::DuplexStream {
+    let (near, far) = tokio::io::duplex(64 << 10);
+    let ((mut from_peer, mut to_peer), (mut from_near, mut to_near)) = (stream.into_split(), tokio::io::split(far));
+    tokio::spawn(async move {
+        let _ = tokio::io::copy(&mut from_near, &mut to_peer).await;
+        let _ = to_peer.shutdown().await;
+    });
+    tokio::spawn(async move {
+        let _ = tokio::io::copy(&mut from_peer, &mut to_near).await;
+        let _ = tokio::io::copy(&mut from_peer, &mut tokio::io::sink()).await;
+    });
+    near
 }
