@@ -247,9 +247,11 @@ fn read(delivery: lapin::message::Delivery, go_micro: bool) -> (u64, Result<wire
     let tag = delivery.delivery_tag;
     let body = Bytes::from(delivery.data);
     let arrived = wire::decode(delivery.routing_key.as_str(), &delivery.properties, Bytes::clone(&body), go_micro);
-    let arrived =
-        arrived.map_err(|reason| Undecodable { reason, body, topic: Topic::new(delivery.routing_key.as_str()).ok() });
-    (tag, arrived)
+    let undecodable = |reason| {
+        let message = wire::salvage(&delivery.properties, body);
+        Undecodable { reason, message, topic: Topic::new(delivery.routing_key.as_str()).ok() }
+    };
+    (tag, arrived.map_err(undecodable))
 }
 
 /// Stops consuming, gives back what was not handed out, and waits until the rest is settled.

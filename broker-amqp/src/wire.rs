@@ -12,6 +12,9 @@
 //! | tombstone | an empty body and the header `x-broker-tombstone` |
 //! | deliveries so far, the first of them, the topic (of a retry) | `x-broker-attempt`, `x-broker-first`, `x-broker-topic` |
 //!
+//! What others say in other properties (`content-encoding`, `correlation-id`, `reply-to`, `type`, `app-id`, `user-id`,
+//! `priority`) is read as a header of that name, unless there is one; so is a `content-type` or a `message-id` that is none.
+//!
 //! Names that RabbitMQ gives a meaning (`CC`, `BCC`, `x-death` and its like) and names beginning with
 //! `x-broker-` travel with `x-broker-header-` before them. The server discards what expired a minute ago,
 //! uncounted; a member discards it at once, and counts it.
@@ -221,21 +224,14 @@ pub(crate) fn decode(
     let time = |name: &str| table.get(name).map(|value| integer(name, value).map(Timestamp::from_millis)).transpose();
 
     let tombstone = matches!(table.get(TOMBSTONE), Some(AMQPValue::Boolean(true)));
-    let mut message = if tombstone { Message::tombstone() } else { Message::new(body) };
-    if let Some(id) = properties.message_id().as_ref().and_then(|id| id.as_str().parse::<MessageId>().ok()) {
-        message = message.with_id(id);
-    }
+    let message = if tombstone { Message::tombstone() } else { Message::new(body) };
+    let (mut message, besides) = described(message, properties);
     let seconds = properties.timestamp().and_then(|seconds| i64::try_from(seconds).ok()?.checked_mul(1000));
     if let Some(timestamp) = time(TIMESTAMP)?.or(seconds.map(Timestamp::from_millis)) {
         message = message.with_timestamp(timestamp);
     }
     if let Some(value) = table.get(KEY) {
         message = message.with_key(Bytes::copy_from_slice(raw(KEY, value)?));
-    }
-    if let Some(content_type) = properties.content_type()
-        && let Ok(with) = message.clone().with_content_type(content_type.as_str())
-    {
-        message = with;
     }
     if let Some(expires) = time(EXPIRES)? {
         message = message.with_expires_at(expires);
@@ -251,6 +247,7 @@ pub(crate) fn decode(
     let redeliveries = table.get(DELIVERY_COUNT).and_then(foreign::integer).and_then(|count| u64::try_from(count).ok());
     let first = time(FIRST)?;
     *message.headers_mut() = headers(table)?;
+    add(message.headers_mut(), besides);
     if go_micro
         && let Some(content_type) = message.headers().get_str(CONTENT_TYPE).map(str::to_owned)
         && let Ok(mut with) = message.clone().with_content_type(&content_type)
@@ -259,6 +256,75 @@ pub(crate) fn decode(
         message = with;
     }
     Ok(Arrived { message, topic, attempts, first, due, redeliveries: redeliveries.unwrap_or(0) })
+}
+
+/// What there is of a message that cannot be read: its body, what its properties say, and each header as text.
+pub(crate) fn salvage(properties: &BasicProperties, body: Bytes) -> Message {
+    let (mut message, besides) = described(Message::new(body), properties);
+    let table = properties.headers().iter().flat_map(FieldTable::inner);
+    for (name, value) in table.filter(|(name, _)| name.as_str() != DELIVERY_COUNT) {
+        for value in foreign::values(value) {
+            // What is no name has no place.
+            let _ = message.headers_mut().append(name.as_str(), value);
+        }
+    }
+    add(message.headers_mut(), besides);
+    message
+}
+
+/// Leaves out of a message what keeps a copy of it from being sent on, which somebody else wrote: headers whose names are
+/// too long once they are escaped, and the largest where all fit into no frame.
+pub(crate) fn fit(message: &mut Message, frame_max: usize) {
+    let nameless = message.headers().iter().map(|(name, _)| name).filter(|name| wire_name(name.as_str()).is_err());
+    for name in nameless.cloned().collect::<Vec<_>>() {
+        message.headers_mut().remove(name.as_str());
+    }
+    while header_bytes(message) > frame_max {
+        let largest = message.headers().iter().filter(|(name, _)| !name.as_str().starts_with("broker-"));
+        let Some(name) = largest.max_by_key(|(name, value)| name.as_str().len() + value.len()) else { return };
+        let name = name.0.clone();
+        tracing::warn!(id = %message.id(), header = name.as_str(), "a header too large to be sent on is left out");
+        message.headers_mut().remove(name.as_str());
+    }
+}
+
+/// A message with what the properties say of it, and what else they say, by their names in AMQP.
+fn described(mut message: Message, properties: &BasicProperties) -> (Message, Vec<(&'static str, String)>) {
+    let mut besides = Vec::new();
+    if let Some(id) = properties.message_id() {
+        match id.as_str().parse::<MessageId>() {
+            Ok(id) => message = message.with_id(id),
+            Err(_) => besides.push(("message-id", id.to_string())),
+        }
+    }
+    if let Some(content_type) = properties.content_type() {
+        match message.clone().with_content_type(content_type.as_str()) {
+            Ok(with) => message = with,
+            Err(_) => besides.push(("content-type", content_type.to_string())),
+        }
+    }
+    for (name, value) in [
+        ("content-encoding", properties.content_encoding()),
+        ("correlation-id", properties.correlation_id()),
+        ("reply-to", properties.reply_to()),
+        ("type", properties.kind()),
+        ("app-id", properties.app_id()),
+        ("user-id", properties.user_id()),
+    ] {
+        besides.extend(value.as_ref().map(|value| (name, value.to_string())));
+    }
+    besides.extend(properties.priority().map(|priority| ("priority", priority.to_string())));
+    (message, besides)
+}
+
+/// Adds headers where there is none of the name. What has control characters was no text ([`sieve`](crate::sieve)).
+fn add(headers: &mut Headers, besides: Vec<(&'static str, String)>) {
+    for (name, value) in besides {
+        if headers.get(name).is_none() && !value.contains(char::is_control) {
+            // They are all names.
+            let _ = headers.append(name, value);
+        }
+    }
 }
 
 fn headers(table: &BTreeMap<ShortString, AMQPValue>) -> Result<Headers, String> {
@@ -352,6 +418,69 @@ mod tests {
     fn a_message_without_any_properties_is_read() {
         let arrived = decode("a", &BasicProperties::default(), Bytes::from_static(b"x"), false).unwrap();
         assert_eq!((arrived.message.payload().as_ref(), arrived.message.key()), (&b"x"[..], None));
+    }
+
+    #[test]
+    fn what_others_say_in_properties_is_in_headers() {
+        let table = FieldTable::from(BTreeMap::from([
+            (ShortString::from("reply-to"), AMQPValue::LongString("a header".into())),
+            (ShortString::from(KEY), AMQPValue::FieldTable(FieldTable::default())),
+            (ShortString::from("good"), AMQPValue::Boolean(true)),
+        ]));
+        let properties = BasicProperties::default()
+            .with_message_id("7".into())
+            .with_content_type("no type \u{e9}".into())
+            .with_content_encoding("gzip".into())
+            .with_reply_to("a property".into())
+            .with_priority(3)
+            .with_headers(table);
+        let shown = |message: &Message| {
+            let mut all: Vec<_> =
+                message.headers().iter().map(|(name, value)| (name.to_string(), value.clone())).collect();
+            all.sort();
+            all
+        };
+        let expected = |pairs: &[(&str, &'static str)]| {
+            pairs
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), Bytes::from_static(value.as_bytes())))
+                .collect::<Vec<_>>()
+        };
+        let common = [
+            ("content-encoding", "gzip"),
+            ("content-type", "no type \u{e9}"),
+            ("good", "true"),
+            ("priority", "3"),
+            ("reply-to", "a header"),
+        ];
+        // The key is broken: what there is is kept, with what broke it.
+        assert!(decode("a", &properties, Bytes::new(), false).is_err());
+        let salvaged = salvage(&properties, Bytes::from_static(b"x"));
+        assert_eq!((salvaged.id().to_string().as_str(), salvaged.payload().as_ref()), ("7", &b"x"[..]));
+        assert_eq!(shown(&salvaged), expected(&[&common[..], &[(KEY, "{}")]].concat()));
+        let mut table = properties.headers().clone().unwrap_or_default().inner().clone();
+        table.remove(KEY);
+        let properties = properties.with_headers(FieldTable::from(table));
+        let message = decode("a", &properties, Bytes::new(), false).unwrap().message;
+        assert_eq!(shown(&message), expected(&common));
+        assert_eq!(shown(&round_trip(&message)), shown(&message));
+    }
+
+    #[test]
+    fn what_fits_into_no_frame_loses_its_largest_headers() {
+        let mut message = Message::new("x").with_header("broker-dead-reason", vec![b'r'; 900]).unwrap();
+        message = message.with_header(format!("x-broker-{}", "n".repeat(246)), "").unwrap();
+        for (name, bytes) in [("small", 10), ("large", 100_000), ("larger", 200_000)] {
+            message = message.with_header(name, vec![b'x'; bytes]).unwrap();
+        }
+        fit(&mut message, 131_072);
+        let names: Vec<_> = message.headers().iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["broker-dead-reason", "small", "large"]);
+        fit(&mut message, 3_000);
+        assert_eq!(message.headers().len(), 2);
+        fit(&mut message, 10);
+        assert_eq!(message.headers().len(), 1);
+        assert!(check(&message, 131_072).is_ok());
     }
 
     #[test]

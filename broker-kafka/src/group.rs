@@ -192,6 +192,13 @@ pub(crate) fn start_offsets(admin: &Admin, partitions: &[Partition], start: &Sta
             if let Some((_, offset)) = positions.iter().find(|(_, offset)| *offset < 0) {
                 return Err(Error::invalid(format!("start position {offset}: an offset is 0 or more")));
             }
+            // Of a pattern no topic of which is there yet nothing can be told.
+            let there = |number: i32| partitions.is_empty() || partitions.iter().any(|(_, one)| *one == number);
+            if let Some((number, _)) = positions.iter().find(|(number, _)| !there(*number)) {
+                let count = partitions.iter().map(|(_, one)| one + 1).max().unwrap_or(0);
+                let why = format!("start position in partition {number}: there are {count} partitions, from 0 on");
+                return Err(Error::invalid(why));
+            }
             // A partition that is not named is read from its beginning: nothing is skipped unasked.
             let mut offsets = admin.offsets(partitions, At::Beginning)?;
             let ends = admin.offsets(partitions, At::End)?;

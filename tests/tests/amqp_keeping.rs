@@ -134,6 +134,48 @@ async fn the_one_queue_left_of_several_is_bound_and_read() {
     clean(broker, &group).await;
 }
 
+/// What cannot be read is not lost: an operator finds out what it was. Nor does it stay because it is large.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_read_is_kept_with_all_there_is_of_it() {
+    let _turn = TURN.lock().await;
+    let (topic, group) = names("unread");
+    let broker = open(server()).unwrap();
+    let mut member = join(&*broker, &group).await;
+    let (connection, channel) = raw().await;
+    let mut broken = FieldTable::default();
+    broken.insert("good".into(), AMQPValue::LongString("yes".into()));
+    broken.insert("x-broker-key".into(), AMQPValue::FieldTable(FieldTable::default()));
+    let properties = BasicProperties::default().with_message_id("7".into()).with_content_type("text/plain".into());
+    // Nearly a frame of headers, which a letter has more of.
+    let mut large = broken.clone();
+    for number in 0..100 {
+        large.insert(format!("h{number}").into(), AMQPValue::LongString("x".repeat(1_290).into()));
+    }
+    for headers in [broken, large] {
+        let properties = properties.clone().with_content_encoding("gzip".into()).with_headers(headers);
+        let (exchange, key) = ("broker".into(), topic.as_str().into());
+        channel.basic_publish(exchange, key, BasicPublishOptions::default(), b"x", properties).await.unwrap();
+    }
+    let kept = letters(&*broker, &group, 2).await;
+    for letter in &kept {
+        let message = &letter.message;
+        assert_eq!((letter.attempts, letter.failure.status()), (0, Some("codec")));
+        assert_eq!((message.id().to_string().as_str(), message.content_type()), ("7", Some("text/plain")));
+        let told = ["good", "content-encoding", "x-broker-key"].map(|name| message.headers().get_str(name));
+        assert_eq!(told, [Some("yes"), Some("gzip"), Some("{}")]);
+    }
+    // Of the large one not all could be sent on.
+    let most = kept.iter().map(|letter| letter.message.headers().len()).max().unwrap();
+    assert!((80..103).contains(&most), "{most}");
+    broker.publish(&topic, Message::new("read")).await.unwrap();
+    let delivery = next(&mut member).await;
+    assert_eq!(delivery.message().payload(), "read");
+    delivery.ack().await.unwrap();
+    connection.close(200, "OK".into()).await.unwrap();
+    drop(member);
+    clean(broker, &group).await;
+}
+
 /// The server tells that a queue is missing by closing the channel, of which a connection has 2,047.
 #[tokio::test(flavor = "multi_thread")]
 async fn asking_for_what_is_missing_wears_nothing_out() {

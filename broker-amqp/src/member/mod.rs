@@ -257,10 +257,10 @@ impl Member {
                         }
                     }
                     Err(undecodable) => {
-                        let Undecodable { reason, body, topic } = undecodable;
+                        let Undecodable { reason, message, topic } = undecodable;
                         let topic = topic.or_else(|| self.filter.topic()).unwrap_or_else(unknown_topic);
-                        let message = Message::new(body);
-                        let inbound = Inbound { message, topic, attempt: 1, first: now, redeliveries: 0, tag };
+                        // It was delivered to nobody.
+                        let inbound = Inbound { message, topic, attempt: 0, first: now, redeliveries: 0, tag };
                         aside.push((inbound, Aside::Undecodable(reason)));
                     }
                 }
@@ -436,10 +436,10 @@ enum Aside {
     Undecodable(String),
 }
 
-/// A message that cannot be read, as it came.
+/// A message that cannot be read, and what there is of it.
 pub(crate) struct Undecodable {
     pub(crate) reason: String,
-    pub(crate) body: bytes::Bytes,
+    pub(crate) message: Message,
     pub(crate) topic: Option<Topic>,
 }
 

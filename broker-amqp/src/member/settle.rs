@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 use super::{Inbound, Member, Remembered};
 use crate::link::{Wait, closed};
 use crate::topology;
-use crate::wire::Travel;
+use crate::wire::{self, Travel};
 use crate::writer::{Envelope, Route};
 
 /// The server takes back what is unacked for half an hour: what the client holds longer than this goes
@@ -236,6 +236,10 @@ impl Member {
         if !self.state.lock().is(epoch) {
             return Operation::from(lost());
         }
+        let by = by.map(|mut envelope| {
+            wire::fit(&mut envelope.message, self.shared.writer.frame_max());
+            envelope
+        });
         let (done, outcome) = oneshot::channel();
         let member = Arc::clone(self);
         self.shared.spawn(async move {

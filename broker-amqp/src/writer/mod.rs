@@ -110,10 +110,15 @@ impl Writer {
         }
     }
 
+    /// Bytes that a frame may have.
+    pub(crate) fn frame_max(&self) -> usize {
+        self.frame_max.load(Ordering::Relaxed)
+    }
+
     /// Takes a message; what is returned ends when the server has confirmed it, or at the publish
     /// timeout. The order of calls is the order of sending.
     pub(crate) fn submit(&self, envelope: Envelope) -> Publish {
-        if let Err(error) = wire::check(&envelope.message, self.frame_max.load(Ordering::Relaxed)) {
+        if let Err(error) = wire::check(&envelope.message, self.frame_max()) {
             return Operation::from(error);
         }
         let deadline = Instant::now() + self.options.publish_timeout;

@@ -319,6 +319,10 @@ async fn a_start_beyond_the_end_is_refused() -> Result<()> {
     let error = broker.create_group(&format!("far@{topic}").parse()?, at(2)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
     assert!(error.message().contains("ends at 1"), "{error}");
+    let nowhere = GroupOptions::new().with_start(broker_core::StartAt::Position(vec![(0, 0), (7, 0)]));
+    let error = broker.create_group(&format!("nowhere@{topic}").parse()?, nowhere).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+    assert!(error.message().contains("partition 7"), "{error}");
     let end: Group = format!("end@{topic}").parse()?;
     assert!(broker.create_group(&end, at(1)).await?);
     broker.delete_group(&end).await?;
