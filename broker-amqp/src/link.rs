@@ -48,11 +48,12 @@ impl Live {
     /// lapin (4.12) keeps what the server closed a channel for under the channel's number, and fails whoever is given
     /// that number next with it. The number is of no use from then on, so that another one is tried.
     pub(crate) async fn channel(&self) -> Result<Channel> {
-        let mut vain = 0;
         loop {
             match self.connection.create_channel().await {
                 Ok(channel) => return Ok(channel),
-                Err(error) if of_another(&error) && vain < WORN && self.is_up() => vain += 1,
+                // Each time there is one number less, so that this ends. Whoever opens channels otherwise than to ask
+                // learns here alone that some are lost.
+                Err(error) if of_another(&error) && self.is_up() => self.wear(),
                 Err(error) if matches!(error.kind(), lapin::ErrorKind::ChannelsLimitReached) => {
                     if self.is_worn() {
                         // There are numbers enough on a new one.
@@ -67,7 +68,7 @@ impl Live {
         }
     }
 
-    /// The server has closed one of its channels.
+    /// The server has closed one of its channels, or a number is found that is of no use since it did.
     pub(crate) fn wear(&self) {
         self.closed.fetch_add(1, Ordering::Relaxed);
     }

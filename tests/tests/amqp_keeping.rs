@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use amqp_server::{TURN, fault, open, open_as_it_is, ours, raw, server};
 use broker_amqp::lapin::BasicProperties;
-use broker_amqp::lapin::options::{BasicPublishOptions, QueueDeclareOptions, QueueDeleteOptions};
+use broker_amqp::lapin::options::{
+    BasicPublishOptions, ExchangeDeleteOptions, QueueDeclareOptions, QueueDeleteOptions,
+};
 use broker_amqp::lapin::types::{AMQPValue, FieldTable};
 use broker_core::{
     Broker, BrokerExt, DeadLetter, ErrorKind, Group, GroupOptions, Message, RetryPolicy, Subscribe, Subscription,
@@ -132,6 +134,26 @@ async fn the_one_queue_left_of_several_is_bound_and_read() {
     delivery.ack().await.unwrap();
     drop(member);
     clean(broker, &group).await;
+}
+
+/// The connection that publishes loses a channel with each message that the server refuses: here for want of an exchange.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_server_refuses_wears_no_publisher_out() {
+    let _turn = TURN.lock().await;
+    let exchange = format!("suite.worn-{:08x}", fastrand::u32(..));
+    let broker = open(&format!("{}?exchange={exchange}", server())).unwrap();
+    let topic: Topic = "a".parse().unwrap();
+    let (connection, channel) = raw().await;
+    // More than there are numbers.
+    for _ in 0..2_060 {
+        channel.exchange_delete(exchange.as_str().into(), ExchangeDeleteOptions::default()).await.unwrap();
+        // It may have come to the exchange, or be refused for it.
+        let _ = timeout(PATIENCE, broker.publish(&topic, Message::new("x"))).await.expect("it has no end");
+    }
+    timeout(PATIENCE, broker.publish(&topic, Message::new("x"))).await.expect("it has no end").unwrap();
+    channel.exchange_delete(exchange.as_str().into(), ExchangeDeleteOptions::default()).await.unwrap();
+    connection.close(200, "OK".into()).await.unwrap();
+    broker.close(PATIENCE).await;
 }
 
 /// What cannot be read is not lost: an operator finds out what it was. Nor does it stay because it is large.
