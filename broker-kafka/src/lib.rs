@@ -21,9 +21,12 @@ mod retry_topics;
 mod wire;
 
 // Publishing.
+mod callbacks;
 mod process;
 mod producer;
+mod publishing;
 mod tickets;
+mod topic_queue;
 mod transaction;
 
 // Receiving: the state machines, then what drives them.
@@ -43,11 +46,12 @@ mod metadata;
 mod poller;
 
 pub use broker::{KafkaBroker, connector};
+pub use callbacks::Callbacks;
 pub use capabilities::capabilities;
 pub use config::{Compression, Credentials, KafkaConfig, Sasl, Security, Settings};
 pub use error::error_kind;
 pub use pattern::topic_pattern;
-pub use producer::{Callbacks, RawProducer};
+pub use publishing::RawProducer;
 pub use record::Format;
 pub use refusal::{check_collision, check_message, check_options};
 pub use transaction::Transaction;

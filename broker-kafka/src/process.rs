@@ -16,7 +16,7 @@ use crate::client::rest;
 use crate::delivery::Batch;
 use crate::group;
 use crate::member::Member;
-use crate::producer::Publishing;
+use crate::publishing::Publishing;
 use crate::state::{Item, Place};
 use crate::stored::Stored;
 use crate::transaction::Offsets;

@@ -6,35 +6,37 @@
 //! flight are settled, or after the drain timeout; then its progress is committed. One that is lost
 //! is dropped, and nothing said of it.
 
+mod commits;
+mod end;
+mod records;
+mod transfers;
+
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::task::{Context as TaskContext, Poll, Wake, Waker};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use broker_core::{Error, ErrorKind, Publish, Result, Topic};
 use crossbeam_channel::{Receiver, Sender};
-use rdkafka::consumer::{CommitMode, Consumer as _};
+use rdkafka::consumer::Consumer as _;
 use rdkafka::error::{KafkaError, KafkaResult};
-use rdkafka::message::{BorrowedMessage, Message as RdMessage};
 use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{Offset, TopicPartitionList};
 use rustc_hash::FxHashMap;
 
 use crate::admin::{Admin, Partition, list};
-use crate::batch::{BATCH, Batches, Record};
-use crate::committer::{Answer, Committer};
+use crate::batch::{BATCH, Batches};
+use crate::committer::Committer;
 use crate::consumer::{Client, Source, assign, make, unassign};
 use crate::group;
 use crate::lot::Lot;
 use crate::member::{Arrival, Member};
-use crate::producer::Publishing;
 use crate::progress::Progress;
-use crate::record::{Copies, Format, Travel};
+use crate::publishing::Publishing;
+use crate::record::Copies;
 use crate::retry_topics::RetryTopics;
-use crate::state::{Place, Transfer, TransferKind};
+use crate::state::{Place, Transfer};
 use crate::stored::Stored;
-use crate::{error, topic_pattern, wire};
+use crate::{error, topic_pattern};
 
 /// How long the thread waits at most where it has nothing to do: everything else rouses it.
 const IDLE: Duration = Duration::from_millis(200);
@@ -214,17 +216,6 @@ impl Poller {
         }
     }
 
-    fn admit_stray(&mut self, record: &BorrowedMessage<'_>) {
-        let Ok(topic) = Topic::new(record.topic()) else { return };
-        if let Some(place) = self.places.get(&(topic, record.partition())) {
-            let Some(record) = Record::of(record) else { return };
-            let arrival = arrival(&record, self.admin.config().format, &mut self.copies);
-            if let Some(end) = self.member.admit(*place, [arrival]) {
-                self.cut(*place, end);
-            }
-        }
-    }
-
     fn rebalance(&mut self, what: RDKafkaRespErr, partitions: TopicPartitionList) {
         match what {
             RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => self.assign(partitions),
@@ -365,257 +356,13 @@ impl Poller {
             self.member.entry.failed(error.message());
         }
     }
-
-    // --- records ------------------------------------------------------------------------------------
-
-    fn read(&mut self) -> bool {
-        let mut busy = false;
-        let format = self.admin.config().format;
-        let (mut arrivals, mut copies) = (std::mem::take(&mut self.arrivals), std::mem::take(&mut self.copies));
-        let mut cut = Vec::new();
-        for (place, queue) in &self.queues {
-            if !self.member.state(|state| state.has_room(*place)) {
-                continue;
-            }
-            let read = queue.read(|record| match record {
-                Ok(record) => arrivals.push(arrival(&record, format, &mut copies)),
-                Err(error) => self.failed(&error),
-            });
-            busy |= read == BATCH;
-            if !arrivals.is_empty() {
-                let end = self.member.admit(*place, arrivals.drain(..));
-                cut.extend(end.map(|end| (*place, end)));
-            }
-        }
-        (self.arrivals, self.copies) = (arrivals, copies);
-        cut.into_iter().for_each(|(place, end)| self.cut(place, end));
-        busy
-    }
-
-    /// The log of a partition does not go on where it was read to, but earlier: its topic was deleted and made again, or its
-    /// leader had not all of it (KIP-320). What is there now under the offsets of before are other records, to be delivered.
-    /// librdkafka reads on at the end it found, or at the beginning; we go back as far as something is not settled.
-    fn cut(&mut self, place: Place, end: i64) {
-        let Some((anew, partition, from)) = self.member.state(|state| state.cut(place, end)) else { return };
-        let (topic, number) = &partition;
-        self.report_error(Err(Error::backend(format!("partition {number} of {topic}: its log was cut at {end}"))));
-        // Without waiting: what was read before is left out from now on.
-        let sought = self.consumer.seek(topic.as_str(), *number, Offset::Offset(from), Duration::ZERO);
-        self.report(sought);
-        for (of_queue, _) in &mut self.queues {
-            if *of_queue == place {
-                *of_queue = anew;
-            }
-        }
-        self.places.insert(partition, anew);
-    }
-
-    // --- to other topics ----------------------------------------------------------------------------
-
-    fn transfer(&mut self) {
-        let now = Instant::now();
-        let mut fresh = self.member.state(|state| state.take_transfers());
-        if now >= self.try_again {
-            fresh.append(&mut self.refused);
-        }
-        for transfer in fresh {
-            let topic = self.publishing.topic(&transfer.topic);
-            let travel = match &transfer.kind {
-                TransferKind::Dead(_) => Travel::default(),
-                TransferKind::Retry(retried) => Travel { for_group: None, retried: Some(retried.clone()) },
-            };
-            let publish = self.publishing.publish_late(&topic, transfer.copy.clone(), travel);
-            self.moving.push((transfer, publish));
-        }
-        if self.moving.is_empty() {
-            return;
-        }
-        let waker = Waker::from(Arc::new(Rouse(self.rouse.clone())));
-        let mut cx = TaskContext::from_waker(&waker);
-        for (transfer, mut publish) in std::mem::take(&mut self.moving) {
-            match std::pin::Pin::new(&mut publish).poll(&mut cx) {
-                Poll::Pending => self.moving.push((transfer, publish)),
-                Poll::Ready(result) => {
-                    if let Some(transfer) = self.member.transferred(transfer, result.map(drop)) {
-                        self.refused.push(transfer);
-                        self.try_again = now + AGAIN;
-                    }
-                }
-            }
-        }
-    }
-
-    // --- commits ------------------------------------------------------------------------------------
-
-    fn commit(&mut self) {
-        if self.member.group.is_none() {
-            return;
-        }
-        self.hear_answers();
-        let now = Instant::now();
-        if now < self.next_commit {
-            return;
-        }
-        self.next_commit = now + self.admin.config().commit_interval;
-        let (commits, held_back) = self.member.state(|state| (state.commits(), state.is_held_back()));
-        self.held_back = held_back;
-        if commits.is_empty() {
-            return;
-        }
-        let partitions = carried(&commits);
-        match self.commit_list(&commits) {
-            Ok(list) => self.committer.commit(partitions, list),
-            Err(error) => {
-                self.member.state(|state| state.answered(&partitions));
-                self.not_committed(&partitions, error);
-            }
-        }
-    }
-
-    fn hear_answers(&mut self) {
-        let answers: Vec<Answer> = self.committer.answers().collect();
-        if self.held_back && !answers.is_empty() {
-            self.next_commit = Instant::now();
-        }
-        for Answer { partitions, result } in answers {
-            self.member.state(|state| state.answered(&partitions));
-            match result {
-                Ok(()) => self.admin.health().recovered(),
-                Err(error) => self.not_committed(&partitions, error),
-            }
-        }
-    }
-
-    /// Commits for the last time, and waits until the server has it; false if it may have it a moment later, and who
-    /// tries again unseals what is to be in it. Until `patience` it waits for what was sent in the background.
-    fn commit_now(&mut self, places: Option<&[Place]>, patience: Instant) -> bool {
-        if self.member.group.is_none() {
-            return true;
-        }
-        self.hear_answers();
-        if Instant::now() < patience && self.member.state(|state| state.is_committing(places)) {
-            return false;
-        }
-        let commits = self.member.state(|state| state.last_commits(places));
-        if commits.is_empty() {
-            return true;
-        }
-        let sent = self.commit_list(&commits).and_then(|list| {
-            self.consumer.commit(&list, CommitMode::Sync).map_err(|error| error::failed("commit", &error))
-        });
-        let Err(error) = sent else { return true };
-        let passing = error.kind() == ErrorKind::Unavailable;
-        self.not_committed(&carried(&commits), error);
-        !passing
-    }
-
-    fn commit_list(&self, commits: &[(Partition, Progress)]) -> Result<TopicPartitionList> {
-        group::commit_list(&Stored::new(&self.member.entry.settings()), commits)
-    }
-
-    /// The server has not taken a commit of these: it is to be said again.
-    fn not_committed(&self, partitions: &[Partition], error: Error) {
-        self.member.state(|state| state.not_committed(partitions));
-        self.report_error(Err(error));
-    }
-
-    // --- the end ------------------------------------------------------------------------------------
-
-    /// Takes part in a rebalance that is under way. To go in the middle of one would cost the others a
-    /// session timeout: the server reads no goodbye while it holds back its answer to our joining.
-    fn await_rebalance(&mut self) {
-        let Some(group) = &self.member.group else { return };
-        let id = self.admin.config().group_id(group);
-        let deadline = Instant::now() + REBALANCE;
-        while Instant::now() < deadline && matches!(self.admin.is_stable(&id), Ok(false)) {
-            self.serve_events();
-            self.finish_leaving();
-            let _ = self.roused.recv_timeout(Duration::from_millis(20));
-        }
-    }
-
-    fn leave(mut self) {
-        self.await_rebalance();
-        self.member.state(|state| self.queues.iter().for_each(|(place, _)| state.let_go(*place)));
-        // Acks of before are committed whatever comes after; between two generations the group takes no
-        // commit, and what comes next in its rebalance is for this thread to do.
-        let deadline = Instant::now() + REBALANCE;
-        while !self.commit_now(None, deadline) && Instant::now() < deadline && !self.consumer.assignment_lost() {
-            self.member.state(|state| state.unseal(None));
-            self.serve_events();
-            self.finish_leaving();
-            let _ = self.roused.recv_timeout(Duration::from_millis(20));
-        }
-        self.queues.clear();
-        for leaving in std::mem::take(&mut self.leaving) {
-            self.report(unassign(&self.consumer, &leaving.partitions));
-        }
-        for partitions in std::mem::take(&mut self.assigning) {
-            self.report(assign(&self.consumer, &partitions));
-        }
-        self.consumer.context().closing.store(true, Ordering::Release);
-        for (what, partitions) in std::mem::take(&mut *self.consumer.context().rebalances.lock()) {
-            self.report(match what {
-                RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => assign(&self.consumer, &partitions),
-                _ => unassign(&self.consumer, &partitions),
-            });
-        }
-        self.unsubscribe();
-        let Self { member, consumer, committer, .. } = self;
-        drop(committer);
-        // Ending a client may take long, or forever; whoever waits for this member does not wait for that.
-        let (ended, end) = crossbeam_channel::bounded(1);
-        let ending = move || {
-            drop(consumer);
-            let _ = ended.send(());
-        };
-        if thread::Builder::new().name("broker-kafka-end".to_owned()).spawn(ending).is_ok() {
-            let _ = end.recv_timeout(REBALANCE);
-        }
-        member.finish();
-    }
-
-    /// Leaves the group while the client is as alive as ever: where partitions are taken from one that is being
-    /// closed, librdkafka has been seen to wait for itself forever, still a member, its partitions nobody's.
-    fn unsubscribe(&self) {
-        // A static member does not leave: it is to come back.
-        if self.member.group.is_none() || self.admin.config().instance_id.is_some() {
-            return;
-        }
-        self.consumer.unsubscribe();
-        let deadline = Instant::now() + REBALANCE;
-        while Instant::now() < deadline {
-            // Partitions that are taken are let go in the callback.
-            let _ = self.consumer.poll(Duration::from_millis(5));
-            if self.consumer.assignment().is_ok_and(|assignment| assignment.count() == 0) {
-                break;
-            }
-        }
-    }
 }
 
 /// How long a member that goes waits for a rebalance under way.
 const REBALANCE: Duration = Duration::from_secs(5);
 
-fn carried(commits: &[(Partition, Progress)]) -> Vec<Partition> {
-    commits.iter().map(|(partition, _)| partition.clone()).collect()
-}
-
 /// The partitions of a list of librdkafka's.
 fn named(list: &TopicPartitionList) -> Vec<Partition> {
     let elements = list.elements();
     elements.iter().filter_map(|element| Some((Topic::new(element.topic()).ok()?, element.partition()))).collect()
-}
-
-fn arrival(record: &Record<'_>, format: Format, copies: &mut Copies) -> Arrival {
-    Arrival { offset: record.offset(), decoded: wire::decode(record, format, copies) }
-}
-
-/// Rouses the polling thread when a message has arrived where it was sent.
-struct Rouse(Sender<()>);
-
-impl Wake for Rouse {
-    fn wake(self: Arc<Self>) {
-        let _ = self.0.try_send(());
-    }
 }
