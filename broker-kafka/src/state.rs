@@ -397,6 +397,15 @@ mod tests {
         assert_eq!(offsets(state.commits()), [(0, 1), (1, 1)]);
     }
 
+    /// A partition of an ordered group, with 200 bytes of room in its commits.
+    fn ordered() -> (State, GroupEntry, Place) {
+        let mut state = State::default();
+        let entry = GroupEntry::new(broker_core::GroupOptions::new().with_ordered(true).resolve(None).unwrap());
+        let partition = (Topic::new("orders").unwrap(), 0);
+        let place = state.add(|id| Lot::new(id, partition, Some(Progress::default()), 200, true));
+        (state, entry, place)
+    }
+
     /// Takes what is ready and acks it, until nothing is.
     fn ack_all(state: &mut State, place: Place, entry: &GroupEntry) -> Vec<u64> {
         let mut acked = Vec::new();
@@ -419,10 +428,7 @@ mod tests {
     /// room to hand out any other.
     #[test]
     fn the_next_of_a_slow_key_is_handed_out_where_there_is_room_for_no_other() {
-        let mut state = State::default();
-        let entry = GroupEntry::new(broker_core::GroupOptions::new().with_ordered(true).resolve(None).unwrap());
-        let partition = (Topic::new("orders").unwrap(), 0);
-        let place = state.add(|id| Lot::new(id, partition, Some(Progress::default()), 200, true));
+        let (mut state, entry, place) = ordered();
         let lot = state.lot(place).unwrap();
         for offset in 0..500 {
             let key = if offset % 2 == 0 { "slow".to_owned() } else { offset.to_string() };
@@ -445,10 +451,7 @@ mod tests {
     /// What has expired is settled as all else: only where a commit has room to say so.
     #[test]
     fn what_has_expired_takes_no_room_that_a_commit_has_not() {
-        let mut state = State::default();
-        let entry = GroupEntry::new(broker_core::GroupOptions::new().with_ordered(true).resolve(None).unwrap());
-        let partition = (Topic::new("orders").unwrap(), 0);
-        let place = state.add(|id| Lot::new(id, partition, Some(Progress::default()), 200, true));
+        let (mut state, entry, place) = ordered();
         let lot = state.lot(place).unwrap();
         for offset in 0..1_000 {
             let message = match offset % 2 {
@@ -465,10 +468,7 @@ mod tests {
     /// What cannot be read is settled as all else: only where a commit has room to say so, and all of it in the end.
     #[test]
     fn what_cannot_be_read_takes_no_room_that_a_commit_has_not() {
-        let mut state = State::default();
-        let entry = GroupEntry::new(broker_core::GroupOptions::new().with_ordered(true).resolve(None).unwrap());
-        let partition = (Topic::new("orders").unwrap(), 0);
-        let place = state.add(|id| Lot::new(id, partition.clone(), Some(Progress::default()), 200, true));
+        let (mut state, entry, place) = ordered();
         let lot = state.lot(place).unwrap();
         let garbage = Message::new("1");
         for offset in 0..1_000 {
@@ -477,7 +477,7 @@ mod tests {
             } else {
                 lot.admit_apart(offset, |attempts| DeadLetter {
                     message: garbage.clone(),
-                    topic: partition.0.clone(),
+                    topic: Topic::new("orders").unwrap(),
                     group: None,
                     failure: broker_core::Failure::new("it could not be decoded"),
                     attempts,
