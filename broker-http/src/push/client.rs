@@ -245,13 +245,16 @@ impl PushClient {
     }
 
     /// The right to one connection, in the order of asking.
-    pub(crate) async fn permit(&self) -> Option<OwnedSemaphorePermit> {
+    pub(crate) async fn place(&self) -> Place {
         if let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() {
-            return Some(permit);
+            return Place(permit);
         }
         let _waiting = Waiting::new(&self.waiting);
-        // It is never closed.
-        Arc::clone(&self.connections).acquire_owned().await.ok()
+        match Arc::clone(&self.connections).acquire_owned().await {
+            Ok(permit) => Place(permit),
+            // It is never closed.
+            Err(_) => std::future::pending().await,
+        }
     }
 
     /// The right to look one name up.
@@ -268,6 +271,12 @@ impl PushClient {
         }
     }
 }
+
+/// The right to one connection, as long as it is kept.
+#[derive(Debug)]
+pub(crate) struct Place(
+    #[expect(dead_code, reason = "it is held, and given back when it is dropped")] OwnedSemaphorePermit,
+);
 
 /// Whom pushes trust and what they show, and TLS made of it when it is first spoken.
 #[derive(Default)]

@@ -17,9 +17,9 @@ use hyper::body::{Body as _, Incoming};
 use hyper::client::conn::{TrySendError, http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use parking_lot::Mutex;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::Notify;
 
-use super::client::PushClient;
+use super::client::{Place, PushClient};
 use super::dial::{Heard, Stream, describe, dial};
 use super::target::Target;
 use super::verdict::Answer;
@@ -41,12 +41,22 @@ pub(crate) struct Content {
     pub(crate) answer_bytes: usize,
 }
 
+/// What a request goes over.
+pub(crate) enum Way {
+    /// A connection that is there.
+    Open(Connection),
+    /// A new one, on this place.
+    Place(Place),
+}
+
 /// The way to one endpoint: how to open connections, and the one that all share where it speaks
 /// HTTP/2.
 pub(crate) struct Route {
     client: PushClient,
     target: Target,
     shared: Mutex<Option<Shared>>,
+    /// Told when there is one to share.
+    opened: Notify,
     /// How many answers all connections have brought.
     answers: AtomicU64,
     /// Held while the protocol of an endpoint is not known, so that a burst opens one HTTP/2
@@ -66,6 +76,7 @@ impl Route {
             client,
             target,
             shared: Mutex::default(),
+            opened: Notify::new(),
             answers: AtomicU64::new(0),
             asking: tokio::sync::Mutex::default(),
         }
@@ -84,14 +95,35 @@ impl Route {
         self.answers.load(Ordering::Relaxed)
     }
 
-    /// A connection: the shared one, or a new one on the place that `permit` keeps.
+    /// What the next request goes over. Waits where there are as many connections as may be: until there is a place for
+    /// one more, or one to this endpoint that all share.
+    pub(crate) async fn way(&self) -> Way {
+        if !self.target.may_share() {
+            return Way::Place(self.client.place().await);
+        }
+        loop {
+            let mut opened = pin!(self.opened.notified());
+            // Before the look, so that what is opened in between is not missed.
+            opened.as_mut().enable();
+            if let Some(shared) = self.shared() {
+                return Way::Open(shared);
+            }
+            tokio::select! {
+                biased;
+                place = self.client.place() => return Way::Place(place),
+                () = opened => {}
+            }
+        }
+    }
+
+    /// A connection: a new one on this place, or the shared one, should somebody have opened it meanwhile.
     ///
     /// # Errors
     ///
     /// Why there is none.
-    pub(crate) async fn open(&self, permit: &mut Option<OwnedSemaphorePermit>) -> Result<Connection, String> {
+    pub(crate) async fn open(&self, place: Place) -> Result<Connection, String> {
         if !self.target.may_share() {
-            return self.dial(permit).await;
+            return self.dial(place).await;
         }
         if let Some(shared) = self.shared() {
             return Ok(shared);
@@ -99,12 +131,12 @@ impl Route {
         let mut known = self.asking.lock().await;
         if *known == Some(Protocol::Http1) {
             drop(known);
-            return self.dial(permit).await;
+            return self.dial(place).await;
         }
         if let Some(shared) = self.shared() {
             return Ok(shared);
         }
-        let connection = self.dial(permit).await?;
+        let connection = self.dial(place).await?;
         *known = Some(if matches!(connection.0, Kind::Shared(_)) { Protocol::Http2 } else { Protocol::Http1 });
         Ok(connection)
     }
@@ -123,7 +155,7 @@ impl Route {
         *self.shared.lock() = None;
     }
 
-    async fn dial(&self, permit: &mut Option<OwnedSemaphorePermit>) -> Result<Connection, String> {
+    async fn dial(&self, place: Place) -> Result<Connection, String> {
         let dialled = dial(&self.client, &self.target).await?;
         let io = TokioIo::new(dialled.stream);
         if dialled.h2 {
@@ -132,14 +164,14 @@ impl Route {
                 .handshake(io)
                 .await
                 .map_err(|error| explain(&error, false))?;
-            let permit = permit.take();
             tokio::spawn(async move {
                 // Whoever has a request on it learns how it ended.
                 let _ = connection.await;
-                drop(permit);
+                drop(place);
             });
             let shared = Shared { send, used: false, going: Arc::default() };
             *self.shared.lock() = Some(shared.clone());
+            self.opened.notify_waiters();
             return Ok(Connection(Kind::Shared(shared)));
         }
         let (send, driver) = http1::Builder::new()
@@ -147,7 +179,7 @@ impl Route {
             .handshake(io)
             .await
             .map_err(|error| explain(&error, false))?;
-        let own = Own { send, driver, heard: dialled.heard, used: false, open: true, permit: permit.take() };
+        let own = Own { send, driver, heard: dialled.heard, used: false, open: true, place };
         Ok(Connection(Kind::Own(Box::new(own))))
     }
 }
@@ -167,7 +199,7 @@ struct Own {
     /// Whether it has brought an answer before.
     used: bool,
     open: bool,
-    permit: Option<OwnedSemaphorePermit>,
+    place: Place,
 }
 
 #[derive(Clone)]
@@ -217,10 +249,10 @@ impl Connection {
         }
     }
 
-    /// Ends it, and tells whose place it had.
-    pub(crate) fn into_permit(self) -> Option<OwnedSemaphorePermit> {
+    /// Ends it, and tells the place it had, if nobody else has the connection.
+    pub(crate) fn into_place(self) -> Option<Place> {
         match self.0 {
-            Kind::Own(own) => own.permit,
+            Kind::Own(own) => Some(own.place),
             Kind::Shared(_) => None,
         }
     }

@@ -62,7 +62,7 @@ pub(crate) async fn ask(
         request.headers.insert(REQUEST_RATE, per_minute);
     }
     let asking = async {
-        let mut connection = route.open(&mut client.permit().await).await?;
+        let mut connection = route.open(client.place().await).await?;
         connection.exchange(request, &route).await.map_err(|broken| match broken {
             Broken::Failed(why) => why,
             Broken::Unseen | Broken::Stale => "connection closed without an answer".to_owned(),

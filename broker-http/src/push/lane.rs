@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 use tokio::time::Instant;
 
 use super::Attempt;
-use super::connection::{Broken, Connection, Content};
+use super::connection::{Broken, Connection, Content, Way};
 use super::core::Parcel;
 use super::encode::envelope;
 use super::engine::Engine;
@@ -72,60 +72,66 @@ pub(crate) async fn exchange<'a>(
     encode: impl Fn() -> Content,
 ) -> Exchange {
     let Line { connection, changes, timer } = line;
-    let mut permit = None;
-    let now = engine.route.client().changes();
+    let (route, client) = (&engine.route, engine.route.client());
+    let now = client.changes();
     if *changes != now {
         *changes = now;
         *connection = None;
-        engine.route.forget();
+        route.forget();
     }
-    if !connection.as_ref().is_some_and(Connection::is_open) {
-        *connection = None;
-        // Waiting for one's turn is no fault of the endpoint: the time does not run yet.
-        permit = engine.route.client().permit().await;
-    }
+    // Waiting for one's turn is no fault of the endpoint: the time does not run yet.
+    let mut way = match connection.take().filter(Connection::is_open) {
+        Some(open) => Way::Open(open),
+        None => route.way().await,
+    };
     let mut turn = engine.encoder.turn(messages).await;
-    let (time, began) = (Timestamp::now(), Instant::now());
-    let attempt = async {
-        let mut resends = Resends::new(engine.route.answers());
-        loop {
-            let open = match connection {
-                Some(open) => open,
-                None => match engine.route.open(&mut permit).await {
-                    Ok(open) => connection.insert(open),
-                    Err(reason) => return Outcome::Failed(reason),
-                },
+    let (time, mut latency) = (Timestamp::now(), Duration::ZERO);
+    let mut resends = Resends::new(route.answers());
+    let outcome = loop {
+        let began = Instant::now();
+        let sending = async {
+            let open = match way {
+                Way::Open(open) => open,
+                Way::Place(place) => route.open(place).await.map_err(Broken::Failed)?,
             };
+            let open = connection.insert(open);
             let content = encode();
             drop(turn.take());
-            match open.exchange(content, &engine.route).await {
-                Ok(answer) => return Outcome::Answer(answer),
-                Err(broken) if resends.is_free(&broken, engine.route.answers()) => {
-                    permit = connection.take().and_then(Connection::into_permit);
-                }
-                Err(Broken::Unseen | Broken::Stale) => {
-                    engine.route.forget();
-                    return Outcome::Failed(
-                        "the endpoint refused the request again and again without an answer".to_owned(),
-                    );
-                }
-                Err(Broken::Failed(reason)) => return Outcome::Failed(reason),
+            open.exchange(content, route).await
+        };
+        let sent = timer.until(began + engine.spec.timeout.saturating_sub(latency), sending).await;
+        latency += began.elapsed();
+        match sent {
+            Some(Ok(answer)) => break Outcome::Answer(answer),
+            Some(Err(broken)) if resends.is_free(&broken, route.answers()) => {
+                // The time does not run here either.
+                way = match connection.take().and_then(Connection::into_place) {
+                    Some(place) => Way::Place(place),
+                    None => route.way().await,
+                };
+            }
+            Some(Err(Broken::Unseen | Broken::Stale)) => {
+                route.forget();
+                let reason = "the endpoint refused the request again and again without an answer";
+                break Outcome::Failed(reason.to_owned());
+            }
+            Some(Err(Broken::Failed(reason))) => break Outcome::Failed(reason),
+            None => {
+                *connection = None;
+                // Who shares it may be waiting in vain too.
+                route.forget();
+                break Outcome::TimedOut(engine.spec.timeout);
             }
         }
     };
-    let outcome = match timer.until(began + engine.spec.timeout, attempt).await {
-        Some(outcome) => outcome,
-        None => {
-            *connection = None;
-            // Who shares it may be waiting in vain too.
-            engine.route.forget();
-            Outcome::TimedOut(engine.spec.timeout)
-        }
-    };
-    if !connection.as_ref().is_some_and(Connection::is_open) || engine.route.client().is_waited_for() {
+    if client.is_waited_for() {
+        *connection = None;
+        // One that is shared ends when the requests on it do.
+        route.forget();
+    } else if !connection.as_ref().is_some_and(Connection::is_open) {
         *connection = None;
     }
-    Exchange { outcome, time, latency: began.elapsed() }
+    Exchange { outcome, time, latency }
 }
 
 /// Settles what was pushed, and asks for more.

@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use broker_core::Message;
 use http_body_util::{BodyExt as _, Full};
@@ -12,7 +13,8 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::support::{Endpoint, QUICK, Rig, status};
+use crate::frames::Peer;
+use crate::support::{Endpoint, QUICK, Rig, client, status, within};
 
 #[tokio::test]
 async fn all_requests_share_one_connection() {
@@ -154,6 +156,64 @@ async fn an_endpoint_that_ends_every_connection_before_any_request_is_a_failed_a
     let reason = rig.dead(1).await.remove(0).failure.reason().to_owned();
     assert!(reason.contains("refused the request again and again"), "{reason}");
     assert!(connections.load(Ordering::Relaxed) <= 4, "{connections:?} connections in 1 attempt");
+}
+
+#[tokio::test]
+async fn a_shared_connection_has_one_place_however_many_requests_go_over_it() {
+    let client = client().with_max_connections(1);
+    let (one, two) = (answering().await, answering().await);
+    let one = Rig::with(&one, r#""http2":true,"retry":{"max_attempts":1}"#, &client).await;
+    let two = Rig::with(&two, r#""http2":true,"retry":{"max_attempts":1}"#, &client).await;
+    for rig in [&one, &two] {
+        rig.publish((0..200).map(|number: u32| Message::new(number.to_string()))).await;
+    }
+    one.drained().await;
+    two.drained().await;
+    for rig in [&one, &two] {
+        assert!(rig.broker.dead_letters(&rig.group, 10).await.unwrap().is_empty());
+    }
+}
+
+#[tokio::test]
+async fn what_is_sent_again_waits_for_a_place_as_anything_does() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/hook", listener.local_addr().unwrap());
+    let client = client().with_max_connections(1);
+    let rig = Rig::with(&url, r#""http2":true,"timeout":"20s","retry":{"max_attempts":1}"#, &client).await;
+    rig.publish(["1", "2", "3"].map(Message::new)).await;
+    let mut first = within(Peer::accept(&listener)).await;
+    assert_eq!(within(first.request()).await, Some(1));
+    first.answer(1).await;
+    // Two at a time now, of which the endpoint takes one.
+    assert_eq!(within(first.request()).await, Some(3));
+    assert_eq!(within(first.request()).await, Some(5));
+    first.goaway(3).await;
+    let early = tokio::time::timeout(Duration::from_millis(300), listener.accept()).await;
+    assert!(early.is_err(), "a second connection where there may be one");
+    first.answer(3).await;
+    let mut second = within(Peer::accept(&listener)).await;
+    assert_eq!(within(second.request()).await, Some(1));
+    second.answer(1).await;
+    rig.drained().await;
+    assert!(rig.broker.dead_letters(&rig.group, 10).await.unwrap().is_empty());
+}
+
+/// An endpoint that answers 200 to everything.
+async fn answering() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/hook", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let service = service_fn(async |request: hyper::Request<Incoming>| {
+                request.into_body().collect().await.unwrap();
+                Ok::<_, Infallible>(hyper::Response::new(Full::<Bytes>::default()))
+            });
+            let builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+            tokio::spawn(builder.serve_connection(TokioIo::new(stream), service));
+        }
+    });
+    url
 }
 
 /// The stream, which reads on after the server has let go of it: closing with something unread would reset the

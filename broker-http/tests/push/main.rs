@@ -7,6 +7,7 @@ mod batch;
 mod connections;
 mod dead_letters;
 mod endpoint;
+mod frames;
 mod h2c;
 mod support;
 mod tls;
