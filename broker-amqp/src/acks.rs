@@ -1,16 +1,18 @@
 //! Which deliveries of a channel are settled, and how that is said on the wire.
 //!
 //! To the user an ack is exact. On the wire one `multiple` ack can stand for every delivery up to its
-//! own, so that acks of contiguous deliveries, which are most, cost one frame for many.
+//! own, so that acks of contiguous deliveries, which are most, cost one frame for many. Such a one takes with it
+//! whatever before it the server still counts as unsettled: so what is given back is said first.
 
 use std::collections::VecDeque;
 
-/// An ack to send.
+/// A frame to send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct WireAck {
-    pub(crate) tag: u64,
-    /// Whether it stands for everything before it as well.
-    pub(crate) multiple: bool,
+pub(crate) enum Said {
+    /// With `multiple` it stands for everything before it as well.
+    Ack { tag: u64, multiple: bool },
+    /// Given back, this one alone.
+    Nack(u64),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,7 +21,7 @@ enum Slot {
     Out,
     /// Acked by the user, and the server not told yet.
     Acked,
-    /// The server knows.
+    /// The server knows, or is told before anything else is.
     Told,
 }
 
@@ -31,11 +33,13 @@ pub(crate) struct Acks {
     slots: VecDeque<Slot>,
     /// Tags acked since the last [`flush`](Self::flush), in the order they were.
     pending: Vec<u64>,
+    /// Tags given back since then.
+    given_back: Vec<u64>,
 }
 
 impl Acks {
     pub(crate) fn new() -> Self {
-        Self { base: 1, slots: VecDeque::new(), pending: Vec::new() }
+        Self { base: 1, slots: VecDeque::new(), pending: Vec::new(), given_back: Vec::new() }
     }
 
     /// The server delivered `tag`.
@@ -58,9 +62,12 @@ impl Acks {
         settled
     }
 
-    /// `tag` is settled by a frame of its own (a nack). False if it is settled already.
-    pub(crate) fn told(&mut self, tag: u64) -> bool {
+    /// `tag` goes back to the queue. False if it is settled already.
+    pub(crate) fn give_back(&mut self, tag: u64) -> bool {
         let settled = self.turn(tag, Slot::Told);
+        if settled {
+            self.given_back.push(tag);
+        }
         self.shrink();
         settled
     }
@@ -81,13 +88,18 @@ impl Acks {
         self.pending.len()
     }
 
-    /// What to send for every ack since the last time: the longest settled prefix as one, what lies
-    /// beyond a delivery that is still out one by one.
-    pub(crate) fn flush(&mut self) -> Vec<WireAck> {
+    /// Whether anything waits to be given back.
+    pub(crate) fn gives_back(&self) -> bool {
+        !self.given_back.is_empty()
+    }
+
+    /// What to send, in this order, for everything since the last time: what is given back; of the acks the longest
+    /// settled prefix as one, what lies beyond a delivery that is still out one by one.
+    pub(crate) fn flush(&mut self) -> Vec<Said> {
+        let mut wire: Vec<Said> = self.given_back.drain(..).map(Said::Nack).collect();
         if self.pending.is_empty() {
-            return Vec::new();
+            return wire;
         }
-        let mut wire = Vec::new();
         let mut prefix = None;
         let mut covered = 0_usize;
         while let Some(slot) = self.slots.front().copied().filter(|slot| *slot != Slot::Out) {
@@ -99,14 +111,14 @@ impl Acks {
             self.base += 1;
         }
         if let Some(tag) = prefix {
-            wire.push(WireAck { tag, multiple: covered > 1 });
+            wire.push(Said::Ack { tag, multiple: covered > 1 });
         }
         for tag in std::mem::take(&mut self.pending) {
             if tag >= self.base {
                 if let Some(slot) = self.slots.get_mut((tag - self.base) as usize) {
                     *slot = Slot::Told;
                 }
-                wire.push(WireAck { tag, multiple: false });
+                wire.push(Said::Ack { tag, multiple: false });
             }
         }
         wire
@@ -133,8 +145,8 @@ mod tests {
         (1..=5).for_each(|tag| acks.delivered(tag));
         [2, 1, 3, 5].into_iter().for_each(|tag| assert!(acks.ack(tag)));
         assert!(!acks.ack(5), "once");
-        let one = |tag| WireAck { tag, multiple: false };
-        assert_eq!(acks.flush(), [WireAck { tag: 3, multiple: true }, one(5)]);
+        let one = |tag| Said::Ack { tag, multiple: false };
+        assert_eq!(acks.flush(), [Said::Ack { tag: 3, multiple: true }, one(5)]);
         assert!(acks.flush().is_empty());
         assert!(acks.ack(4));
         assert_eq!(acks.flush(), [one(4)]);
@@ -145,15 +157,17 @@ mod tests {
     struct Server {
         last: u64,
         outstanding: BTreeSet<u64>,
+        given_back: BTreeSet<u64>,
     }
 
     impl Server {
-        fn take(&mut self, ack: WireAck) {
-            assert!(self.outstanding.contains(&ack.tag), "unknown delivery tag {}", ack.tag);
-            if ack.multiple {
-                self.outstanding.retain(|tag| *tag > ack.tag);
-            } else {
-                self.outstanding.remove(&ack.tag);
+        fn take(&mut self, said: Said) {
+            let (Said::Ack { tag, .. } | Said::Nack(tag)) = said;
+            assert!(self.outstanding.remove(&tag), "unknown delivery tag {tag}");
+            match said {
+                Said::Ack { multiple: true, .. } => self.outstanding.retain(|other| *other > tag),
+                Said::Ack { .. } => {}
+                Said::Nack(_) => assert!(self.given_back.insert(tag)),
             }
         }
     }
@@ -162,7 +176,7 @@ mod tests {
         #[test]
         fn the_server_settles_exactly_what_the_user_did(steps in proptest::collection::vec((0_u8..5, any::<prop::sample::Index>()), 0..200)) {
             let (mut acks, mut server) = (Acks::new(), Server::default());
-            let (mut out, mut acked) = (BTreeSet::new(), BTreeSet::new());
+            let (mut out, mut acked, mut given_back) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
             for (step, index) in steps {
                 let chosen = (!out.is_empty()).then(|| *index.get(&out.iter().copied().collect::<Vec<u64>>()));
                 match (step, chosen) {
@@ -178,20 +192,22 @@ mod tests {
                         acked.insert(tag);
                     }
                     (3, Some(tag)) => {
-                        prop_assert!(acks.told(tag));
-                        prop_assert!(server.outstanding.remove(&tag));
+                        prop_assert!(acks.give_back(tag));
                         out.remove(&tag);
+                        given_back.insert(tag);
                     }
                     _ => {
-                        acks.flush().into_iter().for_each(|ack| server.take(ack));
+                        acks.flush().into_iter().for_each(|said| server.take(said));
                         acked.clear();
                         prop_assert_eq!(&server.outstanding, &out);
+                        prop_assert_eq!(&server.given_back, &given_back);
                     }
                 }
                 prop_assert_eq!(acks.pending(), acked.len());
             }
-            acks.flush().into_iter().for_each(|ack| server.take(ack));
+            acks.flush().into_iter().for_each(|said| server.take(said));
             prop_assert_eq!(&server.outstanding, &out);
+            prop_assert_eq!(&server.given_back, &given_back);
         }
     }
 }

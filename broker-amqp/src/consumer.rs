@@ -14,6 +14,7 @@ use lapin::types::{FieldTable, ShortString};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::acks::Said;
 use crate::error::{from_lapin, is_final};
 use crate::link::{Wait, closed};
 use crate::member::{Member, Undecodable};
@@ -304,13 +305,12 @@ async fn tell(member: &Member, channel: &Channel) -> Error {
                 () = sleep(COALESCE) => {}
             }
         }
-        let (acks, nacks) = member.to_tell();
-        let acks =
-            acks.into_iter().map(|ack| channel.basic_ack(ack.tag, BasicAckOptions { multiple: ack.multiple }).boxed());
-        let nacks = nacks
-            .into_iter()
-            .map(|tag| channel.basic_nack(tag, BasicNackOptions { multiple: false, requeue: true }).boxed());
-        let told = join_all(acks.chain(nacks)).await;
+        let told = member.to_tell().into_iter().map(|said| match said {
+            Said::Ack { tag, multiple } => channel.basic_ack(tag, BasicAckOptions { multiple }).boxed(),
+            Said::Nack(tag) => channel.basic_nack(tag, BasicNackOptions { multiple: false, requeue: true }).boxed(),
+        });
+        // They are first polled, and so written, in their order.
+        let told = join_all(told).await;
         member.told();
         if let Some(error) = told.into_iter().find_map(Result::err) {
             return from_lapin(error);

@@ -325,6 +325,32 @@ async fn a_slow_declaration_ends_one_publish_alone() {
     connection.close(200, "OK".into()).await.unwrap();
 }
 
+/// One frame acks all before it: not what was given back at the same time.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_given_back_between_two_that_are_acked_is_not_acked() {
+    let _turn = TURN.lock().await;
+    let (topic, group) = names("between");
+    let broker = open(server()).unwrap();
+    let mut member = join(&*broker, &group).await;
+    for round in 0..20 {
+        for name in ["first", "second", "third"] {
+            broker.publish(&topic, Message::new(name)).await.unwrap();
+        }
+        let (first, second) = (next(&mut member).await, next(&mut member).await);
+        let third = next(&mut member).await;
+        let settled = [first.ack(), second.release(), third.ack()];
+        for settled in settled {
+            settled.await.unwrap();
+        }
+        let again = timeout(PATIENCE, member.next()).await;
+        let again = again.unwrap_or_else(|_| panic!("round {round}: it was acked")).unwrap().unwrap();
+        assert_eq!(again.message().payload(), "second");
+        again.ack().await.unwrap();
+    }
+    drop(member);
+    clean(broker, &group).await;
+}
+
 /// The management API of a host that takes connections and says nothing is waited for once, not once a group.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_silent_management_api_is_asked_once() {

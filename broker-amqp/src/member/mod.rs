@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::acks::{Acks, WireAck};
+use crate::acks::{Acks, Said};
 use crate::broker::Shared;
 use crate::lanes::Lanes;
 use crate::naming::GroupNames;
@@ -74,7 +74,6 @@ pub(crate) struct State {
     up: bool,
     pub(crate) queue: ShortString,
     acks: Acks,
-    nacks: Vec<u64>,
     lanes: Lanes<Inbound>,
     /// Whether anything came on this channel: of several members of a queue one is active, and nothing
     /// else tells which.
@@ -126,7 +125,6 @@ impl Member {
                 up: false,
                 queue: ShortString::default(),
                 acks: Acks::new(),
-                nacks: Vec::new(),
                 lanes: Lanes::new(ordered),
                 active: false,
                 paused: false,
@@ -161,7 +159,6 @@ impl Member {
         let mut state = self.state.lock();
         state.up = false;
         state.acks = Acks::new();
-        state.nacks.clear();
         state.lanes = Lanes::new(self.known.settings.ordered);
         state.active = false;
         state.paused = false;
@@ -347,11 +344,11 @@ impl Member {
         usize::from(self.prefetch / 4).clamp(1, 64)
     }
 
-    /// What is to be told to the server.
-    pub(crate) fn to_tell(&self) -> (Vec<WireAck>, Vec<u64>) {
+    /// What is to be told to the server, in this order.
+    pub(crate) fn to_tell(&self) -> Vec<Said> {
         let mut state = self.state.lock();
         state.telling = true;
-        (state.acks.flush(), std::mem::take(&mut state.nacks))
+        state.acks.flush()
     }
 
     /// It is written.
@@ -367,7 +364,7 @@ impl Member {
     /// How many acks wait to be told, and whether anything else does.
     pub(crate) fn waiting_to_tell(&self) -> (usize, bool) {
         let state = self.state.lock();
-        (state.acks.pending(), !state.nacks.is_empty())
+        (state.acks.pending(), state.acks.gives_back())
     }
 
     /// Gives back what was not handed out. What is returned is to be awaited: some of it is sent anew.
@@ -376,7 +373,9 @@ impl Member {
             let mut state = self.state.lock();
             let (worn, fresh): (Vec<_>, Vec<_>) =
                 state.lanes.drain().into_iter().partition(|item| self.is_worn(item.redeliveries));
-            fresh.into_iter().for_each(|item| state.give_back(item.tag));
+            for item in fresh {
+                state.acks.give_back(item.tag);
+            }
             (state.epoch, worn)
         };
         self.wire.notify_one();
@@ -394,7 +393,7 @@ impl Member {
                     (state.epoch, item, arrived.due.unwrap_or(Timestamp::from_millis(0)))
                 }
                 _ => {
-                    state.give_back(tag);
+                    state.acks.give_back(tag);
                     return None;
                 }
             }
@@ -420,12 +419,6 @@ impl State {
         self.remembered.remove(item.message.id());
         self.lanes.done(item.message.key());
         if self.lanes.is_ready() { self.waker.take() } else { None }
-    }
-
-    fn give_back(&mut self, tag: u64) {
-        if self.acks.told(tag) {
-            self.nacks.push(tag);
-        }
     }
 }
 

@@ -77,7 +77,7 @@ impl Member {
             state.handed = state.handed.saturating_sub(1);
             let behind = state.lanes.give_back(item.message.key());
             for tag in std::iter::once(item.tag).chain(behind.into_iter().map(|one| one.tag)) {
-                state.give_back(tag);
+                state.acks.give_back(tag);
             }
         }
         self.tell(true, None);
@@ -149,7 +149,7 @@ impl Member {
                 if wait > MAX_HOLD {
                     let behind = state.lanes.give_back(item.message.key());
                     for tag in std::iter::once(item.tag).chain(behind.into_iter().map(|one| one.tag)) {
-                        state.give_back(tag);
+                        state.acks.give_back(tag);
                     }
                 } else {
                     state.lanes.again(item);
