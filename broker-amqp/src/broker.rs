@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use broker_core::{
@@ -59,8 +58,6 @@ pub(crate) struct Shared {
     /// Declaring and asking have another: of what is missing or differs the server tells by closing the channel, of which a
     /// connection bears so many.
     asking: Arc<Link>,
-    /// Whether it was ever needed.
-    asks: AtomicBool,
     members: Mutex<Vec<Arc<Member>>>,
     groups: Mutex<BTreeMap<Group, Arc<Known>>>,
     /// Held while a group is made.
@@ -100,10 +97,8 @@ impl Shared {
     /// The connection for declaring and asking.
     pub(crate) async fn connection(&self) -> Result<Live> {
         self.start()?;
-        if !self.asks.swap(true, Ordering::AcqRel) {
-            self.spawn(Arc::clone(&self.asking).run());
-        }
-        self.asking.live(Instant::now() + self.options.connect_timeout, false).await
+        let runtime = self.started.lock().clone().ok_or_else(closed)?;
+        self.asking.on_demand(&runtime).await
     }
 
     /// The state of a queue; `None` if there is no such queue.
@@ -214,12 +209,16 @@ impl AmqpBroker {
         let (publishing, consuming) = (link("publish"), link("consume"));
         let asking = Arc::new(Link::new("manage", Arc::clone(&options), closed.clone()).replaced());
         let shared = Shared {
-            writer: Arc::new(Writer::new(Arc::clone(&options), Arc::clone(&publishing), closed.clone())),
+            writer: Arc::new(Writer::new(
+                Arc::clone(&options),
+                Arc::clone(&publishing),
+                Arc::clone(&asking),
+                closed.clone(),
+            )),
             options,
             publishing,
             consuming,
             asking,
-            asks: AtomicBool::new(false),
             members: Mutex::default(),
             groups: Mutex::default(),
             making: Default::default(),

@@ -5,7 +5,7 @@
 
 use std::net::Shutdown;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use broker_core::{Error, ErrorKind, Result};
@@ -16,6 +16,7 @@ use lapin::types::LongString;
 use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo};
 use lapin::{Channel, Connection, ConnectionProperties, Event};
 use parking_lot::Mutex;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -153,6 +154,8 @@ pub(crate) struct Link {
     purpose: &'static str,
     /// Whether another takes its place once it is worn: nothing on it lasts.
     is_replaced: bool,
+    /// Whether its loop was started.
+    is_run: AtomicBool,
     options: Arc<AmqpOptions>,
     state: watch::Sender<LinkState>,
     closed: CancellationToken,
@@ -161,7 +164,7 @@ pub(crate) struct Link {
 impl Link {
     pub(crate) fn new(purpose: &'static str, options: Arc<AmqpOptions>, closed: CancellationToken) -> Self {
         let state = watch::Sender::new(LinkState::default());
-        Self { purpose, is_replaced: false, options, state, closed }
+        Self { purpose, is_replaced: false, is_run: AtomicBool::new(false), options, state, closed }
     }
 
     /// The same, for what does not last: it is replaced before the server has closed too many of its channels.
@@ -204,6 +207,18 @@ impl Link {
         state
             .live
             .ok_or_else(|| state.last_error.unwrap_or_else(|| Error::timeout("the connection did not stand in time")))
+    }
+
+    /// The connection, which nobody needed before the first to ask.
+    ///
+    /// # Errors
+    ///
+    /// As [`live`](Self::live), which is not patient here, and waits as long as connecting may take.
+    pub(crate) async fn on_demand(self: &Arc<Self>, runtime: &Handle) -> Result<Live> {
+        if !self.is_run.swap(true, Ordering::AcqRel) {
+            runtime.spawn(Arc::clone(self).run());
+        }
+        self.live(Instant::now() + self.options.connect_timeout, false).await
     }
 
     /// Makes the connection, and again, until the broker closes.

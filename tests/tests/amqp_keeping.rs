@@ -1,5 +1,5 @@
 //! Messages that are nobody's any more, on a real RabbitMQ: dead letters whose queue was deleted, groups that
-//! were half deleted, deliveries that were given back unread, publishes that wait for a queue's declaration.
+//! were half deleted, deliveries that were given back unread.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on has failed")]
 
@@ -9,15 +9,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use amqp_server::{TURN, fault, open, open_as_it_is, ours, raw, server};
+use amqp_server::{TURN, open, open_as_it_is, raw, server};
 use broker_amqp::lapin::BasicProperties;
 use broker_amqp::lapin::options::{
     BasicPublishOptions, ExchangeDeleteOptions, QueueDeclareOptions, QueueDeleteOptions,
 };
 use broker_amqp::lapin::types::{AMQPValue, FieldTable};
 use broker_core::{
-    Broker, BrokerExt, DeadLetter, ErrorKind, Group, GroupOptions, Message, RetryPolicy, Subscribe, Subscription,
-    Timestamp, Topic,
+    Broker, BrokerExt, DeadLetter, ErrorKind, Group, GroupOptions, Message, RetryPolicy, Subscribe, Subscription, Topic,
 };
 use tokio::time::timeout;
 
@@ -281,48 +280,6 @@ async fn what_is_given_back_unread_does_not_die_of_it() {
     let status = status.group(&group).unwrap();
     assert_eq!((status.lag, status.dead_letters), (Some(0), Some(0)));
     clean(broker, &group).await;
-}
-
-/// A delay queue that is not declared in time fails the publish that needs it, and no channel: what is under
-/// way beside it would be sent twice.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_slow_declaration_ends_one_publish_alone() {
-    let _turn = TURN.lock().await;
-    if !ours() {
-        println!("no control: block");
-        return;
-    }
-    let (topic, group) = names("slow");
-    // An exchange of its own has no delay queues yet.
-    let exchange = format!("slow-{:08x}", fastrand::u32(..));
-    let url = format!("{}?exchange={exchange}", server());
-    let broker = open_as_it_is(&format!("{url}&connect_timeout=1s&publish_timeout=60s")).unwrap();
-    let mut member = join(broker.as_ref(), &group).await;
-    broker.publish(&topic, Message::new("before")).await.unwrap();
-    next(&mut member).await.ack().await.unwrap();
-    fault("block").await;
-    let plain: Vec<_> = (0..3).map(|_| tokio::spawn(broker.publish(&topic, Message::new("plain")))).collect();
-    // The server blocks a connection when it publishes; by now it has.
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    let soon = Timestamp::now().after(Duration::from_secs(3600));
-    let delayed = timeout(PATIENCE, broker.publish(&topic, Message::new("delayed").with_deliver_at(soon))).await;
-    // Had it ended the channel, another would not open within this, and the connection be made anew.
-    tokio::time::sleep(Duration::from_secs(3)).await;
-    fault("unblock").await;
-    assert_eq!(delayed.expect("it does not end").unwrap_err().kind(), ErrorKind::Unavailable);
-    for publish in plain {
-        timeout(PATIENCE, publish).await.expect("it does not end").unwrap().unwrap();
-    }
-    for _ in 0..3 {
-        next(&mut member).await.ack().await.unwrap();
-    }
-    let more = timeout(Duration::from_secs(1), member.next()).await;
-    assert!(more.is_err(), "one was sent twice");
-    drop(member);
-    clean(broker, &group).await;
-    let (connection, channel) = raw().await;
-    channel.exchange_delete(exchange.as_str().into(), Default::default()).await.unwrap();
-    connection.close(200, "OK".into()).await.unwrap();
 }
 
 /// One frame acks all before it: not what was given back at the same time.

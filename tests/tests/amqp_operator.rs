@@ -373,8 +373,8 @@ async fn a_blocked_publisher_can_be_cut_and_closed() {
     broker.close(PATIENCE).await;
 }
 
-/// A delay queue is declared when the first message needs it, which a server that blocks publishers does not
-/// answer: the message fails at its publish timeout, and so does one behind it.
+/// A delay queue is declared when the first message needs it, on a connection that is not blocked: the message fails at
+/// its publish timeout all the same, and so does one behind it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_blocked_delayed_publish_fails_in_time() {
     let _turn = TURN.lock().await;

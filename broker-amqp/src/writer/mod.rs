@@ -5,6 +5,7 @@
 //! before anything newer, until its own deadline.
 
 mod flight;
+mod rungs;
 mod task;
 
 use std::collections::VecDeque;
@@ -83,6 +84,8 @@ struct Queue {
 pub(crate) struct Writer {
     options: Arc<AmqpOptions>,
     link: Arc<Link>,
+    /// Where delay queues are declared: who waits for that holds up no confirm.
+    asking: Arc<Link>,
     queue: Mutex<Queue>,
     wake: Notify,
     confirms: Arc<Confirms<Receipt>>,
@@ -95,10 +98,11 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
-    pub(crate) fn new(options: Arc<AmqpOptions>, link: Arc<Link>, stop: CancellationToken) -> Self {
+    pub(crate) fn new(options: Arc<AmqpOptions>, link: Arc<Link>, asking: Arc<Link>, stop: CancellationToken) -> Self {
         Self {
             options,
             link,
+            asking,
             queue: Mutex::default(),
             wake: Notify::new(),
             confirms: Arc::new(Confirms::new()),
@@ -177,19 +181,22 @@ impl Writer {
 
     /// Why a message whose time is over was not confirmed.
     fn too_late(&self) -> Error {
-        if let Some(blocked) = self.blocked() {
-            return blocked;
-        }
-        let state = self.link.state();
-        match state.last_error {
-            Some(error) if state.live.is_none() && error.kind() != ErrorKind::Timeout => {
-                Error::unavailable(format!("RabbitMQ is not reached: {}", error.message())).with_source(error)
-            }
-            _ => Error::timeout(format!(
+        self.out_of_reach().unwrap_or_else(|| {
+            Error::timeout(format!(
                 "RabbitMQ did not confirm within {:?}: whether it has the message is unknown",
                 self.options.publish_timeout
-            )),
+            ))
+        })
+    }
+
+    /// Why the server takes nothing, where that is known.
+    fn out_of_reach(&self) -> Option<Error> {
+        if let Some(blocked) = self.blocked() {
+            return Some(blocked);
         }
+        let state = self.link.state();
+        let error = state.last_error.filter(|error| state.live.is_none() && error.kind() != ErrorKind::Timeout)?;
+        Some(Error::unavailable(format!("RabbitMQ is not reached: {}", error.message())).with_source(error))
     }
 
     /// What the server said when it stopped taking messages, while it does not.

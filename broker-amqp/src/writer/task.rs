@@ -1,7 +1,7 @@
 //! The task that publishes: hands messages to lapin, completes them as confirms come, and begins again
 //! on another channel with what is not confirmed.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::future::{pending, poll_fn};
 use std::pin::pin;
 use std::sync::Arc;
@@ -17,6 +17,7 @@ use lapin::{Channel, Confirmation};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 
 use super::flight::Flight;
+use super::rungs::{Declared, Rungs};
 use super::{DEFAULT_FRAME_MAX, Entry, Envelope, Route, Writer};
 use crate::error::{from_lapin, is_final};
 use crate::ladder::{Leads, Rung};
@@ -39,6 +40,8 @@ pub(super) struct Task {
     writer: Arc<Writer>,
     /// To be sent, the oldest first, before what is in the queue.
     unsent: VecDeque<Entry>,
+    /// Those that wait for a delay queue.
+    rungs: Rungs,
     /// Sent on this channel and not confirmed, by the order of sending.
     sent: BTreeMap<u64, Entry>,
     number: u64,
@@ -48,12 +51,18 @@ type Resolved = (u64, lapin::Result<Confirmation>);
 
 impl Task {
     pub(super) fn new(writer: Arc<Writer>) -> Self {
-        Self { writer, unsent: VecDeque::new(), sent: BTreeMap::new(), number: 0 }
+        Self {
+            rungs: Rungs::new(Arc::clone(&writer)),
+            writer,
+            unsent: VecDeque::new(),
+            sent: BTreeMap::new(),
+            number: 0,
+        }
     }
 
     /// What is left of it, in order.
-    pub(super) fn unconfirmed(self) -> Vec<Entry> {
-        self.sent.into_values().chain(self.unsent).collect()
+    pub(super) fn unconfirmed(mut self) -> Vec<Entry> {
+        self.sent.into_values().chain(self.rungs.take_waiting()).chain(self.unsent).collect()
     }
 
     pub(super) async fn run(&mut self) {
@@ -65,7 +74,7 @@ impl Task {
             let error = match opened {
                 Ok(Ok(channel)) => {
                     wait.reset();
-                    let error = self.session(&live, &channel).await;
+                    let error = self.session(&channel).await;
                     // A channel closed on a connection that stands was closed over a message.
                     if live.is_up() && is_final(&error) && self.blame(&error) {
                         self.lost();
@@ -112,7 +121,7 @@ impl Task {
 
     fn fail_all(&mut self, error: &Error) {
         let queued = std::mem::take(&mut self.writer.queue.lock().waiting);
-        for entry in self.unsent.drain(..).chain(queued) {
+        for entry in self.rungs.take_waiting().into_iter().chain(self.unsent.drain(..)).chain(queued) {
             self.writer.finish(&entry, Err(error.clone()));
         }
     }
@@ -121,7 +130,7 @@ impl Task {
         let sent = self.sent.values().next().map(|entry| entry.deadline);
         let unsent = self.unsent.front().map(|entry| entry.deadline);
         let queued = self.writer.queue.lock().waiting.front().map(|entry| entry.deadline);
-        [sent, unsent, queued].into_iter().flatten().min()
+        [sent, unsent, queued, self.rungs.next_deadline()].into_iter().flatten().min()
     }
 
     /// Ends what is past its deadline. All have the same timeout, so that the oldest go first.
@@ -134,6 +143,7 @@ impl Task {
         while let Some(entry) = self.unsent.pop_front_if(|entry| entry.deadline <= now) {
             self.writer.finish(&entry, Err(self.writer.too_late()));
         }
+        self.rungs.expire(now);
         loop {
             let entry = self.writer.queue.lock().waiting.pop_front_if(|entry| entry.deadline <= now);
             let Some(entry) = entry else { break };
@@ -181,26 +191,24 @@ impl Task {
     }
 
     /// Sends and confirms until the channel is lost; tells why.
-    async fn session(&mut self, live: &Live, channel: &Channel) -> Error {
+    async fn session(&mut self, channel: &Channel) -> Error {
         let mut returns = Returns::new();
         let mut flight = Flight::new();
-        let mut rungs = HashSet::new();
+        self.rungs.doubt();
         // Deadlines are looked at now and then: a timer per message would cost more than the message.
         let mut tick = interval((self.writer.options.publish_timeout / 20).clamp(TICK_MIN, TICK_MAX));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let error = loop {
-            match self.batch(live, flight.len(), &mut rungs).await {
-                Ok(batch) => batch.into_iter().for_each(|one| flight.push(one.deliver(channel))),
-                Err(error) => break error,
-            }
+            self.batch(flight.len()).into_iter().for_each(|one| flight.push(one.deliver(channel)));
             tokio::select! {
                 ended = poll_fn(|cx| flight.poll_ended(cx)) => {
                     if let Some(error) = self.confirmed(ended, &mut flight, &mut returns, channel) {
                         break error;
                     }
                 }
+                declared = self.rungs.declared() => self.declared(declared),
                 () = self.writer.wake.notified() => {}
-                _ = tick.tick(), if !self.sent.is_empty() => self.expire(),
+                _ = tick.tick(), if !self.sent.is_empty() || self.rungs.are_awaited() => self.expire(),
             }
         };
         for Decided { item, returned } in returns.end() {
@@ -212,7 +220,7 @@ impl Task {
     }
 
     /// The next messages to send, their properties written.
-    async fn batch(&mut self, live: &Live, under_way: usize, rungs: &mut HashSet<Rung>) -> Result<Vec<Outgoing>> {
+    fn batch(&mut self, under_way: usize) -> Vec<Outgoing> {
         let mut batch = Vec::new();
         let mut bytes = 0;
         while batch.len() + under_way < MAX_UNDER_WAY && batch.len() < BATCH && bytes < BATCH_BYTES {
@@ -235,36 +243,29 @@ impl Task {
                     continue;
                 }
             };
-            if let Some(rung) = outgoing.rung.filter(|rung| !rungs.contains(rung)) {
-                // Where its deadline is seen, too; it is prepared again.
-                let ticket = entry.ticket;
-                self.unsent.push_front(entry);
-                let writer = Arc::clone(&self.writer);
-                let declaring = topology::declare_rung(live, rung, &writer.options);
-                match self.expiring(timeout(writer.options.connect_timeout, declaring)).await {
-                    Ok(Ok(())) => drop(rungs.insert(rung)),
-                    Ok(Err(error)) if is_final(&error) => {
-                        if let Some(entry) = self.unsent.pop_front_if(|first| first.ticket == ticket) {
-                            self.writer.finish(&entry, Err(error));
-                        }
-                    }
-                    // Those before it are in `sent`: all are sent again.
-                    Ok(Err(error)) => return Err(error),
-                    // It alone: what is under way beside it would be sent twice on another channel.
-                    Err(_) => {
-                        if let Some(entry) = self.unsent.pop_front_if(|first| first.ticket == ticket) {
-                            let late = || Error::timeout("RabbitMQ did not declare a delay queue in time");
-                            self.writer.finish(&entry, Err(self.writer.blocked().unwrap_or_else(late)));
-                        }
-                    }
-                }
+            if let Some(rung) = outgoing.rung.filter(|rung| !self.rungs.stands(*rung)) {
+                // It is prepared again.
+                self.rungs.wait_for(rung, entry);
                 continue;
             }
             bytes += entry.bytes();
             self.sent.insert(outgoing.number, entry);
             batch.push(outgoing);
         }
-        Ok(batch)
+        batch
+    }
+
+    /// What waited for a delay queue is sent first, or fails.
+    fn declared(&mut self, Declared { mut waited, result }: Declared) {
+        match result {
+            Ok(()) => {
+                waited.append(&mut self.unsent);
+                // Deadlines are looked at from the front.
+                waited.make_contiguous().sort_by_key(|entry| entry.deadline);
+                self.unsent = waited;
+            }
+            Err(error) => waited.into_iter().for_each(|entry| self.writer.finish(&entry, Err(error.clone()))),
+        }
     }
 
     fn prepare(&mut self, entry: &mut Entry) -> Result<Outgoing> {

@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each test file uses some of it")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+pub(crate) mod slow;
 pub(crate) mod stranger;
 
 use std::path::PathBuf;

@@ -1,0 +1,141 @@
+//! A RabbitMQ that is slow to declare, as a cluster is whose quorum is slow to agree: who needs no declaration waits
+//! for none.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on has failed")]
+
+mod amqp_server;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use amqp_server::slow::Slow;
+use amqp_server::{TURN, address, at, open_as_it_is, raw};
+use broker_core::{Broker, BrokerExt, Group, Message, Subscribe, Subscription, Timestamp, Topic};
+use tokio::time::timeout;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A name nobody else uses.
+fn unique(name: &str) -> String {
+    format!("{name}-{:08x}", fastrand::u32(..))
+}
+
+fn names(name: &str) -> (Topic, Group) {
+    let topic = Topic::new(format!("suite.{}", unique(name))).unwrap();
+    let group = Group::new(name.parse().unwrap(), (&topic).into());
+    (topic, group)
+}
+
+async fn join(broker: &dyn Broker, group: &Group) -> Subscription {
+    broker.subscribe(&group.filter, Subscribe::group(group.name.clone())).await.unwrap()
+}
+
+async fn next(member: &mut Subscription) -> broker_core::Delivery {
+    timeout(PATIENCE, member.next()).await.expect("nothing comes").unwrap().unwrap()
+}
+
+/// A broker behind a proxy, with an exchange of its own, which has no delay queues yet. Nothing else is in a hurry.
+async fn slow() -> (Slow, Arc<dyn Broker>, String) {
+    let proxy = Slow::start(address()).await;
+    let exchange = unique("slow");
+    let url = at(&proxy.address(), None);
+    let broker = open_as_it_is(&format!("{url}?exchange={exchange}&connect_timeout=60s&publish_timeout=60s")).unwrap();
+    (proxy, broker, exchange)
+}
+
+async fn clean(broker: Arc<dyn Broker>, groups: &[Group], exchange: &str) {
+    for group in groups {
+        assert!(broker.delete_group(group).await.unwrap());
+        let _ = broker.purge_dead_letters(group).await;
+    }
+    broker.close(PATIENCE).await;
+    let (connection, channel) = raw().await;
+    channel.exchange_delete(exchange.into(), Default::default()).await.unwrap();
+    connection.close(200, "OK".into()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_needs_no_delay_queue_waits_for_none() {
+    let _turn = TURN.lock().await;
+    let (proxy, broker, exchange) = slow().await;
+    let (topic, group) = names("plain");
+    let mut member = join(&*broker, &group).await;
+    broker.publish(&topic, Message::new("before")).await.unwrap();
+    next(&mut member).await.ack().await.unwrap();
+    proxy.keep("broker.delay.");
+    let soon = Timestamp::now().after(Duration::from_millis(300));
+    let delayed = (0..3_u8).map(|number| Message::new(vec![number]).with_deliver_at(soon));
+    let delayed: Vec<_> = delayed.map(|message| tokio::spawn(broker.publish(&topic, message))).collect();
+    timeout(PATIENCE, proxy.kept(1)).await.expect("it is not declared");
+    for _ in 0..3 {
+        let plain = timeout(PATIENCE, broker.publish(&topic, Message::new("plain"))).await;
+        plain.expect("its confirm waits for the declaration").unwrap();
+        let delivery = next(&mut member).await;
+        assert_eq!(delivery.message().payload(), "plain");
+        delivery.ack().await.unwrap();
+    }
+    assert!(delayed.iter().all(|publish| !publish.is_finished()));
+    proxy.release();
+    for publish in delayed {
+        timeout(PATIENCE, publish).await.expect("it does not end").unwrap().unwrap();
+    }
+    let mut numbers = Vec::new();
+    for _ in 0..3 {
+        let delivery = next(&mut member).await;
+        numbers.push(delivery.message().payload().to_vec());
+        delivery.ack().await.unwrap();
+    }
+    numbers.sort();
+    assert_eq!(numbers, [[0], [1], [2]]);
+    drop(member);
+    clean(broker, &[group], &exchange).await;
+}
+
+/// A retry waits for the queue that delays it; others are settled meanwhile, and the broker closes in time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retry_that_waits_for_its_queue_holds_up_no_other_group() {
+    let _turn = TURN.lock().await;
+    let (proxy, broker, exchange) = slow().await;
+    let ((tried, first), (rejected, second)) = (names("tried"), names("rejected"));
+    let (mut one, mut other) = (join(&*broker, &first).await, join(&*broker, &second).await);
+    broker.publish(&tried, Message::new("tried")).await.unwrap();
+    broker.publish(&rejected, Message::new("rejected")).await.unwrap();
+    proxy.keep("broker.retry.");
+    let retry = next(&mut one).await.retry_after(Duration::from_millis(300));
+    let retry = tokio::spawn(retry);
+    timeout(PATIENCE, proxy.kept(1)).await.expect("it is not declared");
+    let reject = timeout(PATIENCE, next(&mut other).await.reject("no")).await;
+    reject.expect("its dead letter waits for the declaration").unwrap();
+    assert_eq!(broker.dead_letters(&second, 1).await.unwrap().len(), 1);
+    assert!(!retry.is_finished());
+    proxy.release();
+    timeout(PATIENCE, retry).await.expect("it does not end").unwrap().unwrap();
+    let delivery = next(&mut one).await;
+    assert_eq!(delivery.attempt(), 2);
+    delivery.ack().await.unwrap();
+    drop((one, other));
+    clean(broker, &[first, second], &exchange).await;
+}
+
+/// What waits for a queue that is never declared ends when any publish would.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_publish_does_not_wait_for_its_delay_queue_for_ever() {
+    let _turn = TURN.lock().await;
+    let proxy = Slow::start(address()).await;
+    let (topic, exchange) = (names("late").0, unique("slow"));
+    let url = format!("{}?exchange={exchange}&connect_timeout=1s&publish_timeout=3s", at(&proxy.address(), None));
+    let broker = open_as_it_is(&url).unwrap();
+    broker.publish(&topic, Message::new("before")).await.unwrap();
+    proxy.keep("broker.delay.");
+    let hour = Timestamp::now().after(Duration::from_secs(3600));
+    let delayed = timeout(PATIENCE, broker.publish(&topic, Message::new("late").with_deliver_at(hour))).await;
+    let error = delayed.expect("it does not end").unwrap_err();
+    assert_eq!(error.kind(), broker_core::ErrorKind::Timeout, "{error}");
+    assert!(error.message().contains("was not sent"), "{error}");
+    // The declaration was tried again, and is there for the next.
+    proxy.release();
+    let hour = Timestamp::now().after(Duration::from_secs(3600));
+    let delayed = timeout(PATIENCE, broker.publish(&topic, Message::new("in time").with_deliver_at(hour))).await;
+    delayed.expect("it does not end").unwrap();
+    clean(broker, &[], &exchange).await;
+}
