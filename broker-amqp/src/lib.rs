@@ -23,6 +23,7 @@ mod settings;
 mod topology;
 
 // The wire and the connection.
+mod cancels;
 mod error;
 mod foreign;
 mod link;

@@ -14,6 +14,8 @@ use std::task::{Context, Poll, ready};
 
 use futures_io::{AsyncRead, AsyncWrite};
 
+use crate::cancels::Cancels;
+
 /// Tables and arrays within one another that are passed on; more than are read (see [`foreign`](crate::foreign)).
 const MAX_DEPTH: usize = 32;
 
@@ -51,11 +53,15 @@ struct Sifted {
     end: usize,
     /// What is left of a frame that is passed on as it is.
     skip: usize,
+    cancels: Cancels,
 }
 
 impl<S> Sieve<S> {
     pub(crate) fn new(stream: S) -> Self {
-        Self { stream, sifted: Sifted { bytes: vec![0; READ], start: 0, clean: 0, end: 0, skip: 0 } }
+        Self {
+            stream,
+            sifted: Sifted { bytes: vec![0; READ], start: 0, clean: 0, end: 0, skip: 0, cancels: Cancels::default() },
+        }
     }
 }
 
@@ -130,7 +136,7 @@ impl Sifted {
             match frame {
                 [] => return Ok(()),
                 [PROTOCOL, ..] => self.skip = 8,
-                [kind, _, _, a, b, c, d, rest @ ..] => {
+                [kind, channel, of_channel, a, b, c, d, rest @ ..] => {
                     let size = usize::try_from(u32::from_be_bytes([*a, *b, *c, *d])).unwrap_or(usize::MAX);
                     if !matches!(*kind, METHOD | HEADER) {
                         self.skip = size.saturating_add(FRAME_HEAD + FRAME_END);
@@ -141,6 +147,9 @@ impl Sifted {
                     }
                     let Some((payload, [_, ..])) = rest.split_at_mut_checked(size) else { return Ok(()) };
                     sift(*kind, payload);
+                    if *kind == METHOD {
+                        self.cancels.sift([*channel, *of_channel], payload);
+                    }
                     self.clean += FRAME_HEAD + size + FRAME_END;
                 }
                 _ => return Ok(()),

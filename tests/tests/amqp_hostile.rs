@@ -12,8 +12,9 @@ mod amqp_server;
 
 use std::time::Duration;
 
+use amqp_server::slow::Slow;
 use amqp_server::stranger::{Stranger, nested, string, table};
-use amqp_server::{TURN, address, open, server};
+use amqp_server::{TURN, address, at, open, server};
 use broker_core::{Broker, BrokerExt, Group, GroupOptions, Message, Subscribe, Subscription, Topic};
 use tokio::time::timeout;
 
@@ -106,4 +107,36 @@ async fn a_routing_key_that_is_no_text_is_a_dead_letter() {
     let (message, dead) = survives("key", b".\xE2\x82", b"text/plain", table(&[])).await;
     assert!(dead);
     assert_eq!(message.payload(), "strange");
+}
+
+/// As RabbitMQ does now and then, where a queue is deleted while a consumer leaves it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancellation_that_is_confirmed_twice_ends_no_connection() {
+    let _turn = TURN.lock().await;
+    let proxy = Slow::start(address()).await;
+    proxy.stutter();
+    let broker = open(&at(&proxy.address(), None)).unwrap();
+    let root = format!("suite.stutter-{:08x}", fastrand::u32(..));
+    let groups: [Group; 2] = ["stays", "leaves"].map(|name| format!("{name}@{root}.>").parse().unwrap());
+    let topic = Topic::new(format!("{root}.x")).unwrap();
+    let mut stays = broker.subscribe(&groups[0].filter, Subscribe::group(groups[0].name.clone())).await.unwrap();
+    let connections = proxy.accepted();
+    for _ in 0..3 {
+        broker.publish(&topic, Message::new("x")).await.unwrap();
+        let held = timeout(PATIENCE, stays.next()).await.unwrap().unwrap().unwrap();
+        let leaves = broker.subscribe(&groups[1].filter, Subscribe::group(groups[1].name.clone())).await.unwrap();
+        timeout(PATIENCE, leaves.close()).await.expect("leaving hangs").unwrap();
+        // On the connection that it came by.
+        held.ack().await.unwrap();
+    }
+    let mut status = broker.status().await.unwrap();
+    while status.group(&groups[0]).unwrap().lag != Some(0) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        status = broker.status().await.unwrap();
+    }
+    assert_eq!(proxy.accepted(), connections, "another had to be made");
+    for group in groups {
+        assert!(broker.delete_group(&group).await.unwrap());
+    }
+    broker.close(PATIENCE).await;
 }

@@ -1,12 +1,12 @@
 //! A server that is slow to declare, as one whose quorum of nodes is: a proxy that knows frames, and keeps a channel's
-//! from its first declaration on.
+//! from its first declaration on. It can repeat itself as well.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt, copy};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -22,7 +22,9 @@ struct Shared {
     upstream: &'static str,
     /// Declarations of queues whose names begin so are kept.
     prefix: watch::Sender<Option<String>>,
-    /// How many are.
+    /// Whether cancelled consumers are confirmed twice.
+    stutters: AtomicBool,
+    /// How many are kept.
     kept: watch::Sender<usize>,
     accepted: AtomicUsize,
 }
@@ -35,6 +37,7 @@ impl Slow {
             upstream,
             prefix: watch::Sender::new(None),
             kept: watch::Sender::new(0),
+            stutters: AtomicBool::new(false),
             accepted: AtomicUsize::new(0),
         });
         let serving = Arc::clone(&shared);
@@ -63,6 +66,11 @@ impl Slow {
         self.shared.prefix.send_replace(Some(prefix.to_owned()));
     }
 
+    /// From now on confirms twice that a consumer is cancelled.
+    pub(crate) fn stutter(&self) {
+        self.shared.stutters.store(true, Ordering::SeqCst);
+    }
+
     /// Passes on what was kept, and keeps no more.
     pub(crate) fn release(&self) {
         self.shared.prefix.send_replace(None);
@@ -85,11 +93,11 @@ async fn serve(client: TcpStream, shared: Arc<Shared>) {
     for socket in [&client, &server] {
         socket.set_nodelay(true).unwrap();
     }
-    let (from_client, mut to_client) = client.into_split();
-    let (mut from_server, to_server) = server.into_split();
+    let (from_client, to_client) = client.into_split();
+    let (from_server, to_server) = server.into_split();
     tokio::select! {
         _ = pass(from_client, to_server, &shared) => {}
-        _ = copy(&mut from_server, &mut to_client) => {}
+        _ = answer(from_server, to_client, &shared) => {}
     }
 }
 
@@ -126,6 +134,20 @@ async fn pass(mut client: OwnedReadHalf, mut server: OwnedWriteHalf, shared: &Sh
             }
         }
     }
+}
+
+async fn answer(mut server: OwnedReadHalf, mut client: OwnedWriteHalf, shared: &Shared) -> std::io::Result<()> {
+    let mut read = Vec::new();
+    while server.read_buf(&mut read).await? > 0 {
+        while let Some(size) = size(&read).filter(|size| *size <= read.len()) {
+            let frame: Vec<u8> = read.drain(..size).collect();
+            // 60.31 is basic.cancel-ok.
+            let is_cancelled = frame.first() == Some(&1) && frame.get(7..11) == Some(&[0, 60, 0, 31]);
+            let times = if is_cancelled && shared.stutters.load(Ordering::SeqCst) { 2 } else { 1 };
+            client.write_all(&frame.repeat(times)).await?;
+        }
+    }
+    Ok(())
 }
 
 /// Of the frame that comes first, once its length is there.
