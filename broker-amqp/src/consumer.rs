@@ -15,6 +15,7 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::acks::Said;
+use crate::channel::OwnChannel;
 use crate::error::{from_lapin, is_final};
 use crate::link::{Wait, closed};
 use crate::member::{Member, Undecodable};
@@ -96,7 +97,7 @@ async fn keep(member: &Arc<Member>, ready: oneshot::Sender<Result<()>>) -> Resul
             return Ok(());
         }
         let error = match opened {
-            Ok((channel, consumer, queue)) => {
+            Ok((channel, mut consumer, queue)) => {
                 wait.reset();
                 let epoch = member.begin(queue.clone());
                 if let Some(ready) = ready.take()
@@ -105,7 +106,7 @@ async fn keep(member: &Arc<Member>, ready: oneshot::Sender<Result<()>>) -> Resul
                     // Whoever subscribed has gone away.
                     member.stop.cancel();
                 }
-                match consume(member, epoch, &channel, consumer).await {
+                match consume(member, epoch, &channel, &mut consumer).await {
                     Ended::Stopped => {
                         let _ = channel.close(200, "OK".into()).await;
                         return Ok(());
@@ -151,7 +152,7 @@ async fn keep(member: &Arc<Member>, ready: oneshot::Sender<Result<()>>) -> Resul
     }
 }
 
-type Opened = (Channel, lapin::Consumer, ShortString);
+type Opened = (OwnChannel, lapin::Consumer, ShortString);
 
 async fn open(member: &Member, patient: bool) -> Result<Opened> {
     let shared = &member.shared;
@@ -195,19 +196,19 @@ enum Ended {
     Lost(Error),
 }
 
-async fn consume(member: &Arc<Member>, epoch: u64, channel: &Channel, mut consumer: lapin::Consumer) -> Ended {
+async fn consume(member: &Arc<Member>, epoch: u64, channel: &Channel, consumer: &mut lapin::Consumer) -> Ended {
     let telling = tell(member, channel);
     let receiving = async {
         tokio::select! {
             biased;
             () = member.stop.cancelled() => {}
-            ended = receive(member, epoch, &mut consumer) => return ended,
+            ended = receive(member, epoch, consumer) => return ended,
             () = member.stepped_back() => {
                 told(member).await;
                 return Ended::SteppedBack;
             }
         }
-        match leave(member, channel, &mut consumer).await {
+        match leave(member, channel, consumer).await {
             Ok(()) => Ended::Stopped,
             Err(error) => Ended::Lost(error),
         }

@@ -24,6 +24,7 @@ mod topology;
 
 // The wire and the connection.
 mod cancels;
+mod channel;
 mod error;
 mod foreign;
 mod link;

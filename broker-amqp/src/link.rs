@@ -14,7 +14,7 @@ use lapin::protocol::AMQPErrorKind;
 use lapin::tcp::{AMQPUriTcpExt, AsyncTcpStream, OwnedIdentity, OwnedTLSConfig};
 use lapin::types::LongString;
 use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo};
-use lapin::{Channel, Connection, ConnectionProperties, Event};
+use lapin::{Connection, ConnectionProperties, Event};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -22,6 +22,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::AmqpOptions;
+use crate::channel::OwnChannel;
 use crate::error::{from_lapin, is_final};
 use crate::reactor::{runtimes, sifted};
 
@@ -48,10 +49,10 @@ impl Live {
     ///
     /// lapin (4.12) keeps what the server closed a channel for under the channel's number, and fails whoever is given
     /// that number next with it. The number is of no use from then on, so that another one is tried.
-    pub(crate) async fn channel(&self) -> Result<Channel> {
+    pub(crate) async fn channel(&self) -> Result<OwnChannel> {
         loop {
             match self.connection.create_channel().await {
-                Ok(channel) => return Ok(channel),
+                Ok(channel) => return Ok(OwnChannel::new(channel, self.clone())),
                 // Each time there is one number less, so that this ends. Whoever opens channels otherwise than to ask
                 // learns here alone that some are lost.
                 Err(error) if of_another(&error) && self.is_up() => self.wear(),

@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use amqp_server::slow::Slow;
 use amqp_server::{TURN, address, at, open_as_it_is, raw};
-use broker_core::{Broker, BrokerExt, Group, Message, Subscribe, Subscription, Timestamp, Topic};
+use broker_core::{
+    Broker, BrokerExt, ErrorKind, Group, GroupOptions, Message, Subscribe, Subscription, Timestamp, Topic,
+};
 use tokio::time::timeout;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -117,6 +119,29 @@ async fn a_retry_that_waits_for_its_queue_holds_up_no_other_group() {
     clean(broker, &[first, second], &exchange).await;
 }
 
+/// The server says that a queue is missing by closing the channel, when whoever asked has closed it already.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_given_up_ends_no_connection() {
+    let _turn = TURN.lock().await;
+    let proxy = Slow::start(address()).await;
+    let broker = open_as_it_is(&format!("{}?connect_timeout=1s", at(&proxy.address(), None))).unwrap();
+    let ((_, group), (_, absent)) = (names("asked"), names("absent"));
+    assert!(broker.create_group(&group, GroupOptions::new()).await.unwrap());
+    let connections = proxy.accepted();
+    for round in 1..4 {
+        proxy.keep("absent@");
+        let error = broker.purge_group(&absent).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+        proxy.kept(round).await;
+        proxy.release();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(broker.purge_group(&absent).await.unwrap_err().kind(), ErrorKind::NotFound);
+        assert_eq!(proxy.accepted(), connections, "another had to be made");
+    }
+    assert!(broker.delete_group(&group).await.unwrap());
+    broker.close(PATIENCE).await;
+}
+
 /// What waits for a queue that is never declared ends when any publish would.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_publish_does_not_wait_for_its_delay_queue_for_ever() {
@@ -130,7 +155,7 @@ async fn a_publish_does_not_wait_for_its_delay_queue_for_ever() {
     let hour = Timestamp::now().after(Duration::from_secs(3600));
     let delayed = timeout(PATIENCE, broker.publish(&topic, Message::new("late").with_deliver_at(hour))).await;
     let error = delayed.expect("it does not end").unwrap_err();
-    assert_eq!(error.kind(), broker_core::ErrorKind::Timeout, "{error}");
+    assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
     assert!(error.message().contains("was not sent"), "{error}");
     // The declaration was tried again, and is there for the next.
     proxy.release();

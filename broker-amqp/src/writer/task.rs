@@ -19,6 +19,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, tim
 use super::flight::Flight;
 use super::rungs::{Declared, Rungs};
 use super::{DEFAULT_FRAME_MAX, Entry, Envelope, Route, Writer};
+use crate::channel::OwnChannel;
 use crate::error::{from_lapin, is_final};
 use crate::ladder::{Leads, Rung};
 use crate::link::{Live, Wait};
@@ -384,7 +385,7 @@ impl Task {
 }
 
 /// A channel with confirms, and the exchange.
-async fn open(writer: &Writer, live: &Live) -> Result<Channel> {
+async fn open(writer: &Writer, live: &Live) -> Result<OwnChannel> {
     let options = &writer.options;
     let channel = live.channel().await?;
     channel.confirm_select(ConfirmSelectOptions::default()).await.map_err(from_lapin)?;
