@@ -8,14 +8,15 @@ use std::time::{Duration, Instant};
 
 use broker_core::{Error, ErrorKind, Group, Result, Topic, TopicFilter};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::config::FromClientConfigAndContext;
+use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::error::RDKafkaErrorCode;
 use rdkafka::groups::GroupInfo;
 use rdkafka::metadata::{Metadata, MetadataTopic};
 use rdkafka::{Offset, TopicPartitionList};
 
-use crate::client::{self, Context, Health, MAX_RECORD_BYTES, Role, rest};
+use crate::client::{self, Context, MAX_RECORD_BYTES, Role, rest};
+use crate::health::Health;
 use crate::retry_topics::{self, RetryTopics};
 use crate::{KafkaConfig, check_collision, error};
 
@@ -54,6 +55,8 @@ impl Admin {
     fn asking(&self) -> Result<&BaseConsumer<Context>> {
         let make = || {
             let mut settings = client::settings(&self.config, &[("allow.auto.create.topics", "false")]);
+            // Where the server hangs up on who does not speak as it expects, librdkafka says no more of it than this.
+            settings.set_log_level(RDKafkaLogLevel::Info);
             client::hand_on(&mut settings, &self.config, Role::Admin);
             let made = BaseConsumer::from_config_and_context(&settings, self.context());
             made.map(Arc::new).map_err(|error| client::not_made(&error))
@@ -75,33 +78,58 @@ impl Admin {
         AdminOptions::new().request_timeout(Some(self.timeout())).operation_timeout(Some(self.timeout()))
     }
 
-    /// Serves the client's callbacks: errors such as refused credentials are told there alone.
+    /// Serves the client's callbacks: why a connection does not stand is told there alone.
     fn listen(&self, client: &BaseConsumer<Context>) {
-        while let Some(Err(error)) = client.poll(Duration::ZERO) {
-            self.health.failed(error::failed("the connection", &error));
+        // A line of the log is none of what it answers with, so that more may come after it.
+        for _ in 0..EVENTS {
+            let _ = client.poll(Duration::ZERO);
         }
     }
 
     /// Reaches the server.
     pub(crate) fn connect(&self) -> Result<()> {
+        self.reach(self.timeout())
+    }
+
+    /// Waits until the server has answered for the first time. Who is refused waits no longer than [`MERCY`]: not even
+    /// a server that has just started refuses, for longer, whom it lets in later; and another may let us in at once.
+    fn reach(&self, patience: Duration) -> Result<()> {
+        if self.health.stood() {
+            return Ok(());
+        }
         let client = self.asking()?;
-        let deadline = Instant::now() + self.timeout();
+        let deadline = Instant::now() + patience;
+        let mut refused: Option<Instant> = None;
         loop {
-            let slice = deadline.saturating_duration_since(Instant::now()).min(Duration::from_millis(250));
-            if client.client().fetch_cluster_id(slice).is_some() {
+            let asked = Instant::now();
+            let answer = client.client().fetch_cluster_id(LISTENING.min(patience));
+            // Without waiting: it has answered, and has no name.
+            if answer.is_some() || asked.elapsed() < LISTENING.min(patience) / 2 {
                 self.health.recovered();
                 return Ok(());
             }
             self.listen(client);
-            self.health.is_refused()?;
+            match self.health.refusal() {
+                Some(refusal) if refused.get_or_insert(asked).elapsed() >= MERCY => return Err(refusal),
+                Some(_) => {}
+                None => refused = None,
+            }
             if Instant::now() >= deadline {
-                let within = broker_core::format_duration(self.timeout());
-                return Err(self.health.explain(Error::unavailable(format!(
-                    "no answer from {} within {within}",
-                    self.config.bootstrap_servers()
-                ))));
+                // A question may have some of its time left: a tenth of a second is near enough.
+                let tenths = patience.as_millis().div_ceil(100).try_into().unwrap_or(u32::MAX);
+                let within = broker_core::format_duration(Duration::from_millis(100) * tenths);
+                let servers = self.config.bootstrap_servers();
+                return Err(self
+                    .health
+                    .explain(Error::unavailable(format!("no answer from {servers} within {within}"))));
             }
         }
+    }
+
+    /// Whether the server answers. Where that is not known, or it was lost, it is asked: it may be back, and nobody
+    /// has noticed.
+    pub(crate) fn answers(&self) -> bool {
+        self.health.is_connected() || self.ask_metadata(None, LOOK.min(self.timeout())).is_ok()
     }
 
     /// The partitions of `topic`; `None` if there is no such topic.
@@ -179,12 +207,15 @@ impl Admin {
 
     /// What the server says of a topic, or of all. A server that restarts is waited for.
     fn metadata(&self, topic: Option<&Topic>) -> Result<Metadata> {
+        self.patiently(|left| self.ask_metadata(topic, left))
+    }
+
+    fn ask_metadata(&self, topic: Option<&Topic>, timeout: Duration) -> Result<Metadata> {
+        self.reach(timeout)?;
         let client = self.asking()?;
-        let metadata = self.patiently(|left| {
-            let metadata = client.fetch_metadata(topic.map(Topic::as_str), left);
-            self.listen(client);
-            metadata.map_err(|error| self.health.explain(error::failed("ask for topics", &error)))
-        })?;
+        let metadata = client.fetch_metadata(topic.map(Topic::as_str), timeout);
+        self.listen(client);
+        let metadata = metadata.map_err(|error| self.health.explain(error::failed("ask for topics", &error)))?;
         self.health.recovered();
         Ok(metadata)
     }
@@ -265,9 +296,16 @@ impl Admin {
         };
         let list = list(partitions.iter().map(|partition| (partition, asked)))?;
         let answer = self.asking()?.offsets_for_times(list, timeout);
-        let answer = answer.map_err(|error| self.health.explain(error::failed("ask for offsets", &error)))?;
+        let answer = answer.map_err(|error| match error.rdkafka_error_code() {
+            // The server that named them is away, and no other has told who has them now.
+            Some(RDKafkaErrorCode::UnknownPartition | RDKafkaErrorCode::UnknownTopic) => {
+                Error::unavailable("ask for offsets: who leads the partitions is not known")
+            }
+            _ => self.health.explain(error::failed("ask for offsets", &error)),
+        })?;
         let mut offsets = Vec::with_capacity(partitions.len());
         let mut beyond = Vec::new();
+        self.health.recovered();
         for element in answer.elements() {
             element.error().map_err(|error| match error.rdkafka_error_code() {
                 // It was in the metadata: its leader has not heard of it yet.
@@ -301,7 +339,7 @@ impl Admin {
 
     fn described<T>(&self, id: &str, read: impl Fn(&GroupInfo) -> T) -> Result<Option<T>> {
         let list = self.asking()?.fetch_group_list(Some(id), self.timeout());
-        let list = list.map_err(|error| error::failed("ask for the group", &error))?;
+        let list = list.map_err(|error| self.health.explain(error::failed("ask for the group", &error)))?;
         Ok(list.groups().iter().find(|group| group.name() == id && group.state() != "Dead").map(read))
     }
 
@@ -327,6 +365,18 @@ impl Admin {
         }
     }
 }
+
+/// Between two looks at what librdkafka has said of its connections, while the first is waited for.
+const LISTENING: Duration = Duration::from_millis(50);
+
+/// What is looked at of it at a time.
+const EVENTS: usize = 64;
+
+/// How long who is refused tries on: several times, as connections are made anew.
+const MERCY: Duration = Duration::from_millis(500);
+
+/// How long the server may take to answer that it is there.
+const LOOK: Duration = Duration::from_secs(1);
 
 impl fmt::Debug for Admin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

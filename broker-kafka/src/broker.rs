@@ -314,19 +314,25 @@ impl Shared {
     }
 
     fn status(&self, name: &str) -> Result<Status> {
-        let closed = self.closed.load(Ordering::Acquire);
-        let mut status = Status::new(name, if closed { State::Closed } else { State::Active });
+        let state = match self.closed.load(Ordering::Acquire) {
+            true => State::Closed,
+            false if self.admin.answers() => State::Active,
+            false => State::Connecting,
+        };
+        let mut status = Status::new(name, state);
         status.last_error = self.admin.health().last_error().map(|error| error.to_string());
         let members = self.registry.members();
         for member in members.iter().filter(|member| member.group.is_none() && member.is_open()) {
-            let mut alone = SubscriptionStatus::new(member.filter.clone(), State::Active);
+            let mut alone = SubscriptionStatus::new(member.filter.clone(), status.state);
             alone.in_flight = Some(member.in_flight());
             let progress = member.state(|state| state.progress());
             alone.assignment = Some(assignment(progress.iter().map(|(partition, _)| partition)));
-            if !closed {
+            if status.state == State::Active {
                 let partitions: Vec<_> = progress.iter().map(|(partition, _)| partition.clone()).collect();
-                let end = self.admin.offsets(&partitions, At::End)?;
-                alone.lag = Some(lag(progress.iter().map(|(partition, progress)| (partition, Some(progress))), &end));
+                let end = answered(&mut status, self.admin.offsets(&partitions, At::End))?;
+                let progress = progress.iter().map(|(partition, progress)| (partition, Some(progress)));
+                alone.lag = end.map(|end| lag(progress, &end));
+                alone.state = status.state;
             }
             alone.counts = member.entry.counts.counts();
             alone.last_error = member.entry.last_error();
@@ -343,8 +349,9 @@ impl Shared {
             one.assignment = Some(assignment(&partitions));
             one.counts = entry.counts.counts();
             one.last_error = entry.last_error();
-            if !closed {
-                self.ask_server(&group, &mut one)?;
+            if status.state == State::Active {
+                answered(&mut status, self.ask_server(&group, &mut one))?;
+                one.state = status.state;
             }
             status.groups.push(one);
         }
@@ -378,6 +385,19 @@ impl Shared {
         report.unconfirmed = self.publishing.close(deadline) as u64;
         report.complete &= report.unconfirmed == 0 && report.in_flight == 0;
         report
+    }
+}
+
+/// What the server answered. One that does not is away, and whoever asks how things are is told that.
+fn answered<T>(status: &mut Status, answer: Result<T>) -> Result<Option<T>> {
+    match answer {
+        Ok(answer) => Ok(Some(answer)),
+        Err(error) if error.is_retryable() => {
+            status.state = State::Connecting;
+            status.last_error = Some(error.to_string());
+            Ok(None)
+        }
+        Err(error) => Err(error),
     }
 }
 

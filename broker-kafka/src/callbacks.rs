@@ -9,10 +9,10 @@ use rdkafka::error::KafkaError;
 use rdkafka::message::{BorrowedMessage, DeliveryResult, Message as _};
 use rdkafka::producer::{Producer as _, ProducerContext};
 
-use crate::client::{self, Health};
-use crate::error;
+use crate::health::Health;
 use crate::publishing::{Publishing, RawProducer, closed};
 use crate::tickets::Tickets;
+use crate::{client, error};
 
 /// What librdkafka calls back for.
 #[derive(Debug)]
@@ -56,7 +56,10 @@ impl ClientContext for Callbacks {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        self.health.failed(self.fatal().unwrap_or_else(|| error::failed(reason, &error)));
+        match self.fatal() {
+            Some(fatal) => self.health.failed(fatal),
+            None => self.health.told(&error, reason),
+        }
     }
 }
 
@@ -65,7 +68,10 @@ impl ProducerContext for Callbacks {
 
     fn delivery(&self, result: &DeliveryResult<'_>, ticket: usize) {
         let outcome = match result {
-            Ok(record) => Ok((record.partition(), record.offset())),
+            Ok(record) => {
+                self.health.recovered();
+                Ok((record.partition(), record.offset()))
+            }
             Err((error, record)) => {
                 let error = self.failed(record, error);
                 if error.kind() == ErrorKind::NotFound

@@ -1,10 +1,9 @@
-//! What every client of librdkafka has in common: its settings, its log, its last error.
+//! What every client of librdkafka has in common: its settings, its log.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use broker_core::{Error, ErrorKind, Result};
-use parking_lot::Mutex;
+use broker_core::Error;
 use rdkafka::ClientConfig;
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
@@ -13,6 +12,7 @@ use rdkafka::error::KafkaError;
 use rdkafka::statistics::Statistics;
 
 use crate::config::{Sasl, Security};
+use crate::health::Health;
 use crate::{KafkaConfig, error};
 
 /// Bytes of a request or a record: a message of 1 MiB, what we add, and room for header lengths.
@@ -110,50 +110,6 @@ pub(crate) fn not_made(error: &KafkaError) -> Error {
     }
 }
 
-/// The state of the connection, as the clients of one broker last saw it.
-#[derive(Debug, Default)]
-pub(crate) struct Health {
-    last: Mutex<Option<Error>>,
-}
-
-impl Health {
-    /// The last error, if nothing succeeded since.
-    pub(crate) fn last_error(&self) -> Option<Error> {
-        self.last.lock().clone()
-    }
-
-    /// Something succeeded.
-    pub(crate) fn recovered(&self) {
-        *self.last.lock() = None;
-    }
-
-    /// Something failed. That a connection is down is what follows from being refused, and tells less.
-    pub(crate) fn failed(&self, error: Error) {
-        let mut last = self.last.lock();
-        let refused = last.as_ref().is_some_and(|last| last.kind() == ErrorKind::Unauthorized);
-        if !(refused && error.kind() == ErrorKind::Unavailable) {
-            *last = Some(error);
-        }
-    }
-
-    /// `error`, or what the clients know better: that the credentials are wrong shows only in the log
-    /// of the connection.
-    pub(crate) fn explain(&self, error: Error) -> Error {
-        match self.last_error() {
-            Some(last) if last.kind() == ErrorKind::Unauthorized => last,
-            Some(last) if matches!(error.kind(), ErrorKind::Timeout | ErrorKind::Unavailable) => {
-                Error::new(error.kind(), format!("{} ({})", error.message(), last.message()))
-            }
-            _ => error,
-        }
-    }
-
-    /// Whether the clients are known to be refused.
-    pub(crate) fn is_refused(&self) -> Result<()> {
-        self.last_error().filter(|last| last.kind() == ErrorKind::Unauthorized).map_or(Ok(()), Err)
-    }
-}
-
 /// The callbacks of a client that needs no others.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Context {
@@ -162,11 +118,14 @@ pub(crate) struct Context {
 
 impl ClientContext for Context {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, line: &str) {
+        if facility == "FAIL" && matches!(level, RDKafkaLogLevel::Warning | RDKafkaLogLevel::Info) {
+            self.health.closed(line.split_once("]: ").map_or(line, |(_, line)| line));
+        }
         log(level, facility, line);
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        self.health.failed(error::failed(reason, &error));
+        self.health.told(&error, reason);
     }
 
     fn stats(&self, _: Statistics) {}

@@ -14,8 +14,8 @@ use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::types::RDKafkaRespErr;
 
 use crate::admin::{Admin, Partition};
-use crate::client::{self, Health, Role, millis};
-use crate::error;
+use crate::client::{self, Role, millis};
+use crate::health::Health;
 
 /// The group of consumers without one: named because librdkafka wants a name, never joined, never
 /// committed to.
@@ -91,7 +91,7 @@ impl ClientContext for Callbacks {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        self.health.failed(error::failed(reason, &error));
+        self.health.told(&error, reason);
     }
 }
 

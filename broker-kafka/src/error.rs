@@ -74,6 +74,18 @@ pub(crate) fn code_kind(code: RDKafkaErrorCode) -> ErrorKind {
     }
 }
 
+/// Whether it is of a connection, which is made anew by itself.
+pub(crate) fn is_of_connection(code: RDKafkaErrorCode) -> bool {
+    matches!(
+        code,
+        RDKafkaErrorCode::AllBrokersDown
+            | RDKafkaErrorCode::BrokerTransportFailure
+            | RDKafkaErrorCode::Resolve
+            | RDKafkaErrorCode::Authentication
+            | RDKafkaErrorCode::SSL
+    )
+}
+
 /// An error of librdkafka met while doing `what`.
 pub(crate) fn failed(what: impl std::fmt::Display, error: &KafkaError) -> Error {
     match error.rdkafka_error_code() {

@@ -2,6 +2,7 @@
 
 // What a URL means, what is refused, how things are called.
 mod capabilities;
+mod cause;
 mod config;
 mod error;
 mod pattern;
@@ -16,6 +17,7 @@ mod admin;
 mod client;
 mod dead;
 mod group;
+mod health;
 mod record;
 mod retry_topics;
 mod wire;

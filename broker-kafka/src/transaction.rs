@@ -22,7 +22,8 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use tokio::sync::oneshot;
 
 use crate::admin::Admin;
-use crate::client::{self, Health, Role, millis, rest};
+use crate::client::{self, Role, millis, rest};
+use crate::health::Health;
 use crate::process::Process;
 use crate::tickets::Tickets;
 use crate::wire::Written;
@@ -530,7 +531,7 @@ impl ClientContext for Outcomes {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        self.health.failed(error::failed(reason, &error));
+        self.health.told(&error, reason);
     }
 }
 

@@ -205,6 +205,13 @@ impl Poller {
 
     fn failed(&self, error: &KafkaError) {
         let fatal = matches!(error, KafkaError::MessageConsumptionFatal(_));
+        if !fatal && error.rdkafka_error_code().is_some_and(error::is_of_connection) {
+            // The callbacks were told more of it. However we were refused: who was let in before may be again.
+            if let Some(cause) = self.admin.health().last_error() {
+                self.member.entry.failed(cause.message());
+            }
+            return;
+        }
         let error = error::failed("receive", error);
         self.member.entry.failed(error.message());
         if fatal {
