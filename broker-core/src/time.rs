@@ -7,6 +7,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use jiff::SignedDuration;
 use jiff::civil::DateTime;
+use jiff::fmt::StdFmtWrite;
+use jiff::fmt::temporal::DateTimePrinter;
 use serde::{Deserialize, Deserializer, Serializer};
 
 use crate::{Error, Result};
@@ -86,7 +88,11 @@ impl Timestamp {
 impl fmt::Display for Timestamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match jiff::Timestamp::from_millisecond(self.0) {
-            Ok(time) => write!(f, "{time:.3}"),
+            // What `{time:.3}` does, without a formatter for it: a push has two of these.
+            Ok(time) => {
+                let printer = DateTimePrinter::new().precision(Some(3));
+                printer.print_timestamp(&time, StdFmtWrite(f)).map_err(|_| fmt::Error)
+            }
             // Beyond the years RFC 3339 can write, the nearest it can; a day before, `jiff` already has
             // only the calendar.
             Err(_) if self.0 < 0 => write!(f, "{:.3}", jiff::Timestamp::MIN),

@@ -95,18 +95,18 @@ fn encode_event(topic: &Topic, message: &Message, plan: &Plan<'_>, headers: &mut
         headers.insert(CE_SOURCE, text(format_args!("{DEFAULT_SOURCE}{topic}")));
     }
     if !plan.has("type") {
-        headers.insert(CE_TYPE, text(topic));
+        headers.insert(CE_TYPE, percent::encode_value(topic.as_str().as_bytes()));
     }
     if !plan.has(attributes::TIME) {
         headers.insert(CE_TIME, text(message.timestamp()));
     }
     for (name, value) in &plan.attributes {
         if let Ok(name) = HeaderName::try_from(format!("ce-{name}")) {
-            headers.insert(name, text(value));
+            headers.insert(name, percent::encode_value(value.as_bytes()));
         }
     }
     if let Some(key) = message.key().and_then(as_partition_key) {
-        headers.insert(CE_PARTITIONKEY, text(key));
+        headers.insert(CE_PARTITIONKEY, percent::encode_value(key.as_bytes()));
     }
 }
 
@@ -124,9 +124,9 @@ pub fn describe(envelope: Envelope<'_>, headers: &mut HeaderMap) {
 }
 
 fn describe_delivery(envelope: Envelope<'_>, headers: &mut HeaderMap) {
-    headers.insert(TOPIC, text(envelope.topic));
+    headers.insert(TOPIC, percent::encode_value(envelope.topic.as_str().as_bytes()));
     if let Some(subscription) = envelope.subscription {
-        headers.insert(SUBSCRIPTION, text(subscription));
+        headers.insert(SUBSCRIPTION, percent::encode_value(subscription.as_bytes()));
     }
     if let Some(attempt) = envelope.attempt {
         headers.insert(ATTEMPT, if attempt == 1 { HeaderValue::from_static("1") } else { HeaderValue::from(attempt) });

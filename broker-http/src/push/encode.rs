@@ -88,9 +88,14 @@ impl Encoder {
         Content { method, headers, body: Bytes::new(), answer_bytes: ANSWER_BYTES }
     }
 
-    /// The request for these messages: one, unless the mode is batch.
-    pub(crate) fn encode<'a>(&self, mut envelopes: impl ExactSizeIterator<Item = Envelope<'a>>) -> Content {
-        let mut headers = HeaderMap::with_capacity(self.base.len() + HEADERS);
+    /// The request for these messages: one, unless the mode is batch. Its headers are in `headers`, which are empty and
+    /// may have room.
+    pub(crate) fn encode<'a>(
+        &self,
+        mut envelopes: impl ExactSizeIterator<Item = Envelope<'a>>,
+        mut headers: HeaderMap,
+    ) -> Content {
+        headers.reserve(self.base.len() + HEADERS);
         headers.extend(self.base.iter().map(|(name, value)| (name.clone(), value.clone())));
         if self.mode == Mode::Batch {
             return self.batch(headers, envelopes);
@@ -114,7 +119,7 @@ impl Encoder {
 
     /// As [`encode`](Self::encode), marked as a test.
     pub(crate) fn encode_test(&self, envelope: Envelope<'_>) -> Content {
-        let mut content = self.encode(std::iter::once(envelope));
+        let mut content = self.encode(std::iter::once(envelope), HeaderMap::new());
         content.headers.insert(BROKER_TEST, HeaderValue::from_static("true"));
         content
     }
@@ -197,12 +202,8 @@ mod tests {
 
     fn encode(encoder: &Encoder, messages: &[Message]) -> Content {
         let topic = Topic::new("orders").unwrap();
-        encoder.encode(messages.iter().map(|message| Envelope {
-            topic: &topic,
-            message,
-            subscription: Some("billing"),
-            attempt: Some(3),
-        }))
+        let envelope = |message| Envelope { topic: &topic, message, subscription: Some("billing"), attempt: Some(3) };
+        encoder.encode(messages.iter().map(envelope), HeaderMap::new())
     }
 
     fn text<'a>(content: &'a Content, name: &str) -> Option<&'a str> {

@@ -6,6 +6,7 @@ use std::task::Poll;
 use std::time::{Duration, SystemTime};
 
 use broker_core::{Delivery, Message, Settlement, Timestamp};
+use http::HeaderMap;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
@@ -28,14 +29,16 @@ pub(crate) async fn run(engine: Arc<Engine>, id: usize, parcel: Parcel) {
         let name = engine.name.as_str();
         let processing = engine.route.client().traces().process(name, &engine.group, &parcel.deliveries);
         let pushing = processing.push(engine.route.target());
-        let encode = || {
-            let mut content = engine.encoder.encode(parcel.deliveries.iter().map(|delivery| envelope(delivery, name)));
+        let encode = |room| {
+            let envelopes = parcel.deliveries.iter().map(|delivery| envelope(delivery, name));
+            let mut content = engine.encoder.encode(envelopes, room);
             pushing.inject(&mut content.headers);
             content
         };
         let exchange = exchange(&engine, &mut line, parcel.deliveries.iter().map(Delivery::message), encode).await;
         pushing.over(&exchange.outcome);
-        next = settle(&engine, id, parcel, exchange, processing).await;
+        next = settle(&engine, id, parcel, &exchange, processing).await;
+        line.keep_room(exchange.outcome);
         if next.is_none() {
             next = idle(&engine, id, &mut line).await;
         }
@@ -48,11 +51,21 @@ pub(crate) struct Line {
     /// How often the client's rules had changed when it was made.
     changes: u64,
     timer: Timer,
+    /// Room for headers: hyper reads those of an answer into that of its request, and so on.
+    room: HeaderMap,
 }
 
 impl Line {
     pub(crate) fn new(engine: &Engine) -> Self {
-        Self { connection: None, changes: engine.route.client().changes(), timer: Timer::new() }
+        Self { connection: None, changes: engine.route.client().changes(), timer: Timer::new(), room: HeaderMap::new() }
+    }
+
+    /// Takes the room of an answer's headers, who is done with them.
+    fn keep_room(&mut self, outcome: Outcome) {
+        if let Outcome::Answer(answer) = outcome {
+            self.room = answer.headers;
+            self.room.clear();
+        }
     }
 }
 
@@ -69,9 +82,9 @@ pub(crate) async fn exchange<'a>(
     engine: &Engine,
     line: &mut Line,
     messages: impl Iterator<Item = &'a Message>,
-    encode: impl Fn() -> Content,
+    encode: impl Fn(HeaderMap) -> Content,
 ) -> Exchange {
-    let Line { connection, changes, timer } = line;
+    let Line { connection, changes, timer, room } = line;
     let (route, client) = (&engine.route, engine.route.client());
     let now = client.changes();
     if *changes != now {
@@ -95,7 +108,7 @@ pub(crate) async fn exchange<'a>(
                 Way::Place(place) => route.open(place).await.map_err(Broken::Failed)?,
             };
             let open = connection.insert(open);
-            let content = encode();
+            let content = encode(std::mem::take(room));
             drop(turn.take());
             open.exchange(content, route).await
         };
@@ -139,7 +152,7 @@ async fn settle(
     engine: &Arc<Engine>,
     id: usize,
     parcel: Parcel,
-    exchange: Exchange,
+    exchange: &Exchange,
     mut processing: Processing,
 ) -> Option<Parcel> {
     let verdict = verdict::judge(&exchange.outcome, &engine.spec.verdicts, SystemTime::now);
