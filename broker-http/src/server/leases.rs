@@ -125,13 +125,43 @@ struct Table {
 struct Lease {
     delivery: Delivery,
     holder: Arc<Holder>,
+    borrower: Borrower,
     deadline: Instant,
+}
+
+/// The identity that leases are made for, where there are identities, and what it has of all; a clone is the same.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Borrower(Option<Arc<AtomicUsize>>);
+
+impl Borrower {
+    /// Counts what is its own.
+    pub(crate) fn counted_by(lent: &Arc<AtomicUsize>) -> Self {
+        Self(Some(Arc::clone(lent)))
+    }
+
+    /// Leases, and places kept for leases about to be made.
+    pub(crate) fn lent(&self) -> usize {
+        self.0.as_ref().map_or(0, |lent| lent.load(Ordering::Acquire))
+    }
+
+    fn add(&self, count: usize) {
+        if let Some(lent) = &self.0 {
+            lent.fetch_add(count, Ordering::AcqRel);
+        }
+    }
+
+    fn sub(&self, count: usize) {
+        if let Some(lent) = &self.0 {
+            lent.fetch_sub(count, Ordering::AcqRel);
+        }
+    }
 }
 
 /// Places for leases, kept free while deliveries are awaited; given back when dropped.
 pub(crate) struct Places {
     leases: Arc<Leases>,
     holder: Arc<Holder>,
+    borrower: Borrower,
     count: usize,
 }
 
@@ -156,17 +186,35 @@ impl Leases {
         self.table.lock().held.len()
     }
 
-    /// Whether the table is full, with the places that are kept.
-    pub(crate) fn is_full(&self) -> bool {
-        self.held.load(Ordering::Acquire) >= self.max.load(Ordering::Relaxed)
+    /// How many there may be.
+    pub(crate) fn max(&self) -> usize {
+        self.max.load(Ordering::Relaxed)
+    }
+
+    /// How many more there may be.
+    pub(crate) fn free(&self) -> usize {
+        self.max().saturating_sub(self.held.load(Ordering::Acquire))
+    }
+
+    /// How many more the borrower may have, with the places that are kept: as many as leave to others what it has then.
+    /// One always is for who has none.
+    pub(crate) fn left(&self, borrower: &Borrower) -> usize {
+        let free = self.free();
+        if borrower.0.is_some() { free.saturating_sub(borrower.lent()).div_ceil(2) } else { free }
     }
 
     /// Keeps up to `wanted` places free, of the table's and of the `allowed` ones of the holder.
-    pub(crate) fn reserve(self: &Arc<Self>, holder: &Arc<Holder>, wanted: usize, allowed: usize) -> Places {
-        let own = take(&holder.leased, wanted, allowed);
-        let count = take(&self.held, own, self.max.load(Ordering::Relaxed));
+    pub(crate) fn reserve(
+        self: &Arc<Self>,
+        (holder, borrower): (&Arc<Holder>, &Borrower),
+        wanted: usize,
+        allowed: usize,
+    ) -> Places {
+        let own = take(&holder.leased, wanted.min(self.left(borrower)), allowed);
+        let count = take(&self.held, own, self.max());
         holder.release(own - count);
-        Places { leases: Arc::clone(self), holder: Arc::clone(holder), count }
+        borrower.add(count);
+        Places { leases: Arc::clone(self), holder: Arc::clone(holder), borrower: borrower.clone(), count }
     }
 
     /// Lends deliveries for `hold`; they must not be more than the places kept.
@@ -183,8 +231,8 @@ impl Leases {
         let mut table = self.table.lock();
         let earliest = table.due.first().copied();
         for (id, delivery) in ids.iter().zip(deliveries) {
-            let holder = Arc::clone(&places.holder);
-            table.held.insert(*id, Lease { delivery, holder, deadline });
+            let (holder, borrower) = (Arc::clone(&places.holder), places.borrower.clone());
+            table.held.insert(*id, Lease { delivery, holder, borrower, deadline });
             table.due.insert((deadline, *id));
         }
         let sooner = table.due.first().copied() != earliest;
@@ -242,6 +290,7 @@ impl Leases {
 
     fn ended(&self, lease: Lease) -> Delivery {
         self.held.fetch_sub(1, Ordering::AcqRel);
+        lease.borrower.sub(1);
         lease.holder.tally.settle(1);
         lease.holder.release(1);
         lease.delivery
@@ -309,13 +358,15 @@ impl Places {
     pub(crate) fn part(&mut self, count: usize) -> Self {
         let count = count.min(self.count);
         self.count -= count;
-        Self { leases: Arc::clone(&self.leases), holder: Arc::clone(&self.holder), count }
+        let (leases, holder) = (Arc::clone(&self.leases), Arc::clone(&self.holder));
+        Self { leases, holder, borrower: self.borrower.clone(), count }
     }
 }
 
 impl Drop for Places {
     fn drop(&mut self) {
         self.leases.held.fetch_sub(self.count, Ordering::AcqRel);
+        self.borrower.sub(self.count);
         self.holder.release(self.count);
     }
 }

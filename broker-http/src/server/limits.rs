@@ -81,7 +81,7 @@ pub struct Limits {
     pub memory_bytes: u64,
     /// Bytes that the messages of one topic may hold of that.
     pub topic_memory_bytes: u64,
-    /// Leases held at a time.
+    /// Leases held at a time. One identity is given no further one while it has as many as are free.
     pub leases: usize,
     /// Streams (server-sent events and WebSocket) at a time. One identity is given no further one while it has as many
     /// as are free.

@@ -18,7 +18,7 @@ use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::{Instant, timeout_at};
 
 use super::access::{Action, Caller, Right};
-use super::leases::{Hand, Holder, LeaseId, Leases, detach};
+use super::leases::{Borrower, Hand, Holder, LeaseId, Leases, detach};
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::publish::json_response;
@@ -192,6 +192,7 @@ async fn lend(
     (right, reader): (&Right, &Reader),
 ) -> Answer<Option<Lent>> {
     let deadline = Instant::now() + wait;
+    let borrower = right.borrower();
     loop {
         if subscribed.is_paused() {
             subscribed.resumed(deadline, &shared.draining).await;
@@ -200,14 +201,13 @@ async fn lend(
             }
             continue;
         }
-        let places = shared.leases.reserve(&pull.holder, max, subscribed.spec.max_in_flight as usize);
+        let allowed = subscribed.spec.max_in_flight as usize;
+        let places = shared.leases.reserve((&pull.holder, &borrower), max, allowed);
         if places.count() == 0 {
-            if shared.leases.is_full() {
-                return Err(
-                    Problem::too_many("there are as many leases as may be; settle some first").counted(Refusal::Leases)
-                );
+            if shared.leases.left(&borrower) == 0 {
+                return Err(full(&shared.leases, &borrower, right.name()));
             }
-            wait_for_room(&shared.leases, subscribed, pull, deadline).await;
+            wait_for_room(subscribed, pull, deadline).await;
             if Instant::now() >= deadline {
                 return Ok(None);
             }
@@ -234,6 +234,18 @@ async fn lend(
             return Ok(None);
         }
     }
+}
+
+fn full(leases: &Leases, borrower: &Borrower, name: Option<&str>) -> Problem {
+    let max = leases.max();
+    let why = match name.filter(|_| leases.free() > 0) {
+        Some(name) => format!(
+            "{name} has {} of the {max} leases, and no more than that are left, which are for others",
+            borrower.lent()
+        ),
+        None => format!("there are {max} leases, which is the most"),
+    };
+    Problem::too_many(format!("{why}; settle some first")).counted(Refusal::Leases)
 }
 
 /// What is lent, in JSON.
@@ -264,12 +276,12 @@ fn pulled(subscribed: &Subscribed) -> Answer<&Pull> {
 }
 
 /// Waits until a lease of this subscription ends.
-async fn wait_for_room(leases: &Leases, subscribed: &Subscribed, pull: &Pull, deadline: Instant) {
+async fn wait_for_room(subscribed: &Subscribed, pull: &Pull, deadline: Instant) {
     let room = pull.holder.room.notified();
     tokio::pin!(room);
     // A lease that ended before this is seen here, one after it wakes us.
     room.as_mut().enable();
-    if pull.holder.leased() >= subscribed.spec.max_in_flight as usize && !leases.is_full() {
+    if pull.holder.leased() >= subscribed.spec.max_in_flight as usize {
         let _ = timeout_at(deadline, room).await;
     }
 }

@@ -27,7 +27,7 @@ use tokio_tungstenite::tungstenite::{Error, Message};
 use super::Shared;
 use super::access::Right;
 use super::chatter::Chatter;
-use super::leases::{Hand, Holder, Places};
+use super::leases::{Borrower, Hand, Holder, Places};
 use super::metrics::Refusal;
 use super::places;
 use super::problem::{Answer, Problem};
@@ -64,6 +64,9 @@ const DEFAULT_HOLD: Duration = Duration::from_secs(30);
 const PING: Duration = Duration::from_secs(15);
 const SILENCE: Duration = Duration::from_secs(45);
 
+/// How long it waits where all leases are taken, by others or by its own identity elsewhere, before it looks again.
+const LEASES_TAKEN: Duration = Duration::from_millis(500);
+
 /// How long an ended socket waits for the other side's end.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -97,6 +100,7 @@ pub(crate) async fn open(
         reader,
         subscription: Some(subscription),
         holder,
+        borrower: right.borrower(),
         hold,
         name,
         right,
@@ -136,6 +140,7 @@ struct Lending {
     /// `None` once it has ended; what is lent can still be settled.
     subscription: Option<Subscription>,
     holder: Arc<Holder>,
+    borrower: Borrower,
     hold: Duration,
     name: Option<String>,
     right: Arc<Right>,
@@ -226,7 +231,8 @@ impl Lending {
             // What was taken is lent before more is taken.
             let room = if self.ready.is_empty() { self.credit } else { 0 };
             let room = room.min(MAX_LENT.saturating_sub(self.holder.leased())).min(AT_ONCE);
-            let places = self.shared.leases.reserve(&self.holder, room, MAX_LENT);
+            let places = self.shared.leases.reserve((&self.holder, &self.borrower), room, MAX_LENT);
+            let all_taken = room > 0 && places.count() == 0;
             let room = places.count();
             let receive = async {
                 match &mut self.subscription {
@@ -291,6 +297,7 @@ impl Lending {
                         self.subscription = None;
                     }
                 },
+                () = sleep(LEASES_TAKEN), if all_taken => {}
                 _ = ping.tick() => {
                     drop(places);
                     // While it is not listened to, it is not silent.

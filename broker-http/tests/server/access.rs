@@ -407,6 +407,39 @@ async fn one_identity_leaves_topics_for_others() {
 }
 
 #[tokio::test]
+async fn one_identity_leaves_leases_for_others() {
+    let takes = |name| identity(name).allowing([Action::Settle], [">".parse().unwrap()]);
+    let ops = identity("ops").allowing([Action::Publish, Action::Admin], [">".parse().unwrap()]);
+    let access = Access::new([takes("greedy"), takes("late"), takes("last"), ops]).unwrap();
+    let mut limits = broker_http::Limits::default();
+    limits.leases = 4;
+    let running = Running::with(ServerOptions::new().with_access(access).with_limits(limits)).await;
+    assert_eq!(ask(&running, "ops", "PUT /subscriptions/q", r#"{"filter":"a"}"#).await.status, 201);
+    for _ in 0..10 {
+        assert_eq!(ask(&running, "ops", "POST /topics/a", "x").await.status, 202);
+    }
+    let pull = async |who| ask(&running, who, "POST /subscriptions/q/pull?max=10", "").await;
+    let leases = |reply: &Reply| -> Vec<String> {
+        let deliveries = reply.json()["deliveries"].as_array().unwrap().clone();
+        deliveries.iter().map(|delivery| delivery["lease"].as_str().unwrap().to_owned()).collect()
+    };
+    let greedy = leases(&pull("greedy").await);
+    assert_eq!(greedy.len(), 2);
+    pull("greedy").await.is_problem(429, "greedy has 2 of the 4 leases");
+    assert_eq!(leases(&pull("late").await).len(), 1);
+    pull("late").await.is_problem(429, "late has 1 of the 4 leases");
+    assert_eq!(leases(&pull("last").await).len(), 1);
+    for who in ["greedy", "late", "last"] {
+        pull(who).await.is_problem(429, "there are 4 leases");
+    }
+    // What is settled, by whomever, is its borrower's again to have.
+    let acks = serde_json::json!({ "ack": greedy }).to_string();
+    assert_eq!(ask(&running, "late", "POST /subscriptions/q/settle", &acks).await.status, 200);
+    assert_eq!(leases(&pull("greedy").await).len(), 1);
+    pull("late").await.is_problem(429, "late has 1 of the 4 leases");
+}
+
+#[tokio::test]
 async fn one_identity_leaves_streams_for_others() {
     let reader = |name| identity(name).allowing([Action::Subscribe], ["orders.>".parse().unwrap()]);
     let access = Access::new([reader("greedy"), reader("late"), reader("last")]).unwrap();

@@ -71,12 +71,15 @@ pub(crate) struct Known {
     streams: Arc<AtomicUsize>,
     /// Topics in use that it published to first.
     topics: Arc<AtomicUsize>,
+    /// Deliveries lent to it.
+    leases: Arc<AtomicUsize>,
 }
 
 impl Known {
     fn new(identity: Identity, bucket: Option<Arc<Bucket>>) -> Self {
         let (bodies, answers) = (Share::default(), Part::default());
-        Self { identity, bucket, bodies, answers, streams: Arc::default(), topics: Arc::default() }
+        let (streams, topics, leases) = Default::default();
+        Self { identity, bucket, bodies, answers, streams, topics, leases }
     }
 }
 
@@ -130,6 +133,7 @@ impl Access {
                 answers: held.answers.clone(),
                 streams: Arc::clone(&held.streams),
                 topics: Arc::clone(&held.topics),
+                leases: Arc::clone(&held.leases),
             })
         };
         Self { known: self.known.iter().map(known).collect() }
@@ -218,6 +222,11 @@ impl Caller {
     /// How many topics in use it published to first.
     pub(crate) fn topics(&self) -> &Arc<AtomicUsize> {
         &self.known.topics
+    }
+
+    /// How many deliveries are lent to it.
+    pub(crate) fn leases(&self) -> &Arc<AtomicUsize> {
+        &self.known.leases
     }
 
     pub(crate) fn may(&self, action: Action, filter: &TopicFilter) -> bool {

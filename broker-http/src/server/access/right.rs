@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use broker_core::{GroupName, TopicFilter};
 
 use super::super::Shared;
+use super::super::leases::Borrower;
 use super::super::problem::Answer;
 use super::{Action, Caller, Gate, Shown, unauthorized};
 
@@ -41,6 +42,16 @@ impl Right {
     /// Whose is what is made for it.
     pub(crate) fn owner(&self) -> Option<GroupName> {
         self.caller.as_ref().and_then(Caller::owner)
+    }
+
+    /// Who borrows by it.
+    pub(crate) fn borrower(&self) -> Borrower {
+        self.caller.as_ref().map_or_else(Borrower::default, |caller| Borrower::counted_by(caller.leases()))
+    }
+
+    /// Whose name is told where something is refused to it.
+    pub(crate) fn name(&self) -> Option<&str> {
+        self.caller.as_ref().map(Caller::name)
     }
 
     /// Whether it is so now.

@@ -62,7 +62,7 @@ limits! {
         topics: usize = "topics in use, of which one identity may have filled half; one more is answered 429",
         memory_bytes: u64 = "bytes that messages and bodies may hold; at it history is forgotten, then publishers are answered 503",
         topic_memory_bytes: u64 = "bytes that one topic's messages may hold; at it its publishers are answered 429",
-        leases: usize = "leases held by pullers at a time; one more is answered 429",
+        leases: usize = "leases held by pullers at a time, of which one identity may have half; one more is answered 429",
         streams: usize = "streams at a time, of which one identity may have half; one more is answered 429",
         idempotency_bytes: usize = "bytes of answers kept for repeated idempotency keys, each for 10 minutes at least; a key without room is answered 503",
     }
