@@ -1,33 +1,34 @@
-//! One request and its answer on a connection of hyper's own, HTTP/1.1 or HTTP/2.
+//! One request and its answer on a connection of hyper's own, HTTP/1.1, or on one that is [shared](super::shared),
+//! HTTP/2.
 //!
 //! An HTTP/1 connection is driven by whoever uses it, in the same task: nobody is woken twice for
-//! one answer. An HTTP/2 connection is shared, and has a task of its own.
+//! one answer. An HTTP/2 connection has a task of its own.
 
 use std::error::Error as _;
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use http::{HeaderMap, Method, Request, Response, Version};
+use http::{HeaderMap, Method, Request, Response};
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::{Body as _, Incoming};
-use hyper::client::conn::{TrySendError, http1, http2};
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper::client::conn::{TrySendError, http1};
+use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::client::{Place, PushClient};
 use super::dial::{Heard, Stream, describe, dial};
+use super::shared::Shared;
 use super::target::Target;
 use super::verdict::Answer;
 
 /// Bytes of an answer's body that are read.
 pub(crate) const ANSWER_BYTES: usize = 64 << 10;
 /// Bytes of an answer's head that are read.
-const MAX_HEAD_BYTES: usize = 64 << 10;
+pub(crate) const MAX_HEAD_BYTES: usize = 64 << 10;
 
 type Body = Full<Bytes>;
 
@@ -147,7 +148,7 @@ impl Route {
         if shared.as_ref().is_some_and(|shared| !shared.is_open()) {
             *shared = None;
         }
-        shared.clone().map(|shared| Connection(Kind::Shared(Shared { used: true, ..shared })))
+        shared.as_ref().map(|shared| Connection(Kind::Shared(shared.again())))
     }
 
     /// Lets go of the shared connection: it ends when the requests on it do.
@@ -157,26 +158,15 @@ impl Route {
 
     async fn dial(&self, place: Place) -> Result<Connection, String> {
         let dialled = dial(&self.client, &self.target).await?;
-        let io = TokioIo::new(dialled.stream);
         if dialled.h2 {
-            let (send, connection) = http2::Builder::new(TokioExecutor::new())
-                .max_header_list_size(MAX_HEAD_BYTES as u32)
-                .handshake(io)
-                .await
-                .map_err(|error| explain(&error, false))?;
-            tokio::spawn(async move {
-                // Whoever has a request on it learns how it ended.
-                let _ = connection.await;
-                drop(place);
-            });
-            let shared = Shared { send, used: false, going: Arc::default() };
+            let shared = Shared::over(dialled.stream, place).await?;
             *self.shared.lock() = Some(shared.clone());
             self.opened.notify_waiters();
             return Ok(Connection(Kind::Shared(shared)));
         }
         let (send, driver) = http1::Builder::new()
             .max_buf_size(MAX_HEAD_BYTES)
-            .handshake(io)
+            .handshake(TokioIo::new(dialled.stream))
             .await
             .map_err(|error| explain(&error, false))?;
         let own = Own { send, driver, heard: dialled.heard, used: false, open: true, place };
@@ -200,14 +190,6 @@ struct Own {
     used: bool,
     open: bool,
     place: Place,
-}
-
-#[derive(Clone)]
-struct Shared {
-    send: http2::SendRequest<Body>,
-    used: bool,
-    /// Whether a request has met its end: it takes no other, though hyper may not have noticed yet.
-    going: Arc<AtomicBool>,
 }
 
 /// Why there was no answer.
@@ -272,7 +254,10 @@ impl Own {
         self.heard.forget();
         let mut headers = content.headers;
         headers.insert(http::header::HOST, target.authority.clone());
-        let request = request(content.method, target.origin.clone(), Version::HTTP_11, headers, content.body);
+        let mut request = Request::new(Full::new(content.body));
+        *request.method_mut() = content.method;
+        *request.uri_mut() = target.origin.clone();
+        *request.headers_mut() = headers;
         let Self { send, driver, open, .. } = self;
         let answer = async move {
             send.ready().await.map_err(|error| (error, true))?;
@@ -317,48 +302,6 @@ impl Own {
     }
 }
 
-impl Shared {
-    async fn exchange(&mut self, content: Content, target: &Target) -> Result<Answer, Broken> {
-        let used = std::mem::replace(&mut self.used, true);
-        let Content { method, headers, body, answer_bytes } = content;
-        let request = request(method, target.absolute.clone(), Version::HTTP_2, headers, body);
-        let response = match self.send.try_send_request(request).await {
-            Ok(response) => response,
-            Err(error) => {
-                let (error, unwritten) = unwritten(error);
-                let h2 = h2_error(&error);
-                // All but one stream's own end is the connection's.
-                if !h2.is_some_and(h2::Error::is_reset) {
-                    self.going.store(true, Ordering::Relaxed);
-                }
-                return Err(match h2 {
-                    _ if unwritten => Broken::Unseen,
-                    Some(h2) if unprocessed(h2) => Broken::Unseen,
-                    // The endpoint ended this one request of a connection that lives on: an answer of a kind.
-                    Some(h2) if h2.is_reset() => Broken::Failed(explain(&error, false)),
-                    _ if used => Broken::Stale,
-                    _ => Broken::Failed(explain(&error, false)),
-                });
-            }
-        };
-        let answer = read(response, answer_bytes).await;
-        answer.map(|(answer, _)| answer).map_err(|error| Broken::Failed(explain(&error, true)))
-    }
-
-    fn is_open(&self) -> bool {
-        !self.send.is_closed() && !self.going.load(Ordering::Relaxed)
-    }
-}
-
-fn request(method: Method, uri: http::Uri, version: Version, headers: HeaderMap, body: Bytes) -> Request<Body> {
-    let mut request = Request::new(Full::new(body));
-    *request.method_mut() = method;
-    *request.uri_mut() = uri;
-    *request.version_mut() = version;
-    *request.headers_mut() = headers;
-    request
-}
-
 /// The answer, its body up to so many bytes, and whether all of it was read.
 async fn read(response: Response<Incoming>, most: usize) -> hyper::Result<(Answer, bool)> {
     let (head, mut body) = response.into_parts();
@@ -379,23 +322,6 @@ async fn read(response: Response<Incoming>, most: usize) -> hyper::Result<(Answe
 fn unwritten(mut error: TrySendError<Request<Body>>) -> (hyper::Error, bool) {
     let unwritten = error.take_message().is_some();
     (error.into_error(), unwritten)
-}
-
-/// Whether the endpoint says that it has not processed the stream. GOAWAY comes to a stream as an error only where it
-/// is above the last one that the endpoint took.
-fn unprocessed(error: &h2::Error) -> bool {
-    error.is_remote() && (error.is_go_away() || error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM))
-}
-
-fn h2_error(error: &hyper::Error) -> Option<&h2::Error> {
-    let mut source = error.source();
-    while let Some(cause) = source {
-        if let Some(h2) = cause.downcast_ref::<h2::Error>() {
-            return Some(h2);
-        }
-        source = cause.source();
-    }
-    None
 }
 
 /// Why a request failed, in a few words.

@@ -24,6 +24,7 @@ mod handle;
 mod lane;
 mod rate;
 mod resend;
+mod shared;
 mod sign;
 mod special;
 mod target;

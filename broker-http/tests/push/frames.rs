@@ -15,6 +15,9 @@ const END_HEADERS: u8 = 4;
 /// Of SETTINGS and PING.
 const ACK: u8 = 1;
 
+/// The last stream of a GOAWAY that only warns (RFC 9113, section 6.8).
+pub(crate) const ANY: u32 = (1 << 31) - 1;
+
 /// One connection, the endpoint's end.
 pub(crate) struct Peer {
     stream: TcpStream,
@@ -43,6 +46,20 @@ impl Peer {
         }
     }
 
+    /// Waits for the answer to a PING, with what comes before it: the streams of requests.
+    pub(crate) async fn ping(&mut self) -> Vec<u32> {
+        self.write(PING, 0, 0, &[7; 8]).await;
+        let mut requests = Vec::new();
+        while let Some((kind, flags, stream)) = self.read().await {
+            match kind {
+                PING if flags & ACK != 0 => break,
+                DATA | HEADERS if flags & END_STREAM != 0 => requests.push(stream),
+                _ => {}
+            }
+        }
+        requests
+    }
+
     /// Answers 200.
     pub(crate) async fn answer(&mut self, stream: u32) {
         // The 8th of the static table.
@@ -53,6 +70,18 @@ impl Peer {
     pub(crate) async fn goaway(&mut self, last: u32) {
         let payload = [last.to_be_bytes(), [0; 4]].concat();
         self.write(GOAWAY, 0, 0, &payload).await;
+    }
+
+    /// Gives a stream all the room there can be, by SETTINGS_INITIAL_WINDOW_SIZE.
+    pub(crate) async fn widen(&mut self) {
+        let size = [&4_u16.to_be_bytes()[..], &ANY.to_be_bytes()].concat();
+        self.write(SETTINGS, 0, 0, &size).await;
+    }
+
+    /// Writes a frame that nobody minds, the answer to no PING; whether the connection stands.
+    pub(crate) async fn nudge(&mut self) -> bool {
+        let frame = [&[0, 0, 8, PING, ACK, 0, 0, 0, 0][..], &[1; 8]].concat();
+        self.stream.write_all(&frame).await.is_ok()
     }
 
     /// Kind, flags and stream of the next frame; what asks for an answer at once has got it.

@@ -11,9 +11,9 @@ use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
-use crate::frames::Peer;
+use crate::frames::{ANY, Peer};
 use crate::support::{Endpoint, QUICK, Rig, client, status, within};
 
 #[tokio::test]
@@ -196,6 +196,98 @@ async fn what_is_sent_again_waits_for_a_place_as_anything_does() {
     second.answer(1).await;
     rig.drained().await;
     assert!(rig.broker.dead_letters(&rig.group, 10).await.unwrap().is_empty());
+}
+
+/// Three messages for an endpoint that answers one, takes the other two at a time on streams 3 and 5, and does `end`
+/// then; what it does with its next connection is for the caller.
+async fn ending(end: impl AsyncFnOnce(&mut Peer)) -> (Rig, TcpListener, Peer) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/hook", listener.local_addr().unwrap());
+    let rig = Rig::new(&url, r#""http2":true,"timeout":"20s","retry":{"max_attempts":1}"#).await;
+    rig.publish(["1", "2", "3"].map(Message::new)).await;
+    let mut peer = within(Peer::accept(&listener)).await;
+    assert_eq!(within(peer.request()).await, Some(1));
+    peer.answer(1).await;
+    assert_eq!(within(peer.request()).await, Some(3));
+    assert_eq!(within(peer.request()).await, Some(5));
+    within(end(&mut peer)).await;
+    (rig, listener, peer)
+}
+
+#[tokio::test]
+async fn what_a_goaway_leaves_out_is_sent_elsewhere_and_what_it_takes_is_waited_for() {
+    for warned in [false, true] {
+        let (rig, listener, mut peer) = ending(async |peer: &mut Peer| {
+            if warned {
+                peer.goaway(ANY).await;
+                assert_eq!(peer.ping().await, [0; 0], "nothing is sent after the warning");
+            }
+            peer.goaway(3).await;
+        })
+        .await;
+        let mut next = within(Peer::accept(&listener)).await;
+        assert_eq!(within(next.request()).await, Some(1), "the one of stream 5");
+        next.answer(1).await;
+        rig.until(async || rig.lag().await == 1).await;
+        peer.answer(3).await;
+        rig.drained().await;
+        assert_eq!(within(peer.request()).await, None, "the connection is over");
+        assert_eq!(rig.push.attempts().len(), 3);
+        assert!(rig.broker.dead_letters(&rig.group, 10).await.unwrap().is_empty());
+    }
+}
+
+#[tokio::test]
+async fn what_was_taken_after_a_warning_is_waited_for_and_what_comes_later_goes_elsewhere() {
+    let (rig, listener, mut peer) = ending(async |peer: &mut Peer| peer.goaway(ANY).await).await;
+    peer.ping().await;
+    rig.publish_text("4").await;
+    peer.answer(5).await;
+    let mut next = within(Peer::accept(&listener)).await;
+    assert_eq!(within(next.request()).await, Some(1));
+    next.answer(1).await;
+    rig.until(async || rig.lag().await == 1).await;
+    peer.goaway(5).await;
+    peer.answer(3).await;
+    rig.drained().await;
+    assert_eq!(within(peer.request()).await, None);
+    assert_eq!(rig.push.attempts().len(), 4);
+}
+
+#[tokio::test]
+async fn what_was_taken_and_is_not_answered_is_sent_again_once() {
+    // The connection ends without what it took: it may have been seen.
+    let (rig, listener, peer) = ending(async |peer: &mut Peer| peer.goaway(5).await).await;
+    drop(peer);
+    for _ in 0..2 {
+        let mut next = within(Peer::accept(&listener)).await;
+        let stream = within(next.request()).await.unwrap();
+        next.goaway(stream).await;
+    }
+    assert_eq!(rig.dead(2).await.len(), 2);
+}
+
+#[tokio::test]
+async fn a_connection_whose_other_end_reads_nothing_is_closed_all_the_same() {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4 << 10).unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let listener = socket.listen(1).unwrap();
+    let url = format!("http://{}/hook", listener.local_addr().unwrap());
+    let batch = r#""mode":"batch","batch":{"max":8,"wait":"1s"}"#;
+    let rig = Rig::new(&url, &format!(r#"{batch},"http2":true,"timeout":"200ms","retry":{{"max_attempts":1}}"#)).await;
+    // More than the sockets hold between them.
+    rig.publish((0..8).map(|_| Message::new(vec![b'x'; 1_000_000]))).await;
+    let mut peer = within(Peer::accept(&listener)).await;
+    peer.widen().await;
+    assert!(rig.dead(8).await.remove(0).failure.reason().ends_with("timed out after 200ms"));
+    // It reads nothing, and so learns of the end only by what it writes.
+    within(async {
+        while peer.nudge().await {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await;
 }
 
 /// An endpoint that answers 200 to everything.
