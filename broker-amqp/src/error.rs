@@ -11,6 +11,9 @@ const ABSENT: [&str; 4] = [
     "failed to perform operation on",
 ];
 
+/// How the server says that it lets nobody in for now.
+const FULL: [&str; 2] = ["connection limit", "is down"];
+
 /// An error of lapin's. Its text holds no credential: lapin never prints them.
 pub(crate) fn from_lapin(error: lapin::Error) -> Error {
     let (kind, text) = describe(&error);
@@ -30,6 +33,10 @@ fn describe(error: &lapin::Error) -> (ErrorKind, String) {
                 AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) => ErrorKind::Unauthorized,
                 AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED | AMQPSoftError::RESOURCELOCKED) => {
                     ErrorKind::Conflict
+                }
+                // What is full has room again, and what is down comes up.
+                AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED) if FULL.iter().any(|word| text.contains(word)) => {
+                    ErrorKind::Unavailable
                 }
                 // The virtual host is missing, or not ours to use.
                 AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED) if text.contains("not found") => ErrorKind::NotFound,
@@ -71,6 +78,22 @@ pub(crate) fn is_final(error: &Error) -> bool {
 mod tests {
     use super::*;
     use lapin::protocol::AMQPError;
+
+    #[test]
+    fn a_connection_too_many_is_worth_a_retry() {
+        for (text, kind) in [
+            ("NOT_ALLOWED - vhost a not found", ErrorKind::NotFound),
+            ("NOT_ALLOWED - access to vhost 'a' refused for user 'u'", ErrorKind::Unauthorized),
+            (
+                "NOT_ALLOWED - access to vhost 'a' refused for user 'u': connection limit (1) is reached",
+                ErrorKind::Unavailable,
+            ),
+            ("NOT_ALLOWED - access to vhost 'a' refused for user 'u': vhost 'a' is down", ErrorKind::Unavailable),
+        ] {
+            let error = AMQPError::new(AMQPHardError::NOTALLOWED.into(), text.into());
+            assert_eq!(from_lapin(lapin::ErrorKind::ProtocolError(error).into()).kind(), kind, "{text}");
+        }
+    }
 
     #[test]
     fn a_queue_whose_node_is_down_is_not_gone() {

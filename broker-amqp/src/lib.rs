@@ -23,6 +23,7 @@ mod settings;
 mod topology;
 
 // The wire and the connection.
+mod advice;
 mod cancels;
 mod channel;
 mod error;

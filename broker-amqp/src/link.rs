@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use broker_core::{Error, ErrorKind, Result};
+use broker_core::{Error, Result};
 use futures_util::StreamExt;
 use lapin::protocol::AMQPErrorKind;
 use lapin::tcp::{AMQPUriTcpExt, AsyncTcpStream, OwnedIdentity, OwnedTLSConfig};
@@ -22,6 +22,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::AmqpOptions;
+use crate::advice::advised;
 use crate::channel::OwnChannel;
 use crate::error::{from_lapin, is_final};
 use crate::reactor::{runtimes, sifted};
@@ -62,7 +63,8 @@ impl Live {
                         self.kill();
                     }
                     return Err(Error::unavailable(
-                        "the connection has as many channels as RabbitMQ allows one (channel_max)",
+                        "the connection has as many channels as RabbitMQ allows one (channel_max): raise that, or take \
+                         another broker value for more subscriptions",
                     ));
                 }
                 Err(error) => return Err(from_lapin(error)),
@@ -331,15 +333,7 @@ impl Link {
             };
             // What lapin is still waiting for on it would never end.
             socket.shutdown();
-            // TLS 1.3 lets a client finish before the server has looked for its certificate, and then the
-            // server just goes.
-            let error = match error.kind() {
-                ErrorKind::Unavailable if self.options.tls && self.options.cert.is_none() => {
-                    error.context("TLS without a client certificate, which the server may ask for")
-                }
-                _ => error,
-            };
-            let error = error.context(format_args!("{host}:{port}"));
+            let error = advised(error, host, &self.options).context(format_args!("{host}:{port}"));
             // A host that says no says more than one that is not there.
             if last.as_ref().is_none_or(|last| !is_final(last)) {
                 last = Some(error);
