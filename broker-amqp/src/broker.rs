@@ -60,8 +60,6 @@ pub(crate) struct Shared {
     asking: Arc<Link>,
     members: Mutex<Vec<Arc<Member>>>,
     groups: Mutex<BTreeMap<Group, Arc<Known>>>,
-    /// Held while a group is made.
-    pub(crate) making: tokio::sync::Mutex<()>,
     started: Mutex<Option<Handle>>,
     /// Intake is over.
     pub(crate) closing: CancellationToken,
@@ -221,7 +219,6 @@ impl AmqpBroker {
             asking,
             members: Mutex::default(),
             groups: Mutex::default(),
-            making: Default::default(),
             started: Mutex::default(),
             closing: CancellationToken::new(),
             closed,

@@ -67,8 +67,7 @@ pub(crate) async fn ensure(shared: &Shared, group: &Group, options: &GroupOption
         if names.made != Made::ByUs {
             return Ok((there.make(shared).await?, true));
         }
-        // One creator at a time, within this process and among all: the settings of the first are the group's.
-        let _making = shared.making.lock().await;
+        // One creator at a time: the settings of the first are the group's.
         topology::alone(&live, &names.making, async || {
             let queues = topology::group_queues(&live, &names).await?;
             if queues.is_empty() {
@@ -96,6 +95,8 @@ impl Asked<'_> {
     /// There is none: makes it as it is asked for.
     async fn make(&self, shared: &Shared) -> Result<Known> {
         if self.names.made == Made::ByUs {
+            // Of one that was half made: who is bound to it would be sent what nobody reads.
+            on_channel(self.live, async |channel| topology::delete_exchange(channel, &self.names.queue).await).await?;
             settings::write(self.live, &shared.writer, self.names, self.defaults).await?;
         }
         let queues = new_queues(self.names, self.defaults.ordered, &shared.options)?;

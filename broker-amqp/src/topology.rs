@@ -5,15 +5,16 @@ use std::time::Duration;
 
 use broker_core::{Error, ErrorKind, Result, TopicFilter};
 use lapin::options::{
-    ExchangeBindOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions,
-    QueueDeleteOptions, QueuePurgeOptions,
+    BasicConsumeOptions, ExchangeBindOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions,
+    QueueDeclareOptions, QueueDeleteOptions, QueuePurgeOptions,
 };
 use lapin::types::{AMQPValue, FieldTable, ShortString};
-use lapin::{Channel, ExchangeKind};
+use lapin::{Channel, Consumer, ExchangeKind};
 
+use crate::channel::OwnChannel;
 use crate::error::from_lapin;
 use crate::ladder::{Leads, Rung};
-use crate::link::Live;
+use crate::link::{Live, Wait};
 use crate::naming::{GroupNames, Made, binding_key, short};
 use crate::{AmqpOptions, QueueType, wire};
 
@@ -22,6 +23,9 @@ const MAX_DEAD_LETTERS: i64 = 100_000;
 const MAX_DEAD_LETTER_BYTES: i64 = 256 << 20;
 /// A limit is there so that the server's default, should it have one, is not ours; ours comes first.
 const SERVER_DELIVERY_LIMIT: i64 = 1_000_000;
+
+/// Milliseconds after which a queue goes that was to have a consumer, and has none.
+const UNUSED: i32 = 60_000;
 
 /// What a passive declaration tells of a queue.
 #[derive(Clone, Copy, Debug)]
@@ -102,23 +106,51 @@ pub(crate) async fn declare_rung(live: &Live, rung: Rung, options: &AmqpOptions)
     .await
 }
 
-/// Runs `work` while nobody else does under this name: of an exclusive queue there is one, and other connections are
-/// refused it. It goes with the connection, or a minute after whoever left it there.
+/// Runs `work` while nobody else does under this name, here or elsewhere: a queue has one exclusive consumer. It goes with
+/// that one, so that who dies or gives up is in nobody's way; where it had none yet, with the connection or after a minute.
 pub(crate) async fn alone<T>(live: &Live, name: &ShortString, work: impl AsyncFnOnce() -> Result<T>) -> Result<T> {
-    let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
-    let claim = async |channel: &Channel| {
-        let arguments = table([("x-expires", AMQPValue::LongInt(60_000))]);
-        channel.queue_declare(name.clone(), exclusive, arguments).await.map(drop).map_err(from_lapin)
-    };
-    while let Err(error) = on_channel(live, claim).await {
-        if error.kind() != ErrorKind::Conflict {
-            return Err(error);
+    let mut wait = Wait::new(Duration::from_millis(500));
+    let (channel, _consumer) = loop {
+        match claim(live, name).await {
+            Ok(claimed) => break claimed,
+            Err(error) if is_claimed(&error) => tokio::time::sleep(wait.next()).await,
+            Err(error) => return Err(error),
         }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    };
     let done = work().await;
-    on_channel(live, async |channel| delete(channel, name).await).await?;
+    // That it may have been lost meanwhile changes nothing.
+    let _ = channel.close(200, "OK".into()).await;
     done
+}
+
+async fn claim(live: &Live, name: &ShortString) -> Result<(OwnChannel, Consumer)> {
+    let channel = live.channel().await?;
+    let claimed = async {
+        let declare = QueueDeclareOptions { exclusive: true, auto_delete: true, ..QueueDeclareOptions::default() };
+        let arguments = table([("x-expires", AMQPValue::LongInt(UNUSED))]);
+        channel.queue_declare(name.clone(), declare, arguments).await.map_err(from_lapin)?;
+        let consume = BasicConsumeOptions { exclusive: true, no_ack: true, ..BasicConsumeOptions::default() };
+        let consumed = channel.basic_consume(name.clone(), ShortString::default(), consume, FieldTable::default());
+        consumed.await.map_err(from_lapin)
+    };
+    match claimed.await {
+        Ok(consumer) => Ok((channel, consumer)),
+        Err(error) => {
+            if !channel.status().connected() {
+                live.wear();
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Whether somebody else has the queue: on another connection, on this one, or until a moment ago.
+fn is_claimed(error: &Error) -> bool {
+    match error.kind() {
+        ErrorKind::Conflict | ErrorKind::NotFound => true,
+        ErrorKind::Unauthorized => error.message().contains("in exclusive use"),
+        _ => false,
+    }
 }
 
 /// A group's queue and its binding. Declaring what is there is a comparison.
@@ -225,8 +257,9 @@ fn group_arguments(queue_type: QueueType) -> FieldTable {
 pub(crate) async fn declare_own(channel: &Channel, filter: &TopicFilter, options: &AmqpOptions) -> Result<ShortString> {
     declare_exchange(channel, options).await?;
     let declare = QueueDeclareOptions { exclusive: true, auto_delete: true, ..QueueDeclareOptions::default() };
-    let queue =
-        channel.queue_declare(ShortString::default(), declare, FieldTable::default()).await.map_err(from_lapin)?;
+    // It goes with its consumer, and else with the connection: one that was given up before it had any would fill.
+    let arguments = table([("x-expires", AMQPValue::LongInt(UNUSED))]);
+    let queue = channel.queue_declare(ShortString::default(), declare, arguments).await.map_err(from_lapin)?;
     let queue = queue.name().clone();
     bind(channel, &queue, &short("exchange", &options.exchange)?, binding_key(filter)?).await?;
     Ok(queue)

@@ -10,11 +10,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use amqp_server::{TURN, open, open_as_it_is, raw, server};
-use broker_amqp::lapin::BasicProperties;
 use broker_amqp::lapin::options::{
-    BasicPublishOptions, ExchangeDeleteOptions, QueueDeclareOptions, QueueDeleteOptions,
+    BasicPublishOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions,
+    QueueDeleteOptions,
 };
 use broker_amqp::lapin::types::{AMQPValue, FieldTable};
+use broker_amqp::lapin::{BasicProperties, ExchangeKind};
 use broker_core::{
     Broker, BrokerExt, DeadLetter, ErrorKind, Group, GroupOptions, Message, RetryPolicy, Subscribe, Subscription, Topic,
 };
@@ -131,6 +132,38 @@ async fn the_one_queue_left_of_several_is_bound_and_read() {
     let delivery = next(&mut member).await;
     assert_eq!(delivery.message().payload(), "read");
     delivery.ack().await.unwrap();
+    drop(member);
+    clean(broker, &group).await;
+}
+
+/// The crash may have left an exchange that goes on filling queues which nobody will read.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_left_of_several_queues_is_sent_nothing_more() {
+    let _turn = TURN.lock().await;
+    let (topic, group) = names("left");
+    let broker = open(server()).unwrap();
+    broker.publish(&topic, Message::new("the exchange stands")).await.unwrap();
+    let (connection, channel) = raw().await;
+    let (last, name) = (format!("{group}/3"), group.to_string());
+    let kind = ExchangeKind::Custom("x-consistent-hash".to_owned());
+    let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+    let mut by_key = FieldTable::default();
+    by_key.insert("hash-header".into(), AMQPValue::LongString("x-broker-key".into()));
+    channel.exchange_declare(name.as_str().into(), kind, durable, by_key).await.unwrap();
+    let (queue, none) = (QueueDeclareOptions::durable(), FieldTable::default());
+    channel.queue_declare(last.as_str().into(), queue, none.clone()).await.unwrap();
+    let bind = QueueBindOptions::default();
+    channel.queue_bind(last.as_str().into(), name.as_str().into(), "1".into(), bind, none.clone()).await.unwrap();
+    let (from, key) = ("broker".into(), topic.as_str().into());
+    channel.exchange_bind(name.as_str().into(), from, key, Default::default(), none.clone()).await.unwrap();
+    let ordered = Subscribe::group(group.name.clone()).with_options(GroupOptions::new().with_ordered(true));
+    let mut member = broker.subscribe(&group.filter, ordered).await.unwrap();
+    broker.publish(&topic, Message::new("read").with_key("k")).await.unwrap();
+    let delivery = next(&mut member).await;
+    assert_eq!(delivery.message().payload(), "read");
+    delivery.ack().await.unwrap();
+    assert_eq!(channel.queue_delete(last.as_str().into(), QueueDeleteOptions::default()).await.unwrap(), 0);
+    connection.close(200, "OK".into()).await.unwrap();
     drop(member);
     clean(broker, &group).await;
 }

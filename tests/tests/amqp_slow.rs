@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use amqp_server::slow::Slow;
-use amqp_server::{TURN, address, at, open_as_it_is, raw};
+use amqp_server::{TURN, address, at, ctl, open, open_as_it_is, ours, raw, server};
 use broker_core::{
     Broker, BrokerExt, ErrorKind, Group, GroupOptions, Message, Subscribe, Subscription, Timestamp, Topic,
 };
@@ -139,6 +139,71 @@ async fn what_is_given_up_ends_no_connection() {
         assert_eq!(proxy.accepted(), connections, "another had to be made");
     }
     assert!(broker.delete_group(&group).await.unwrap());
+    broker.close(PATIENCE).await;
+}
+
+/// Who makes a group says so on the server, until it stands or is given up.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_that_is_given_up_half_made_can_be_made() {
+    let _turn = TURN.lock().await;
+    let proxy = Slow::start(address()).await;
+    let slow = open_as_it_is(&format!("{}?connect_timeout=1s", at(&proxy.address(), None))).unwrap();
+    let swift = open(server()).unwrap();
+    let group = names("half").1;
+    // The claim is before it.
+    proxy.keep(&format!("broker.settings:{group}"));
+    assert_eq!(slow.create_group(&group, GroupOptions::new()).await.unwrap_err().kind(), ErrorKind::Timeout);
+    proxy.kept(1).await;
+    assert!(swift.create_group(&group, GroupOptions::new()).await.unwrap());
+    proxy.release();
+    assert!(!slow.create_group(&group, GroupOptions::new()).await.unwrap());
+    assert!(swift.delete_group(&group).await.unwrap());
+    for broker in [slow, swift] {
+        broker.close(PATIENCE).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_that_is_slowly_made_holds_up_no_other() {
+    let _turn = TURN.lock().await;
+    let proxy = Slow::start(address()).await;
+    let broker = open_as_it_is(&format!("{}?connect_timeout=60s", at(&proxy.address(), None))).unwrap();
+    let (slow, swift) = (names("slow").1, names("swift").1);
+    proxy.keep(&format!("broker.settings:{slow}"));
+    let (making, group) = (Arc::clone(&broker), slow.clone());
+    let making = tokio::spawn(async move { making.create_group(&group, GroupOptions::new()).await });
+    timeout(PATIENCE, proxy.kept(1)).await.expect("it is not made");
+    let made = timeout(PATIENCE, broker.create_group(&swift, GroupOptions::new())).await;
+    assert!(made.expect("it waits for the other").unwrap());
+    assert!(!making.is_finished());
+    proxy.release();
+    assert!(timeout(PATIENCE, making).await.expect("it does not end").unwrap().unwrap());
+    for group in [slow, swift] {
+        assert!(broker.delete_group(&group).await.unwrap());
+    }
+    broker.close(PATIENCE).await;
+}
+
+/// What a subscription without group is given up over, half made, does not fill for as long as the connection stands.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queue_that_never_had_a_consumer_goes() {
+    let _turn = TURN.lock().await;
+    if !ours() {
+        println!("no control: the server's queues cannot be listed");
+        return;
+    }
+    let proxy = Slow::start(address()).await;
+    let broker = open_as_it_is(&format!("{}?connect_timeout=2s", at(&proxy.address(), None))).unwrap();
+    let topic = names("alone").0;
+    broker.connect().await.unwrap();
+    proxy.keep_consumers();
+    let subscribed = broker.subscribe(&(&topic).into(), Subscribe::new()).await.map(drop);
+    assert_eq!(subscribed.unwrap_err().kind(), ErrorKind::Timeout);
+    let left = ctl(&["list_queues", "name", "consumers", "arguments"]);
+    let left: Vec<_> = left.lines().filter(|line| line.starts_with("amq.gen-")).collect();
+    assert!(!left.is_empty() && left.iter().all(|line| line.contains("x-expires")), "{left:?}");
+    proxy.release();
+    broker.subscribe(&(&topic).into(), Subscribe::new()).await.unwrap();
     broker.close(PATIENCE).await;
 }
 

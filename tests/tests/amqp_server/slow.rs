@@ -11,6 +11,9 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
+/// No queue has this name; basic.consume is 60.20.
+const CONSUMERS: &str = "\0";
+
 /// Dropping it resets every connection.
 pub(crate) struct Slow {
     address: SocketAddr,
@@ -71,6 +74,11 @@ impl Slow {
         self.shared.stutters.store(true, Ordering::SeqCst);
     }
 
+    /// Keeps whoever is to consume.
+    pub(crate) fn keep_consumers(&self) {
+        self.shared.prefix.send_replace(Some(CONSUMERS.to_owned()));
+    }
+
     /// Passes on what was kept, and keeps no more.
     pub(crate) fn release(&self) {
         self.shared.prefix.send_replace(None);
@@ -114,6 +122,7 @@ async fn pass(mut client: OwnedReadHalf, mut server: OwnedWriteHalf, shared: &Sh
             let channel = frame.get(1..3).unwrap_or_default().to_vec();
             let is_slow = match (&*prefix.borrow_and_update(), declared(&frame)) {
                 (Some(prefix), Some(queue)) => queue.starts_with(prefix.as_bytes()),
+                (Some(prefix), None) => prefix == CONSUMERS && frame.get(7..11) == Some(&[0, 60, 0, 20]),
                 _ => false,
             };
             if is_slow {
