@@ -227,6 +227,8 @@ async fn get(channel: &Channel, queue: &ShortString) -> Result<Option<lapin::mes
     Ok(got.map(|got| got.delivery))
 }
 
+/// Of dead letters that are shown at a time, more or less: they are all in memory.
+const MAX_SHOWN: usize = 16 << 20;
 /// How often, and after how long each time, it is looked whether dead letters that were shown are back.
 const LOOKS: u32 = 100;
 const LOOK: Duration = Duration::from_millis(10);
@@ -251,10 +253,11 @@ pub(crate) async fn dead_letters(shared: &Shared, group: &Group, max: usize) -> 
             }
             on_channel(&live, async |channel| {
                 let mut letters = Vec::new();
-                let (mut last, mut taken) = (None, 0);
-                while letters.len() < max {
+                let (mut last, mut taken, mut bytes) = (None, 0, 0);
+                while letters.len() < max && bytes < MAX_SHOWN {
                     let Some(mut delivery) = get(channel, &names.dead).await? else { break };
                     last = Some(delivery.delivery_tag);
+                    bytes += delivery.data.len();
                     taken += 1;
                     match letter(&mut delivery) {
                         Ok(letter) => letters.push(letter),

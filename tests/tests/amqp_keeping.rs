@@ -168,6 +168,29 @@ async fn what_is_left_of_several_queues_is_sent_nothing_more() {
     clean(broker, &group).await;
 }
 
+/// Large ones are shown some at a time, and stay where they are.
+#[tokio::test(flavor = "multi_thread")]
+async fn dead_letters_beyond_what_memory_is_meant_for_are_not_shown_at_once() {
+    let _turn = TURN.lock().await;
+    let (topic, group) = names("large");
+    let broker = open_as_it_is(&format!("{}?max_message_bytes=8388608", server())).unwrap();
+    let mut member = join(&*broker, &group).await;
+    for _ in 0..5 {
+        broker.publish(&topic, Message::new(vec![b'x'; 7 << 20])).await.unwrap();
+        next(&mut member).await.reject("no").await.unwrap();
+    }
+    for _ in 0..2 {
+        // The third goes beyond.
+        assert_eq!(broker.dead_letters(&group, 100).await.unwrap().len(), 3);
+    }
+    assert_eq!(broker.redrive(&group, 100).await.unwrap(), 5);
+    for _ in 0..5 {
+        next(&mut member).await.ack().await.unwrap();
+    }
+    drop(member);
+    clean(broker, &group).await;
+}
+
 /// The connection that publishes loses a channel with each message that the server refuses: here for want of an exchange.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_the_server_refuses_wears_no_publisher_out() {
