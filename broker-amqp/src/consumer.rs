@@ -248,7 +248,13 @@ async fn receive(member: &Arc<Member>, epoch: u64, consumer: &mut lapin::Consume
 fn read(delivery: lapin::message::Delivery, go_micro: bool) -> (u64, Result<wire::Arrived, Undecodable>) {
     let tag = delivery.delivery_tag;
     let body = Bytes::from(delivery.data);
-    let arrived = wire::decode(delivery.routing_key.as_str(), &delivery.properties, Bytes::clone(&body), go_micro);
+    let mut arrived = wire::decode(delivery.routing_key.as_str(), &delivery.properties, Bytes::clone(&body), go_micro);
+    if let Ok(arrived) = &mut arrived
+        && !delivery.redelivered
+    {
+        // The count is none of this queue's, but came with the message: whoever moves one between queues may leave it.
+        arrived.redeliveries = 0;
+    }
     let undecodable = |reason| {
         let message = wire::salvage(&delivery.properties, body);
         Undecodable { reason, message, topic: Topic::new(delivery.routing_key.as_str()).ok() }

@@ -140,3 +140,16 @@ async fn a_cancellation_that_is_confirmed_twice_ends_no_connection() {
     }
     broker.close(PATIENCE).await;
 }
+
+/// Another service reads from a quorum queue, and sends on what it read with every header.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_count_of_another_queue_is_none_of_ours() {
+    let _turn = TURN.lock().await;
+    let headers = table(&[
+        (b"x-delivery-count", [b"l".as_slice(), &1_000_i64.to_be_bytes()].concat()),
+        (b"flat", string(b"read")),
+    ]);
+    let (message, dead) = survives("count", b".x", b"text/plain", headers).await;
+    assert!(!dead, "{message:?}");
+    assert_eq!(message.headers().get_str("flat"), Some("read"));
+}
