@@ -276,9 +276,8 @@ impl Connection {
                 let mut response = match head.as_ref().and_then(|head| check_heads(head, &shared.limits()).err()) {
                     None => answer(Arc::clone(&shared), router, request, publishes).await,
                     Some(problem) => {
+                        let response = routes::refuse(&shared, request.headers(), problem);
                         drop(request);
-                        let response = problem.into_response();
-                        shared.metrics.answered(&response);
                         response
                     }
                 };
@@ -374,9 +373,7 @@ async fn answer(shared: Arc<Shared>, mut router: Router, request: Request<Body>,
     if request.version() == Version::HTTP_2
         && let Err(problem) = check_headers(&request, shared.limits().headers)
     {
-        let response = problem.into_response();
-        shared.metrics.answered(&response);
-        return response;
+        return routes::refuse(&shared, request.headers(), problem);
     }
     if !publishes {
         let Ok(response) = router.call(request).await;

@@ -14,11 +14,7 @@ use super::problem::{Answer, Problem};
 /// port; it cannot hide its `Origin`, nor the name it resolved (`Host`).
 pub(crate) fn check(development: bool, allowed: &[String], parts: &Parts) -> Answer<()> {
     let headers = &parts.headers;
-    let origin = headers.get(header::ORIGIN).map(|origin| origin.to_str().unwrap_or_default());
-    if let Some(origin) = origin
-        && !allowed.iter().any(|allowed| allowed.eq_ignore_ascii_case(origin))
-        && !(development && is_loopback_origin(origin))
-    {
+    if headers.contains_key(header::ORIGIN) && page(development, allowed, headers).is_none() {
         return Err(forbidden(if development {
             "the origin of this request is not this machine, and the server is in development mode"
         } else {
@@ -45,6 +41,15 @@ pub(crate) fn check(development: bool, allowed: &[String], parts: &Parts) -> Ans
     Ok(())
 }
 
+/// The origin of the web page that asks, if it is one that may: whatever the answer is, it may read it.
+pub(crate) fn page(development: bool, allowed: &[String], headers: &HeaderMap) -> Option<HeaderValue> {
+    let origin = headers.get(header::ORIGIN)?;
+    let text = origin.to_str().ok()?;
+    let may =
+        allowed.iter().any(|allowed| allowed.eq_ignore_ascii_case(text)) || development && is_loopback_origin(text);
+    may.then(|| origin.clone())
+}
+
 /// Answers a browser that asks ahead whether a page may send a request (the CORS protocol of the
 /// Fetch standard): what the request is was checked, what it does is checked when it comes.
 pub(crate) fn preflight(asked: &HeaderMap) -> Response {
@@ -59,10 +64,13 @@ pub(crate) fn preflight(asked: &HeaderMap) -> Response {
     response
 }
 
-/// Lets the page at `origin`, which was checked, read the answer.
-pub(crate) fn allow(origin: HeaderValue, headers: &mut HeaderMap) {
-    headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
-    headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static("retry-after"));
+/// What an answer says in headers that a browser keeps from a page unless it is told not to.
+const EXPOSED: HeaderValue = HeaderValue::from_static("ratelimit, ratelimit-policy, retry-after, www-authenticate");
+
+/// Lets the [`page`] of this origin read the answer.
+pub(crate) fn allow(page: HeaderValue, headers: &mut HeaderMap) {
+    headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, page);
+    headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, EXPOSED);
     headers.append(header::VARY, HeaderValue::from_static("origin"));
 }
 

@@ -9,7 +9,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, delete, get, post};
 use broker_core::ErrorKind;
 use http::request::Parts;
-use http::{Method, StatusCode, Uri, header};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
 
 use super::access::Caller;
 use super::problem::{Answer, Problem};
@@ -93,32 +93,49 @@ fn is_preflight(parts: &Parts) -> bool {
 }
 
 async fn guard(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
-    let origin = request.headers().get(header::ORIGIN).cloned();
-    let request = match check(&shared, request).await {
-        Ok(request) => request,
-        Err(problem) => {
-            let response = problem.into_response();
-            shared.metrics.answered(&response);
-            return response;
-        }
-    };
-    let caller = Caller::of(request.extensions());
-    // From here on a web page is one that may: its browser is told so.
-    let (parts, body) = request.into_parts();
-    let asks = is_preflight(&parts);
-    let request = Request::from_parts(parts, body);
-    let mut response = match request.method() {
-        &Method::OPTIONS if asks => origin::preflight(request.headers()),
-        _ => next.run(request).await,
+    let page = page(&shared, request.headers());
+    let mut response = match check(&shared, request).await {
+        Ok(request) => serve(request, next).await,
+        Err(problem) => problem.into_response(),
     };
     shared.metrics.answered(&response);
+    // A refusal as well: a page that cannot read that it shall log in, or wait, can do neither.
+    if let Some(page) = page {
+        origin::allow(page, response.headers_mut());
+    }
+    response
+}
+
+async fn serve(request: Request, next: Next) -> Response {
+    let caller = Caller::of(request.extensions());
+    let (parts, body) = request.into_parts();
+    if is_preflight(&parts) {
+        return origin::preflight(&parts.headers);
+    }
+    let mut response = next.run(Request::from_parts(parts, body)).await;
     if let Some(caller) = caller {
         caller.tell(response.headers_mut());
     }
-    if let Some(origin) = origin {
-        origin::allow(origin, response.headers_mut());
+    response
+}
+
+/// The answer to what is refused before it comes to the routes.
+pub(crate) fn refuse(shared: &Shared, headers: &HeaderMap, problem: Problem) -> Response {
+    let mut response = problem.into_response();
+    shared.metrics.answered(&response);
+    if let Some(page) = page(shared, headers) {
+        origin::allow(page, response.headers_mut());
     }
     response
+}
+
+fn page(shared: &Shared, headers: &HeaderMap) -> Option<HeaderValue> {
+    // Hardly a request is a page's.
+    if !headers.contains_key(header::ORIGIN) {
+        return None;
+    }
+    let options = shared.options.load();
+    origin::page(options.is_development(), options.allowed_origins(), headers)
 }
 
 #[cfg(test)]

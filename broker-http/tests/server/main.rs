@@ -13,6 +13,7 @@ mod lifecycle;
 mod limits;
 mod metrics;
 mod owners;
+mod pages;
 mod places;
 mod publish;
 mod pull;
