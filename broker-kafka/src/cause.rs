@@ -30,7 +30,8 @@ const NO_TLS: &str =
     "the server may not speak TLS there: check the port, or leave security=ssl out of the broker's URL";
 
 /// Where librdkafka's own advice begins, which is of settings that have other names here, or something that helps nobody.
-const NO_HELP: [&str; 7] = [
+const NO_HELP: [&str; 8] = [
+    ": broker's supported mechanisms: (n/a)",
     ": broker's supported mechanisms:  ",
     ": broker certificate could not be verified",
     ": client SSL authentication might",
@@ -119,7 +120,7 @@ mod tests {
             (
                 Authentication,
                 "sasl_plaintext://a:9/1: SASL PLAIN mechanism handshake failed: Local: Broker transport failure: broker's \
-                 supported mechanisms:  (after 1ms in state AUTH_HANDSHAKE)",
+                 supported mechanisms: (n/a) (after 1ms in state AUTH_HANDSHAKE)",
                 Unavailable,
                 "a:9: SASL PLAIN mechanism handshake failed: Local: Broker transport failure",
                 "failure",
