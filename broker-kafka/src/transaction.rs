@@ -317,9 +317,10 @@ impl Worker {
         self.outcomes.lock().begin(messages.len());
         let none = |cause| Aborted { cause, own: vec![None; messages.len()] };
         let client = self.client().map_err(none)?;
-        let begun = client.begin_transaction().map_err(|error| error::failed("begin a transaction", &error));
-        let filled = begun.and_then(|()| self.fill(messages, offsets));
-        let committed = filled.map_err(Ended::Aborted).and_then(|()| self.commit());
+        let begun = Instant::now();
+        let started = client.begin_transaction().map_err(|error| error::failed("begin a transaction", &error));
+        let filled = started.and_then(|()| self.fill(messages, offsets));
+        let committed = filled.map_err(Ended::Aborted).and_then(|()| self.commit(begun));
         let outcomes = std::mem::take(&mut self.outcomes.lock().outcomes);
         let placed = committed.and_then(|()| {
             let places = outcomes.iter().map(|outcome| outcome.clone().unwrap_or_else(|| Err(unknown())));
@@ -403,18 +404,29 @@ impl Worker {
         }
         let timeout = self.config.publish_timeout;
         offsets.iter().try_for_each(|(offsets, group)| {
-            let sent = self.patiently(|| client.send_offsets_to_transaction(offsets, group, timeout));
+            let sent = self.patiently(timeout, || client.send_offsets_to_transaction(offsets, group, timeout));
             sent.map_err(|error| error::failed("commit offsets in a transaction", &error))
         })
     }
 
-    fn commit(&self) -> std::result::Result<(), Ended> {
+    /// Commits. What is not written in time is not asked to be, and known to be nothing. A commit that is not answered is
+    /// asked for again, for as long as a question may take: the server says the same of it as often as it is asked.
+    fn commit(&self, begun: Instant) -> std::result::Result<(), Ended> {
         let Some(client) = &self.client else { return Err(Ended::Aborted(unknown())) };
-        let committed = self.patiently(|| client.commit_transaction(self.config.publish_timeout));
+        let ask = |patience: Duration| {
+            let left = patience.saturating_sub(begun.elapsed());
+            self.patiently(left, || client.commit_transaction(left))
+        };
+        let mut committed = ask(self.config.publish_timeout);
+        if committed.as_ref().is_err_and(may_be_retried) {
+            committed = ask(self.open());
+        }
         committed.map_err(|error| {
             let failed = error::failed("commit a transaction", &error);
             match error {
                 // Librdkafka says so where it has not asked yet. The rest includes answers that did not come in time.
+                // Nobody looks it up later: where it is not answered, nothing else would be. The next transaction begins with
+                // what the server does of it, which is to go on with a commit that it was told of, and to abort all else.
                 KafkaError::Transaction(error) if !error.txn_requires_abort() => Ended::Unknown(not_known(&failed)),
                 _ => Ended::Aborted(failed),
             }
@@ -429,14 +441,13 @@ impl Worker {
     /// Asks again while librdkafka says that it may be.
     fn patiently(
         &self,
+        patience: Duration,
         mut ask: impl FnMut() -> std::result::Result<(), KafkaError>,
     ) -> std::result::Result<(), KafkaError> {
-        let deadline = Instant::now() + self.config.publish_timeout;
+        let deadline = Instant::now() + patience;
         loop {
             match ask() {
-                Err(KafkaError::Transaction(error)) if error.is_retriable() && Instant::now() < deadline => {
-                    rest(Duration::from_millis(20));
-                }
+                Err(error) if may_be_retried(&error) && Instant::now() < deadline => rest(Duration::from_millis(20)),
                 outcome => return outcome,
             }
         }
@@ -446,7 +457,8 @@ impl Worker {
     fn abort(&self) {
         if let Some(client) = &self.client {
             // What it leaves open the next producer with its id aborts.
-            let _ = self.patiently(|| client.abort_transaction(self.config.connect_timeout));
+            let patience = self.config.publish_timeout;
+            let _ = self.patiently(patience, || client.abort_transaction(self.config.connect_timeout));
         }
     }
 
@@ -475,11 +487,16 @@ impl Worker {
         Ok(self.client.insert(client))
     }
 
+    /// How long a transaction may be open, before the server aborts it.
+    fn open(&self) -> Duration {
+        let timeout = self.config.publish_timeout.min(MAX_TRANSACTION);
+        (timeout + self.config.connect_timeout).min(MAX_TRANSACTION)
+    }
+
     fn make(&self) -> Result<Client> {
         let config = &self.config;
         let id = config.transactional_id.as_deref().unwrap_or_default();
         let timeout = config.publish_timeout.min(MAX_TRANSACTION);
-        let open = (timeout + config.connect_timeout).min(MAX_TRANSACTION);
         let mut settings = client::settings(
             config,
             &[
@@ -487,7 +504,7 @@ impl Worker {
                 ("linger.ms", "0"),
                 ("compression.type", config.compression.as_str()),
                 ("message.timeout.ms", &millis(timeout)),
-                ("transaction.timeout.ms", &millis(open)),
+                ("transaction.timeout.ms", &millis(self.open())),
                 ("partitioner", "murmur2_random"),
             ],
         );
@@ -495,10 +512,14 @@ impl Worker {
         let health = Arc::clone(self.admin.health());
         let context = Outcomes { outcomes: Arc::clone(&self.outcomes), health: Arc::clone(&health) };
         let client = Client::from_config_and_context(&settings, context).map_err(|error| client::not_made(&error))?;
-        let begun = self.patiently(|| client.init_transactions(config.connect_timeout));
+        let begun = self.patiently(config.publish_timeout, || client.init_transactions(config.connect_timeout));
         begun.map_err(|error| health.explain(error::failed("begin with transactions", &error)))?;
         Ok(client)
     }
+}
+
+fn may_be_retried(error: &KafkaError) -> bool {
+    matches!(error, KafkaError::Transaction(error) if error.is_retriable())
 }
 
 /// The error of what failed because something else did.

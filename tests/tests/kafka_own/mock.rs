@@ -180,12 +180,40 @@ async fn a_transaction_that_is_done_for_may_be_tried_again() -> Result<()> {
     Ok(())
 }
 
+/// The answer to a commit comes later than a publish may take, but no later than an answer may: what has become of it is
+/// known, and the caller is told.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_is_answered_late_is_known() -> Result<()> {
+    let cluster = cluster();
+    let broker = open(&cluster, "transactional_id=late&publish_timeout=1s&connect_timeout=30s")?;
+    broker.publish(&orders(), Message::new("0")).await?;
+    for round in 0..2 {
+        let busy = [RDKafkaRespErr::RD_KAFKA_RESP_ERR_COORDINATOR_LOAD_IN_PROGRESS; 500];
+        cluster.request_errors(RDKafkaApiKey::EndTxn, &busy);
+        let transaction = Transaction::new().publish(orders(), Message::new("1"));
+        let late = async {
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            cluster.clear_request_errors(RDKafkaApiKey::EndTxn);
+        };
+        let committed = async {
+            match round {
+                0 => broker.publish(&orders(), Message::new("1")).await.map(|receipt| vec![receipt]),
+                _ => broker.transact(transaction).await,
+            }
+        };
+        let (committed, ()) = futures_util::future::join(committed, late).await;
+        assert_eq!(committed?.len(), 1, "{round}");
+    }
+    assert!(broker.close(Duration::from_secs(5)).await.complete);
+    Ok(())
+}
+
 /// The answer to a commit does not come in time: the error says that nothing is known of it, and the next transaction
 /// goes on.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_commit_without_an_answer_is_not_said_to_be_aborted() -> Result<()> {
     let cluster = cluster();
-    let broker = open(&cluster, "transactional_id=patience&publish_timeout=2s")?;
+    let broker = open(&cluster, "transactional_id=patience&publish_timeout=2s&connect_timeout=2s")?;
     broker.publish(&orders(), Message::new("0")).await?;
     let busy = [RDKafkaRespErr::RD_KAFKA_RESP_ERR_COORDINATOR_LOAD_IN_PROGRESS; 500];
     cluster.request_errors(RDKafkaApiKey::EndTxn, &busy);
