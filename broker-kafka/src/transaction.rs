@@ -108,15 +108,7 @@ impl Transactions {
     /// Starts the thread, which ends with the last of what holds this.
     pub(crate) fn start(config: &Arc<KafkaConfig>, admin: &Arc<Admin>, tickets: &Arc<Tickets>) -> Result<Self> {
         let (jobs, received) = crossbeam_channel::unbounded();
-        let worker = Worker {
-            config: Arc::clone(config),
-            admin: Arc::clone(admin),
-            tickets: Arc::clone(tickets),
-            outcomes: Arc::default(),
-            client: None,
-            fenced: None,
-            known: FxHashSet::default(),
-        };
+        let worker = Worker::new(config, admin, tickets);
         let spawned =
             thread::Builder::new().name("broker-kafka-transact".to_owned()).spawn(move || worker.run(&received));
         spawned.map_err(|error| Error::backend("start a thread").with_source(error))?;
@@ -217,6 +209,18 @@ impl Round {
 }
 
 impl Worker {
+    fn new(config: &Arc<KafkaConfig>, admin: &Arc<Admin>, tickets: &Arc<Tickets>) -> Self {
+        Self {
+            config: Arc::clone(config),
+            admin: Arc::clone(admin),
+            tickets: Arc::clone(tickets),
+            outcomes: Arc::default(),
+            client: None,
+            fenced: None,
+            known: FxHashSet::default(),
+        }
+    }
+
     fn run(mut self, jobs: &Receiver<Job>) {
         let mut next = None;
         while let Some(job) = next.take().or_else(|| jobs.recv().ok()) {
@@ -480,6 +484,13 @@ impl Worker {
         if let Some(fenced) = &self.fenced {
             return Err(fenced.clone());
         }
+        // One that ended while there was nothing to do has nothing of ours with it.
+        if self.client.as_ref().is_some_and(|client| client.client().fatal_error().is_some()) {
+            self.end();
+            if let Some(fenced) = &self.fenced {
+                return Err(fenced.clone());
+            }
+        }
         let client = match self.client.take() {
             Some(client) => client,
             None => self.make()?,
@@ -565,5 +576,36 @@ impl ProducerContext for Outcomes {
             Err((error, record)) => Err(error::failed(format_args!("publish to {}", record.topic()), error)),
         };
         self.outcomes.lock().set(ticket, outcome);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use broker_core::BrokerUrl;
+    use rdkafka::bindings::rd_kafka_test_fatal_error;
+    use rdkafka::mocking::MockCluster;
+    use rdkafka::types::RDKafkaRespErr;
+
+    use super::*;
+
+    #[test]
+    #[allow(unsafe_code, reason = "nothing that a server does ends a client that has nothing to do")]
+    fn a_client_that_ended_while_idle_fails_no_transaction() {
+        let cluster = MockCluster::new(1).unwrap();
+        cluster.create_topic("orders", 1, 1).unwrap();
+        let url = format!("kafka://{}?transactional_id=idle", cluster.bootstrap_servers());
+        let config = Arc::new(KafkaConfig::from_url(BrokerUrl::parse(&url).unwrap()).unwrap());
+        let admin = Arc::new(Admin::new(Arc::clone(&config)));
+        let mut worker = Worker::new(&config, &admin, &Arc::default());
+        let (topic, message) = (Topic::new("orders").unwrap(), Message::new("1"));
+        for round in 0..3 {
+            let placed = worker.transact(&[(&topic, &message), (&topic, &message)], &[]);
+            assert_eq!(placed.map_err(Aborted::first).unwrap().len(), 2, "{round}");
+            let idle = worker.client.as_ref().unwrap().client();
+            let code = RDKafkaRespErr::RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER;
+            // SAFETY: the client lives, and the reason is a string that ends; librdkafka copies it.
+            unsafe { rd_kafka_test_fatal_error(idle.native_ptr(), code, c"a test".as_ptr()) };
+            assert!(idle.fatal_error().is_some());
+        }
     }
 }
