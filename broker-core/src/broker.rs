@@ -123,7 +123,8 @@ pub trait Broker: Any + fmt::Debug + Send + Sync {
     fn purge_dead_letters(&self, group: &Group) -> BoxFuture<'_, Result<u64>>;
 
     /// Gives a group up to `max` of its dead letters again, the oldest first, attempts from 1, to
-    /// that group alone; tells how many.
+    /// that group alone; tells how many. Their delivery times and expiries are over: however long one was kept, it is
+    /// delivered.
     ///
     /// # Errors
     ///
