@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use amqp_server::{TURN, open, open_as_it_is, raw, server};
+use amqp_server::{TURN, address, at, open, open_as_it_is, raw, server};
 use broker_amqp::lapin::options::{
     BasicPublishOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions,
     QueueDeleteOptions,
@@ -19,6 +19,7 @@ use broker_amqp::lapin::{BasicProperties, ExchangeKind};
 use broker_core::{
     Broker, BrokerExt, DeadLetter, ErrorKind, Group, GroupOptions, Message, RetryPolicy, Subscribe, Subscription, Topic,
 };
+use broker_tests::{Fault, Proxy};
 use tokio::time::timeout;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -361,6 +362,48 @@ async fn what_is_given_back_between_two_that_are_acked_is_not_acked() {
         again.ack().await.unwrap();
     }
     drop(member);
+    clean(broker, &group).await;
+}
+
+/// Far from the server, so that much is on its way when a message is given back.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_given_back_in_an_ordered_group_is_not_overtaken() {
+    let _turn = TURN.lock().await;
+    let (topic, group) = names("overtaken");
+    let proxy = Proxy::start(address()).await.unwrap();
+    let broker = open_as_it_is(&format!("{}?max_redeliveries=5", at(&proxy.address().to_string(), None))).unwrap();
+    let ordered = Subscribe::group(group.name.clone()).with_options(GroupOptions::new().with_ordered(true));
+    let mut member = broker.subscribe(&group.filter, ordered.with_max_in_flight(4).unwrap()).await.unwrap();
+    for number in 0..12_u8 {
+        broker.publish(&topic, Message::new(vec![number]).with_key("k")).await.unwrap();
+    }
+    proxy.set(Fault::Delay(Duration::from_millis(50)));
+    for number in 0..12_u8 {
+        // More often than lost connections may bring it back.
+        for _ in 0..7 {
+            let delivery = next(&mut member).await;
+            assert_eq!((delivery.message().payload().as_ref(), delivery.attempt()), ([number].as_slice(), 1));
+            // The ack of the one before is on its way.
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            delivery.release().await.unwrap();
+        }
+        let delivery = next(&mut member).await;
+        assert_eq!(delivery.message().payload().as_ref(), [number]);
+        delivery.ack().await.unwrap();
+    }
+    proxy.set(Fault::None);
+    // One that is given back by a member that leaves is another's.
+    broker.publish(&topic, Message::new("last").with_key("k")).await.unwrap();
+    let last = next(&mut member).await;
+    let leaving = tokio::spawn(member.close());
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    last.release().await.unwrap();
+    timeout(PATIENCE, leaving).await.expect("leaving hangs").unwrap().unwrap();
+    let mut other = join(&*broker, &group).await;
+    let last = next(&mut other).await;
+    assert_eq!(last.message().payload(), "last");
+    last.ack().await.unwrap();
+    drop(other);
     clean(broker, &group).await;
 }
 

@@ -75,6 +75,15 @@ impl Member {
                 return Operation::from(lost());
             }
             state.handed = state.handed.saturating_sub(1);
+            if self.known.settings.ordered && !self.stop.is_cancelled() {
+                // The queue would hand it to its active consumer, which is this: and what is on its way meanwhile would
+                // overtake it. Here it waits before all others of its key, and counts as no redelivery.
+                state.lanes.again(item.clone());
+                let next = state.waker.take();
+                drop(state);
+                self.tell(false, next);
+                return Settle::done();
+            }
             let behind = state.lanes.give_back(item.message.key());
             for tag in std::iter::once(item.tag).chain(behind.into_iter().map(|one| one.tag)) {
                 state.acks.give_back(tag);
