@@ -60,6 +60,12 @@ impl DeadLetter {
         message.headers().get(REASON).is_some()
     }
 
+    /// Without the message's delivery time, expiry and deduplication key, which are over: what is given again is to
+    /// be delivered, as it is by brokers that keep what [`into_message`](Self::into_message) makes.
+    pub(crate) fn undated(self) -> Self {
+        Self { message: undated(self.message), ..self }
+    }
+
     /// Whether `message` is a dead letter of `topic`.
     pub(crate) fn is_from(message: &Message, topic: &Topic) -> bool {
         Self::is_dead(message) && message.headers().get_str(TOPIC) == Some(topic.as_str())
@@ -123,6 +129,9 @@ impl DeadLetter {
 
 /// The message without delivery time, expiry and deduplication key.
 fn undated(message: Message) -> Message {
+    if message.deliver_at().is_none() && message.expires_at().is_none() && message.dedup_key().is_none() {
+        return message;
+    }
     let bare =
         if message.is_tombstone() { Message::tombstone() } else { Message::new(Bytes::clone(message.payload())) };
     let bare =

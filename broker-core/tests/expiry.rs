@@ -225,3 +225,24 @@ proptest! {
         runtime.block_on(run(steps));
     }
 }
+
+/// Whoever redrives a dead letter wants it delivered, however long it was kept; as on a broker that keeps what
+/// `DeadLetter::into_message` makes.
+#[tokio::test]
+async fn a_dead_letter_that_was_kept_beyond_its_ttl_is_given_again() {
+    let broker = MemoryBroker::new();
+    let mut member =
+        broker.subscribe(&"readings".parse().unwrap(), Subscribe::group("g".parse().unwrap())).await.unwrap();
+    let message = passing().with_dedup_key("once").unwrap().with_header("a", "b").unwrap();
+    broker.publish(&topic(), message.clone()).await.unwrap();
+    member.next().await.unwrap().unwrap().reject("not now").await.unwrap();
+    sleep(2 * TTL).await;
+    let group: Group = "g@readings".parse().unwrap();
+    assert_eq!(broker.dead_letters(&group, 10).await.unwrap()[0].message.expires_at(), None);
+    assert_eq!(broker.redrive(&group, 10).await.unwrap(), 1);
+    let again = timeout(Duration::from_secs(10), member.next()).await.expect("what was redriven").unwrap().unwrap();
+    assert_eq!((again.message().id(), again.attempt()), (message.id(), 1));
+    assert_eq!(again.message().headers(), message.headers());
+    again.ack().await.unwrap();
+    assert_eq!(status(&broker).await, (0, 0, 0));
+}

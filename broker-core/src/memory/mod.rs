@@ -141,7 +141,7 @@ impl Shared {
         tracing::info!(topic = %letter.topic, %id, reason, dead_letter = %topic, "a message was given up");
         let dead_before = DeadLetter::is_dead(&letter.message);
         if let Some(group) = &letter.group {
-            self.keeps.push(group, letter.clone());
+            self.keeps.push(group, letter.clone().undated());
             // It may have been deleted meanwhile.
             if self.find_group(group).is_err() {
                 self.bound_letters(group);
