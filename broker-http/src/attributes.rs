@@ -7,6 +7,7 @@ use broker_core::{Error, Message, Result, Topic};
 use serde::{Deserialize, Serialize};
 
 use crate::event::time_as_written;
+use crate::once;
 
 /// Dialects one inside another at most; a request must not make us recurse further.
 const MAX_DEPTH: usize = 8;
@@ -34,11 +35,11 @@ const MAX_DIALECTS: usize = 256;
 #[serde(rename_all = "snake_case")]
 pub enum AttributeFilter {
     /// Every attribute named equals its value.
-    Exact(BTreeMap<String, String>),
+    Exact(#[serde(deserialize_with = "once::map")] BTreeMap<String, String>),
     /// Every attribute named begins with its value.
-    Prefix(BTreeMap<String, String>),
+    Prefix(#[serde(deserialize_with = "once::map")] BTreeMap<String, String>),
     /// Every attribute named ends with its value.
-    Suffix(BTreeMap<String, String>),
+    Suffix(#[serde(deserialize_with = "once::map")] BTreeMap<String, String>),
     /// Every one of these filters matches.
     All(Vec<AttributeFilter>),
     /// At least one of these filters matches.

@@ -5,6 +5,7 @@ pub mod event;
 
 // What a subscription looks like in JSON.
 mod attributes;
+mod once;
 mod spec;
 
 // What the daemon and its library read.

@@ -1,7 +1,7 @@
 //! A subscription as `PUT /subscriptions/{name}` writes it: what the server, its state file and
 //! the client have in common.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::num::NonZeroU32;
 use std::str::FromStr;
@@ -17,6 +17,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use url::Url;
 
 use crate::AttributeFilter;
+use crate::once;
 use crate::push::PushTls;
 
 /// A subscription's settings, in the JSON of the HTTP interface. Unknown fields are refused; what
@@ -80,10 +81,10 @@ pub struct SubscriptionSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dead_letter: Option<Topic>,
     /// What answers of the endpoint mean, where that is to differ from the usual, by HTTP status.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "once::map")]
     pub verdicts: BTreeMap<u16, StatusVerdict>,
-    /// Headers sent with every push; their values are secrets.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    /// Headers sent with every push, each once, whatever its case; their values are secrets.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "once::map")]
     pub headers: BTreeMap<String, Secret>,
     /// Whether an `http` endpoint speaks HTTP/2 by prior knowledge; an `https` one says so itself.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -196,8 +197,14 @@ impl SubscriptionSpec {
                 return Err(Error::invalid(format!("verdicts.{status}: an HTTP status from 200 to 599 is expected")));
             }
         }
+        let mut names = BTreeSet::new();
         for (name, value) in &self.headers {
             check_header(name, value)?;
+            if !names.insert(name.to_ascii_lowercase()) {
+                return Err(Error::invalid(format!(
+                    "headers.{name}: it is given twice, and HTTP does not tell small letters from capitals"
+                )));
+            }
         }
         refuse(
             self.http2 && self.endpoint.as_ref().is_none_or(|endpoint| endpoint.url().scheme() != "http"),
@@ -251,8 +258,12 @@ fn check_header(name: &str, value: &Secret) -> Result<()> {
             "headers.{shown}: *** stands for a secret that is not shown; give its value"
         )));
     }
-    if value.expose().len() > 4096 || http::HeaderValue::from_str(value.expose()).is_err() {
-        return Err(Error::invalid(format!("headers.{shown}: a value has 4096 visible ASCII characters at most")));
+    // What HTTP allows besides arrives as something else, depending on who reads it (RFC 9110, section 5.5).
+    let visible = value.expose().bytes().all(|byte| matches!(byte, b' '..=b'~'));
+    if value.expose().len() > 4096 || !visible {
+        return Err(Error::invalid(format!(
+            "headers.{shown}: a value has 4096 characters at most, of visible ASCII and spaces"
+        )));
     }
     Ok(())
 }
@@ -577,6 +588,11 @@ mod tests {
             (r#""headers":{"x-key":"***"}"#, "x-key"),
             (r#""headers":{"x key":"v"}"#, "x key"),
             (r#""headers":{"x-key":"a\nb"}"#, "x-key"),
+            (r#""headers":{"x-key":"Bearer é"}"#, "headers.x-key"),
+            (r#""headers":{"X-Key":"a","x-key":"b"}"#, "x-key: it is given twice"),
+            (r#""headers":{"x-key":"a","x-key":"b"}"#, "x-key is given twice"),
+            (r#""filters":[{"exact":{"type":"a","type":"b"}}]"#, "type is given twice"),
+            (r#""verdicts":{"404":"ack","404":"retry"}"#, "404 is given twice"),
             (r#""signing":{"secret":"hunter2"}"#, "signing.secret"),
             (r#""signing":{"secret":"***"}"#, "signing.secret"),
             (r#""filters":[{"exact":{}}]"#, "exact"),

@@ -17,6 +17,7 @@ use http::StatusCode;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use tokio::time::{Instant, interval, sleep, timeout};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::frame::Frame;
@@ -24,7 +25,6 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::{CloseCode, Data, O
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error, Message};
 
-use super::Shared;
 use super::access::Right;
 use super::chatter::Chatter;
 use super::leases::{Borrower, Hand, Holder, Places};
@@ -35,6 +35,7 @@ use super::pull::{self, Settlements};
 use super::reader::Reader;
 use super::stream::{FRAME_BYTES, Place, copy, join};
 use super::upgrade::Upgrade;
+use super::{Shared, body};
 use crate::event::json;
 use crate::outgoing::Turn;
 
@@ -175,19 +176,33 @@ impl Told {
         struct Credit {
             credit: u32,
         }
-        // An array would be taken for the fields in their order.
-        let object = frame.trim_ascii_start().first() == Some(&b'{');
-        if object && let Ok(Credit { credit }) = serde_json::from_slice(frame) {
-            return Ok(Self::Credit(credit as usize));
-        }
-        serde_json::from_slice(if object { frame } else { b"" }).map(Self::Settlements).map_err(|error| {
+        let read = if names_credit(frame) {
+            read(frame).map(|read| read.map(|Credit { credit }| Self::Credit(credit as usize)))
+        } else {
+            read(frame).map(|read| read.map(Self::Settlements))
+        };
+        let refuse = |why: &str| {
             // It may name what is not known, however long that is.
-            let error: String = error.to_string().chars().take(MAX_ERROR).collect();
+            let why: String = why.chars().take(MAX_ERROR).collect();
             Problem::invalid(format!(
-                "a frame is {{\"credit\": n}} or what is settled, as in {{\"ack\": [\"lease\"]}}: {error}"
+                "a frame is {{\"credit\": n}} or what is settled, as in {{\"ack\": [\"lease\"]}}: {why}"
             ))
-        })
+        };
+        read.map_err(|problem| refuse(problem.detail()))?.ok_or_else(|| refuse("it is empty"))
     }
+}
+
+/// Whether a frame is about credit, right or wrong: what is wrong with it is then told of credit.
+fn names_credit(frame: &[u8]) -> bool {
+    let fields = frame.trim_ascii_start().strip_prefix(b"{");
+    fields.is_some_and(|fields| fields.trim_ascii_start().starts_with(br#""credit""#))
+}
+
+/// As [`body::read_json`]; where what is wrong stands is looked for only where something is.
+fn read<T: DeserializeOwned>(frame: &[u8]) -> Answer<Option<T>> {
+    // An array would be taken for the fields in their order.
+    let object = frame.trim_ascii_start().first() == Some(&b'{');
+    if object && let Ok(told) = serde_json::from_slice(frame) { Ok(Some(told)) } else { body::read_json(frame) }
 }
 
 impl Lending {

@@ -131,9 +131,14 @@ async fn what_is_wrong_is_named() {
     let mut socket = Socket::open(&running, "/topics/a/stream").await;
     for (frame, named) in [
         (json!({"credits": 1}), "credits"),
-        (json!({"credit": -1}), "credit"),
+        (json!({"credit": -1}), "credit: invalid value: integer `-1`"),
+        (json!({"credit": null}), "credit: invalid type: null"),
+        (json!({"credit": 1, "rate": 2}), "unknown field `rate`, expected `credit`"),
+        (json!({"retry": [{"lease": "x", "delai": "1s"}]}), "retry[0].delai"),
         (json!({"extend": [{"lease": "x", "for": "0s"}]}), "extend[0].for"),
-        (json!([1]), "frame"),
+        (json!([]), "an object is expected"),
+        (json!([1]), "an object is expected"),
+        (json!(1), "invalid type: integer `1`"),
     ] {
         socket.say(frame).await;
         let answer = socket.hear().await.unwrap();
