@@ -1,14 +1,15 @@
 //! TLS on the way out, for pushes and for the client: a connection with or without it, and the roots it
 //! trusts.
 
+use std::fmt::Display;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
@@ -24,23 +25,43 @@ pub(crate) enum MaybeTls {
     Unix(tokio::net::UnixStream),
 }
 
-/// The configuration that trusts this machine's root certificates, or those of a PEM file instead.
-/// Reads files: not for the threads that serve requests.
-///
-/// # Errors
-///
-/// Why there are none, in a few words.
-pub(crate) fn trusting(ca: Option<&Path>) -> Result<ClientConfig, String> {
-    let roots = match ca {
-        Some(path) => from_file(path)?,
-        None => from_this_machine()?,
-    };
-    let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .map_err(|error| error.to_string())?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    Ok(config)
+/// PEM files that say whom to trust and what to show.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct PemFiles {
+    /// Root certificates to trust instead of this machine's.
+    pub(crate) ca: Option<PathBuf>,
+    /// A certificate to show to servers that ask for one, with those that signed it, and its private key.
+    pub(crate) shown: Option<(PathBuf, PathBuf)>,
+}
+
+impl PemFiles {
+    /// The configuration they make. Reads them: not for the threads that serve requests.
+    ///
+    /// # Errors
+    ///
+    /// Why there is none, in a few words.
+    pub(crate) fn client_config(&self) -> Result<ClientConfig, String> {
+        let roots = match &self.ca {
+            Some(path) => from_file(path)?,
+            None => from_this_machine()?,
+        };
+        let builder = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .map_err(|error| error.to_string())?
+            .with_root_certificates(roots);
+        let Some((certificate, key)) = &self.shown else { return Ok(builder.with_no_client_auth()) };
+        let chain = chain(certificate)?;
+        let fails = |why: &dyn Display| format!("private key of {}: {why}", key.display());
+        let private = PrivateKeyDer::from_pem_file(key).map_err(|error| fails(&error))?;
+        builder.with_client_auth_cert(chain, private).map_err(|error| fails(&error))
+    }
+}
+
+fn chain(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let fails = |why: &dyn Display| format!("certificate of {}: {why}", path.display());
+    let read = CertificateDer::pem_file_iter(path).map_err(|error| fails(&error))?;
+    let chain = read.collect::<Result<Vec<_>, _>>().map_err(|error| fails(&error))?;
+    if chain.is_empty() { Err(fails(&"there is none in it")) } else { Ok(chain) }
 }
 
 /// The root certificates of this machine.
@@ -56,7 +77,7 @@ pub(crate) fn from_this_machine() -> Result<RootCertStore, String> {
 }
 
 fn from_file(path: &Path) -> Result<RootCertStore, String> {
-    let fails = |why: &dyn std::fmt::Display| format!("root certificates of {}: {why}", path.display());
+    let fails = |why: &dyn Display| format!("root certificates of {}: {why}", path.display());
     let mut roots = RootCertStore::empty();
     for certificate in CertificateDer::pem_file_iter(path).map_err(|error| fails(&error))? {
         roots.add(certificate.map_err(|error| fails(&error))?).map_err(|error| fails(&error))?;

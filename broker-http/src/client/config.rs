@@ -13,12 +13,14 @@ use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use url::Url;
 
+use crate::tls::PemFiles;
+
 /// How an [`HttpBroker`](super::HttpBroker) talks to its daemon.
 ///
 /// In a URL the same are query parameters: `http://127.0.0.1:2757?timeout=10s`. A token is the user
 /// name of the URL, or the parameter `token`; it is never printed. `https` trusts the root certificates
-/// of this machine, or those of a PEM file that the parameter `ca` names. `unix:/run/broker-http.sock` is a Unix socket of this
-/// machine.
+/// of this machine, or those of a PEM file that the parameter `ca` names; `cert` and `key` name those of a client
+/// certificate to show and of its private key. `unix:/run/broker-http.sock` is a Unix socket of this machine.
 ///
 /// ```
 /// use std::time::Duration;
@@ -61,8 +63,7 @@ pub struct HttpOptions {
 pub(super) struct Tls {
     /// The name the daemon's certificate must have.
     pub(super) name: ServerName<'static>,
-    /// Root certificates to trust instead of this machine's.
-    pub(super) ca: Option<PathBuf>,
+    pub(super) files: PemFiles,
     /// What the service brought itself.
     pub(super) config: Option<Arc<ClientConfig>>,
 }
@@ -111,17 +112,20 @@ impl HttpOptions {
             ))),
             value => Ok(value.unwrap_or(default)),
         };
-        let ca = url.parameter::<PathBuf>("ca")?;
-        let tls = match (scheme, ca) {
-            ("http", None) => None,
-            ("http", Some(_)) => {
-                return Err(Error::invalid("broker URL parameter ca: it is for https, and the scheme is http"));
+        let files = pem_files(&mut url)?;
+        let tls = match scheme {
+            "http" => {
+                let named = [("ca", files.ca.is_some()), ("cert and key", files.shown.is_some())];
+                if let Some((name, _)) = named.into_iter().find(|(_, is_there)| *is_there) {
+                    return Err(Error::invalid(format!("broker URL parameter {name}: it is for https")));
+                }
+                None
             }
-            (_, ca) => {
+            _ => {
                 let name = host.trim_start_matches('[').trim_end_matches(']').trim_end_matches('.');
                 let name =
                     ServerName::try_from(name.to_owned()).map_err(|_| invalid("no certificate can be for its host"))?;
-                Some(Tls { name, ca, config: None })
+                Some(Tls { name, files, config: None })
             }
         };
         let second = Duration::from_secs(1);
@@ -201,6 +205,16 @@ impl HttpOptions {
     }
 }
 
+fn pem_files(url: &mut BrokerUrl) -> Result<PemFiles> {
+    let ca = url.parameter("ca")?;
+    let shown = match (url.parameter("cert")?, url.parameter("key")?) {
+        (None, None) => None,
+        (Some(certificate), Some(key)) => Some((certificate, key)),
+        _ => return Err(Error::invalid("broker URL parameters cert and key go together")),
+    };
+    Ok(PemFiles { ca, shown })
+}
+
 /// A token is a bearer token; a user name with a password is basic authentication.
 fn authorization(user: Option<&str>, password: Option<&str>, token: Option<&str>) -> Result<Option<HeaderValue>> {
     let invalid = |why: &str| Error::invalid(format!("broker URL: {why}"));
@@ -261,6 +275,9 @@ mod tests {
             ("ftp://h", "scheme"),
             ("https://h:0", "port"),
             ("http://h?ca=roots.pem", "ca"),
+            ("http://h?cert=a.pem&key=a.key", "cert and key: it is for https"),
+            ("https://h?cert=a.pem", "go together"),
+            ("https://h?key=a.key", "go together"),
             ("http://h?colour=red", "colour"),
             ("http://h?timeout=0s", "timeout"),
             ("http://h?lease=10ms", "lease"),

@@ -227,8 +227,8 @@ impl Http {
             if let Some(config) = &tls.config {
                 return Ok(TlsConnector::from(Arc::clone(config)));
             }
-            let ca = tls.ca.clone();
-            let read = tokio::task::spawn_blocking(move || crate::tls::trusting(ca.as_deref())).await;
+            let files = tls.files.clone();
+            let read = tokio::task::spawn_blocking(move || files.client_config()).await;
             match read {
                 Ok(Ok(config)) => Ok(TlsConnector::from(Arc::new(config))),
                 Ok(Err(why)) => Err(Error::invalid(why)),

@@ -179,6 +179,14 @@ async fn help_teaches() {
     for word in ["--listen", "--config", "--broker", "--state", "--dev", "BROKER_HTTP_LISTEN", "20s"] {
         assert!(said.contains(word), "{word}: {said}");
     }
+    let topics: &[_] = &["topic", "list", "--help"];
+    for command in [&["status", "--help"], &["subscription", "put", "--help"][..], topics, &["pub", "--help"]] {
+        let (code, said) = run(command).await;
+        assert_eq!(code, Some(0), "{command:?}");
+        for word in ["https://host:port", "unix:/path", "ca=FILE", "cert=FILE key=FILE", "token=TOKEN", "timeout=10s"] {
+            assert!(said.contains(word), "{command:?} {word}: {said}");
+        }
+    }
 }
 
 #[cfg(unix)]

@@ -10,6 +10,8 @@ use broker_core::{Broker, Error, ErrorKind, Result};
 use broker_http::client::{HttpBroker, HttpOptions};
 use tokio::io::AsyncReadExt;
 
+use super::admin::DAEMON_URL;
+
 /// Prints a line on standard error, if anybody reads it: `eprintln!` would panic where nobody does.
 macro_rules! say {
     ($($text:tt)*) => {
@@ -39,6 +41,7 @@ pub(crate) struct Common {
         long,
         short,
         value_name = "URL",
+        long_help = format!("{DAEMON_URL}\nOr any other kind of broker this binary was built with."),
         env = "BROKER_URL",
         hide_env_values = true,
         default_value = "http://127.0.0.1:2757"

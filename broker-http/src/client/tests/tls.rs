@@ -1,43 +1,66 @@
 //! The client and a daemon behind TLS.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use broker_core::{Broker, BrokerExt, ErrorKind, MemoryBroker, Message, Subscribe, TopicFilter};
+use rustls::RootCertStore;
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::server::WebPkiClientVerifier;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 
 use super::{soon, topic};
 use crate::client::{HttpBroker, HttpOptions};
+use crate::tls::PemFiles;
 use crate::{Server, ServerOptions};
 
 /// A daemon for `localhost` with TLS before it, and the file that has its certificate.
 struct Daemon {
     port: u16,
+    /// What it has, in one file and in two: whom it trusts is who has the same.
     ca: PathBuf,
+    key: PathBuf,
     _folder: tempfile::TempDir,
     _server: Server,
 }
 
 impl Daemon {
     async fn start() -> Self {
+        Self::with(false).await
+    }
+
+    /// One that asks for a certificate, and takes its own alone.
+    async fn asking() -> Self {
+        Self::with(true).await
+    }
+
+    async fn with(asks: bool) -> Self {
         let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let ca = folder.path().join("ca.pem");
         let pem =
             format!("-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n", STANDARD.encode(made.cert.der()));
         std::fs::write(&ca, pem).unwrap();
+        let key_file = folder.path().join("key.pem");
+        std::fs::write(&key_file, made.signing_key.serialize_pem()).unwrap();
         let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(made.signing_key.serialize_der()));
         let config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
             .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(vec![made.cert.der().clone()], key)
             .unwrap();
+        let config = if asks {
+            let mut roots = RootCertStore::empty();
+            roots.add(made.cert.der().clone()).unwrap();
+            let provider = Arc::new(rustls::crypto::ring::default_provider());
+            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).build().unwrap();
+            config.with_client_cert_verifier(verifier)
+        } else {
+            config.with_no_client_auth()
+        };
+        let config = config.with_single_cert(vec![made.cert.der().clone()], key).unwrap();
         let acceptor = TlsAcceptor::from(Arc::new(config));
 
         let server = Server::new(Arc::new(MemoryBroker::new()), ServerOptions::new().with_development(true));
@@ -58,7 +81,7 @@ impl Daemon {
                 });
             }
         });
-        Self { port, ca, _folder: folder, _server: server }
+        Self { port, ca, key: key_file, _folder: folder, _server: server }
     }
 
     fn broker(&self, host: &str, query: &str) -> HttpBroker {
@@ -103,10 +126,39 @@ async fn root_certificates_that_cannot_be_read_are_named() {
         assert!(error.message().contains(&*path.to_string_lossy()), "{error}");
     }
     // With a configuration of the service's own no file is needed.
-    let config = crate::tls::trusting(Some(&daemon.ca)).unwrap();
+    let files = PemFiles { ca: Some(daemon.ca.clone()), ..PemFiles::default() };
+    let config = files.client_config().unwrap();
     let url = format!("https://localhost:{}", daemon.port);
     let broker = HttpBroker::new(HttpOptions::from_url(&url).unwrap().with_tls(config).unwrap());
     soon(broker.connect()).await.unwrap();
     let plain = HttpOptions::from_url("http://localhost").unwrap();
-    assert!(plain.with_tls(crate::tls::trusting(Some(&daemon.ca)).unwrap()).is_err());
+    assert!(plain.with_tls(files.client_config().unwrap()).is_err());
+}
+
+#[tokio::test]
+async fn a_client_certificate_is_shown_to_a_daemon_that_asks() {
+    let (daemon, other) = (Daemon::asking().await, Daemon::start().await);
+    let url = |shown: &Daemon, key: &Path| {
+        format!("ca={}&cert={}&key={}&timeout=5s", daemon.ca.display(), shown.ca.display(), key.display())
+    };
+    let broker = daemon.broker("localhost", &url(&daemon, &daemon.key));
+    soon(broker.connect()).await.unwrap();
+    soon(broker.publish(&topic("a"), Message::new("42"))).await.unwrap();
+    // None, and somebody else's.
+    for query in [format!("ca={}&timeout=5s", daemon.ca.display()), url(&other, &other.key)] {
+        let error = soon(daemon.broker("localhost", &query).connect()).await.unwrap_err();
+        assert_ne!(error.kind(), ErrorKind::Invalid, "{error}");
+    }
+    // What cannot be used is named.
+    let missing = daemon.key.with_file_name("missing.pem");
+    for (query, file) in [
+        (url(&daemon, &missing), &missing),
+        (url(&daemon, &other.key), &other.key),
+        (url(&daemon, &daemon.ca), &daemon.ca),
+        (format!("ca={0}&cert={1}&key={1}", daemon.ca.display(), daemon.key.display()), &daemon.key),
+    ] {
+        let error = soon(daemon.broker("localhost", &query).connect()).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+        assert!(error.message().contains(&*file.to_string_lossy()), "{error}");
+    }
 }

@@ -12,14 +12,25 @@ use serde_json::Value;
 
 use crate::output::{fail, print};
 
+/// What a daemon's URL can say, in `--help`.
+pub(crate) const DAEMON_URL: &str = "\
+The daemon: http://host:port, https://host:port or unix:/path. As parameters of the URL, as in
+https://broker.internal:2757?ca=ca.pem&cert=me.pem&key=me.key:
+  ca=FILE             root certificates (PEM) to trust instead of this machine's; https
+  cert=FILE key=FILE  a client certificate (PEM) to show, and its private key; https
+  token=TOKEN         as --token; TOKEN@ before the host as well
+  timeout=10s         how long a request may take, connecting included
+  connect_timeout=5s  how long connecting may take";
+
 /// Where the daemon is.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Where {
-    /// The daemon
+    /// The daemon: http://host:port, https://host:port or unix:/path
     #[arg(
         long,
         short,
         value_name = "URL",
+        long_help = DAEMON_URL,
         env = "BROKER_URL",
         hide_env_values = true,
         default_value = "http://127.0.0.1:2757"
