@@ -95,13 +95,18 @@ impl Shared {
     /// The connection for declaring and asking.
     pub(crate) async fn connection(&self) -> Result<Live> {
         self.start()?;
+        self.settling_connection().await
+    }
+
+    /// The same, for what is in flight already: it is settled until the broker is closed.
+    pub(crate) async fn settling_connection(&self) -> Result<Live> {
         let runtime = self.started.lock().clone().ok_or_else(closed)?;
         self.asking.on_demand(&runtime).await
     }
 
     /// The state of a queue; `None` if there is no such queue.
     pub(crate) async fn queue_state(&self, queue: &ShortString) -> Result<Option<QueueState>> {
-        let live = self.connection().await?;
+        let live = self.settling_connection().await?;
         self.bounded(topology::queue_state(&live, queue)).await
     }
 

@@ -36,6 +36,13 @@ impl QueueType {
             Self::Classic => "classic",
         }
     }
+
+    pub(crate) fn other(self) -> Self {
+        match self {
+            Self::Quorum => Self::Classic,
+            Self::Classic => Self::Quorum,
+        }
+    }
 }
 
 impl FromStr for QueueType {

@@ -73,8 +73,8 @@ pub(crate) async fn declare_exchange(channel: &Channel, options: &AmqpOptions) -
     channel.exchange_declare(exchange, ExchangeKind::Topic, declare, FieldTable::default()).await.map_err(from_lapin)
 }
 
-/// A delay queue and the exchange before it. One that is there under the name serves as it is: it was
-/// made by a peer that chose the other queue type.
+/// A delay queue and the exchange before it. One of the other queue type serves as it is: a peer chose that. One that
+/// differs in anything else keeps what comes, or hands it on at the wrong time or to nobody.
 pub(crate) async fn declare_rung(live: &Live, rung: Rung, options: &AmqpOptions) -> Result<()> {
     let name = rung.name(&options.exchange)?;
     let exchange = match rung.leads {
@@ -82,19 +82,29 @@ pub(crate) async fn declare_rung(live: &Live, rung: Rung, options: &AmqpOptions)
         Leads::ToTopic => options.exchange.clone(),
     };
     let ttl = i64::try_from(rung.ttl().as_millis()).unwrap_or(i64::MAX);
-    let arguments = table([
-        ("x-queue-type", AMQPValue::LongString(options.queue_type.as_str().into())),
-        ("x-message-ttl", AMQPValue::LongLongInt(ttl)),
-        ("x-dead-letter-exchange", AMQPValue::LongString(exchange.into())),
-    ]);
-    let declared = on_channel(live, async |channel| {
-        let declared = channel.queue_declare(name.clone(), QueueDeclareOptions::durable(), arguments).await;
-        declared.map(drop).map_err(from_lapin)
-    });
-    match declared.await {
-        Err(error) if error.kind() != ErrorKind::Conflict => return Err(error),
-        _ => {}
+    let declare = async |queue_type: QueueType| {
+        let arguments = table([
+            ("x-queue-type", AMQPValue::LongString(queue_type.as_str().into())),
+            ("x-message-ttl", AMQPValue::LongLongInt(ttl)),
+            ("x-dead-letter-exchange", AMQPValue::LongString(exchange.as_str().into())),
+        ]);
+        on_channel(live, async |channel| {
+            let declared = channel.queue_declare(name.clone(), QueueDeclareOptions::durable(), arguments).await;
+            declared.map(drop).map_err(from_lapin)
+        })
+        .await
+    };
+    let mut declared = declare(options.queue_type).await;
+    // The server names one argument that differs; with this one right, it names another if there is one.
+    if declared.as_ref().is_err_and(|error| error.message().contains("x-queue-type")) {
+        declared = declare(options.queue_type.other()).await;
     }
+    declared.map_err(|error| match error.kind() {
+        ErrorKind::Conflict => error.context(format_args!(
+            "delay queue {name} exists and is not as it is needed: delete it once it is empty, and it is made anew"
+        )),
+        _ => error.context(format_args!("delay queue {name}")),
+    })?;
     on_channel(live, async |channel| {
         let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
         channel

@@ -1,14 +1,19 @@
-//! What RabbitMQ refuses, and how it is told: connections, with what to do about them, and members beyond what a
-//! connection holds.
+//! What RabbitMQ refuses, and how it is told: connections, with what to do about them, members beyond what a
+//! connection holds, and settlements: they end, are said to be refused, and their messages come back.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on has failed")]
 
 mod amqp_server;
 
 use std::time::Duration;
 
-use amqp_server::{TURN, address, ctl, open, ours, printed, server};
-use broker_core::{Broker, BrokerExt, ErrorKind, Message, Subscribe, Topic};
+use amqp_server::{TURN, address, ctl, open, ours, printed, raw, server};
+use broker_amqp::lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
+use broker_amqp::lapin::types::{AMQPValue, FieldTable};
+use broker_amqp::lapin::{Channel, Connection, ConnectionProperties};
+use broker_core::{
+    Broker, BrokerExt, Counts, Delivery, ErrorKind, Group, GroupOptions, Message, Subscribe, Subscription, Topic,
+};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -103,4 +108,175 @@ async fn members_beyond_the_channels_of_a_connection_are_refused() {
     };
     members.push(within("joining", again).await);
     assert!(broker.close(PATIENCE).await.complete);
+}
+
+/// A topic nobody else uses, and a group of it.
+fn names(name: &str) -> (Topic, Group) {
+    let topic = Topic::new(format!("suite.{}", unique(name))).unwrap();
+    let group = Group::new(name.parse().unwrap(), (&topic).into());
+    (topic, group)
+}
+
+/// A member that has one message in its hands at most.
+async fn join(broker: &dyn Broker, group: &Group) -> Subscription {
+    let one = Subscribe::group(group.name.clone()).with_max_in_flight(1).unwrap();
+    broker.subscribe(&group.filter, one).await.unwrap()
+}
+
+async fn next(member: &mut Subscription) -> Delivery {
+    within("receiving", member.next()).await.unwrap().unwrap()
+}
+
+async fn counts(broker: &dyn Broker, group: &Group) -> Counts {
+    broker.status().await.unwrap().group(group).unwrap().counts
+}
+
+async fn declare(channel: &Channel, queue: &str, arguments: &[(&str, AMQPValue)]) {
+    let mut table = FieldTable::default();
+    for (name, value) in arguments {
+        table.insert((*name).into(), value.clone());
+    }
+    channel.queue_declare(queue.into(), QueueDeclareOptions::durable(), table).await.unwrap();
+}
+
+fn text(value: &str) -> AMQPValue {
+    AMQPValue::LongString(value.into())
+}
+
+/// The queue that keeps dead letters is there, and of another kind: so it is where a service has changed its queue type.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reject_that_cannot_be_kept_is_told_and_its_message_comes_back() {
+    let _turn = TURN.lock().await;
+    let (topic, group) = names("unkept");
+    let (connection, channel) = raw().await;
+    let keeping = format!("broker.dead:{group}");
+    declare(&channel, &keeping, &[("x-queue-type", text("classic"))]).await;
+    let broker = open(server()).unwrap();
+    let mut member = join(&*broker, &group).await;
+    broker.publish(&topic, Message::new("a")).await.unwrap();
+    for _ in 0..2 {
+        let delivery = next(&mut member).await;
+        assert_eq!((delivery.message().payload().as_ref(), delivery.attempt()), (&b"a"[..], 1));
+        let error = within("rejecting", delivery.reject("no")).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+        assert!(error.message().contains(&keeping) && error.message().contains("inequivalent arg"), "{error}");
+    }
+    assert_eq!(counts(&*broker, &group).await.dead_lettered, 0);
+    channel.queue_delete(keeping.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
+    within("rejecting", next(&mut member).await.reject("no")).await.unwrap();
+    assert_eq!(counts(&*broker, &group).await.dead_lettered, 1);
+    let kept = broker.dead_letters(&group, 10).await.unwrap();
+    assert_eq!(kept.first().expect("it is not kept").message.payload(), "a");
+    connection.close(200, "OK".into()).await.unwrap();
+    drop(member);
+    assert!(broker.delete_group(&group).await.unwrap());
+    assert_eq!(broker.purge_dead_letters(&group).await.unwrap(), 1);
+    broker.close(PATIENCE).await;
+}
+
+/// Whoever may consume and not publish can ack and give back, and is told that nothing else goes.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_may_not_publish_is_told_so_when_it_rejects_and_retries() {
+    let _turn = TURN.lock().await;
+    if !ours() {
+        println!("no control: users");
+        return;
+    }
+    let (topic, group) = names("reader");
+    let user = unique("reader");
+    ctl(&["add_user", &user, "sesame"]);
+    // What it writes to is the group's queues, none of the exchanges.
+    ctl(&["set_permissions", &user, ".*", "@", ".*"]);
+    let owner = open(server()).unwrap();
+    owner.create_group(&group, GroupOptions::new()).await.unwrap();
+    owner.publish(&topic, Message::new("a")).await.unwrap();
+    let broker = open(&format!("amqp://{user}:sesame@{}", address())).unwrap();
+    let mut member = join(&*broker, &group).await;
+    let error = within("rejecting", next(&mut member).await.reject("no")).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unauthorized, "{error}");
+    let error = within("retrying", next(&mut member).await.retry()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unauthorized, "{error}");
+    let delivery = next(&mut member).await;
+    assert_eq!((delivery.message().payload().as_ref(), delivery.attempt()), (&b"a"[..], 1));
+    delivery.ack().await.unwrap();
+    let counted = counts(&*broker, &group).await;
+    assert_eq!((counted.dead_lettered, counted.retried, counted.acked), (0, 0, 1));
+    drop(member);
+    assert!(within("closing", broker.close(PATIENCE)).await.complete);
+    ctl(&["delete_user", &user]);
+    assert!(owner.delete_group(&group).await.unwrap());
+    let _ = owner.purge_dead_letters(&group).await;
+    owner.close(PATIENCE).await;
+}
+
+/// The group's first dead letter may be made while the broker closes.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_reject_is_taken_while_the_broker_closes() {
+    let _turn = TURN.lock().await;
+    let (topic, group) = names("closing");
+    let broker = open(server()).unwrap();
+    let mut member = join(&*broker, &group).await;
+    broker.publish(&topic, Message::new("a")).await.unwrap();
+    let delivery = next(&mut member).await;
+    let closing = tokio::spawn({
+        let broker = std::sync::Arc::clone(&broker);
+        async move { broker.close(PATIENCE).await }
+    });
+    // It closes once it takes nothing any more.
+    let is_closing = async {
+        while broker.publish(&topic, Message::new("b")).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    within("closing", is_closing).await;
+    delivery.reject("no").await.unwrap();
+    assert!(within("closing", closing).await.unwrap().complete);
+    let broker = open(server()).unwrap();
+    let kept = broker.dead_letters(&group, 10).await.unwrap();
+    assert_eq!(kept.first().expect("it is not kept").message.payload(), "a");
+    assert!(broker.delete_group(&group).await.unwrap());
+    assert_eq!(broker.purge_dead_letters(&group).await.unwrap(), 1);
+    broker.close(PATIENCE).await;
+}
+
+/// A queue under a delay queue's name that hands nothing on would keep a retry for good. One of the other queue type serves.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delay_queue_that_differs_in_more_than_its_type_is_refused() {
+    let _turn = TURN.lock().await;
+    if !ours() {
+        println!("no control: virtual hosts");
+        return;
+    }
+    let (topic, group) = names("ladder");
+    let host = unique("ladder");
+    ctl(&["add_vhost", &host]);
+    ctl(&["set_permissions", "-p", &host, "guest", ".*", ".*", ".*"]);
+    let url = format!("{}/{host}", server());
+    let connection = Connection::connect(&url, ConnectionProperties::default()).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    let (classic, nowhere) = (("x-queue-type", text("classic")), ("x-dead-letter-exchange", text("")));
+    let half_second = ("x-message-ttl", AMQPValue::LongLongInt(500));
+    declare(&channel, "broker.retry.100ms", &[]).await;
+    declare(&channel, "broker.retry.500ms", &[classic, half_second, nowhere]).await;
+    let broker = open(&url).unwrap();
+    let mut member = join(&*broker, &group).await;
+    broker.publish(&topic, Message::new("a")).await.unwrap();
+    let retry = next(&mut member).await.retry_after(Duration::from_millis(50));
+    let error = within("retrying", retry).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+    for word in ["broker.retry.100ms", "inequivalent arg", "x-message-ttl"] {
+        assert!(error.message().contains(word), "{word}: {error}");
+    }
+    assert_eq!(counts(&*broker, &group).await.retried, 0);
+    let delivery = next(&mut member).await;
+    assert_eq!(delivery.attempt(), 1);
+    delivery.retry_after(Duration::from_millis(200)).await.unwrap();
+    let delivery = next(&mut member).await;
+    assert_eq!(delivery.attempt(), 2);
+    delivery.ack().await.unwrap();
+    assert_eq!(counts(&*broker, &group).await.retried, 1);
+    connection.close(200, "OK".into()).await.unwrap();
+    drop(member);
+    broker.close(PATIENCE).await;
+    ctl(&["delete_vhost", &host]);
 }

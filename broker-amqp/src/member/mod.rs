@@ -20,7 +20,7 @@ use crate::broker::Shared;
 use crate::lanes::Lanes;
 use crate::naming::GroupNames;
 use crate::wire::Arrived;
-use settle::{Batch, Handed};
+use settle::{Batch, Handed, Replaced};
 
 /// A message at this member.
 #[derive(Clone, Debug)]
@@ -274,7 +274,7 @@ impl Member {
                 Aside::NotDue(due) if self.held_here => self.hold(epoch, inbound, due.since(now)),
                 Aside::NotDue(due) => {
                     let attempts = inbound.attempt - 1;
-                    drop(self.forward(epoch, inbound, attempts, due, Handed::No));
+                    drop(self.forward(epoch, inbound, attempts, due, Replaced::Renewed(Handed::No)));
                 }
                 Aside::Redelivered => {
                     let failure = Failure::new("redelivered").with_status("redelivered");
@@ -403,7 +403,7 @@ impl Member {
 
     fn renew(self: &Arc<Self>, epoch: u64, item: Inbound, due: Timestamp) -> Settle {
         let attempts = item.attempt - 1;
-        self.forward(epoch, item, attempts, due, Handed::No)
+        self.forward(epoch, item, attempts, due, Replaced::Renewed(Handed::No))
     }
 }
 

@@ -8,8 +8,10 @@ use broker_core::{
     DeadLetter, Deliveries, Error, ErrorKind, Failure, Message, Operation, Result, Settle, Settlement, Timestamp, Topic,
 };
 use tokio::sync::oneshot;
+use tokio::time::{Instant, timeout_at};
 
 use super::{Inbound, Member, Remembered};
+use crate::error::is_final;
 use crate::link::{Wait, closed};
 use crate::topology;
 use crate::wire::{self, Travel};
@@ -21,6 +23,10 @@ const MAX_HOLD: Duration = Duration::from_secs(15 * 60);
 /// A message that nobody wanted yet, and that has been round this often, is sent anew: the server's count of redeliveries
 /// would otherwise be taken for that of a message which breaks its readers.
 const RENEW_AFTER: u64 = 8;
+/// How long a delivery is kept, about, before it goes back whose settlement was refused.
+const REFUSED: Duration = Duration::from_secs(1);
+/// The writer knows better why a message was not confirmed, and may be late by that much.
+const GRACE: Duration = Duration::from_millis(250);
 /// Attempts of held messages that are remembered at most.
 const MAX_REMEMBERED: usize = 65_536;
 
@@ -67,7 +73,8 @@ impl Member {
 
     fn release(self: &Arc<Self>, epoch: u64, item: &Inbound) -> Settle {
         if self.is_worn(item.redeliveries) {
-            return self.forward(epoch, item.clone(), item.attempt - 1, Timestamp::from_millis(0), Handed::Yes);
+            let anew = Timestamp::from_millis(0);
+            return self.forward(epoch, item.clone(), item.attempt - 1, anew, Replaced::Renewed(Handed::Yes));
         }
         {
             let mut state = self.state.lock();
@@ -119,9 +126,8 @@ impl Member {
             self.known.counts.lock().expired += 1;
             return self.finish(epoch, item);
         }
-        self.known.counts.lock().retried += 1;
         if !self.held_here {
-            return self.forward(epoch, item.clone(), item.attempt, due, Handed::Yes);
+            return self.forward(epoch, item.clone(), item.attempt, due, Replaced::Retried);
         }
         {
             let mut state = self.state.lock();
@@ -135,6 +141,7 @@ impl Member {
             let remembered = Remembered { attempts: item.attempt, first: item.first, due };
             state.remembered.insert(item.message.id().clone(), remembered);
         }
+        self.known.counts.lock().retried += 1;
         self.settled.notify_waiters();
         let again = Inbound { attempt: item.attempt.saturating_add(1), ..item.clone() };
         // As long as was asked for, to the part of a millisecond that a time stamp cuts off.
@@ -193,7 +200,7 @@ impl Member {
         item: Inbound,
         attempts: u32,
         due: Timestamp,
-        handed: Handed,
+        replaced: Replaced,
     ) -> Settle {
         let envelope = Envelope {
             route: Route::Queue(self.state.lock().queue.clone()),
@@ -208,13 +215,13 @@ impl Member {
             },
             require_route: false,
         };
-        self.replace(epoch, item, Some(envelope), handed)
+        self.replace(epoch, item, Some(envelope), replaced)
     }
 
     /// Sends the message to the dead-letter topic, then acks it. What is a dead letter already goes to
     /// the keeping queue alone; what has no dead-letter topic is discarded.
     pub(super) fn bury(self: &Arc<Self>, epoch: u64, item: Inbound, failure: Failure, handed: Handed) -> Settle {
-        self.known.counts.lock().dead_lettered += 1;
+        let replaced = Replaced::Buried(handed);
         let names = &self.known.names;
         let dead = DeadLetter::is_dead(&item.message);
         let letter = DeadLetter {
@@ -232,16 +239,17 @@ impl Member {
             (Some(topic), None) if !dead => (Route::Topic(topic.clone()), None),
             _ => {
                 tracing::warn!(topic = %item.topic, id = %item.message.id(), reason = letter.failure.reason(), "a message is discarded: there is no dead-letter topic");
-                return self.replace(epoch, item, None, handed);
+                return self.replace(epoch, item, None, replaced);
             }
         };
         let message = letter.into_message();
         let travel = Travel { also_to, kept: true, ..Travel::default() };
-        self.replace(epoch, item, Some(Envelope { route, message, travel, require_route: false }), handed)
+        self.replace(epoch, item, Some(Envelope { route, message, travel, require_route: false }), replaced)
     }
 
-    /// Publishes what takes a delivery's place, again until it is confirmed, and acks the delivery.
-    fn replace(self: &Arc<Self>, epoch: u64, item: Inbound, by: Option<Envelope>, handed: Handed) -> Settle {
+    /// Publishes what takes a delivery's place, and acks the delivery once that is confirmed. If it is not, whoever settled is
+    /// told, and the delivery goes back.
+    fn replace(self: &Arc<Self>, epoch: u64, item: Inbound, by: Option<Envelope>, replaced: Replaced) -> Settle {
         if !self.state.lock().is(epoch) {
             return Operation::from(lost());
         }
@@ -252,45 +260,65 @@ impl Member {
         let (done, outcome) = oneshot::channel();
         let member = Arc::clone(self);
         self.shared.spawn(async move {
-            let outcome = member.published(epoch, by).await.and_then(|()| member.replaced(epoch, &item, handed));
-            if let Err(error) = &outcome {
-                tracing::debug!(%error, id = %item.message.id(), "a settlement is not done; the message comes back");
+            match member.published(epoch, by).await {
+                Ok(()) => {
+                    let _ = done.send(member.replaced(epoch, &item, replaced));
+                }
+                Err(error) => {
+                    member.refused(epoch, &item, replaced, &error);
+                    let _ = done.send(Err(error));
+                    member.take_back(epoch, item, replaced).await;
+                }
             }
-            let _ = done.send(outcome);
         });
         Operation::boxed(async move { outcome.await.unwrap_or_else(|_| Err(closed())) })
     }
 
+    /// Publishes until it is confirmed: for the publish timeout at most, and not again what the server will go on to refuse.
     async fn published(&self, epoch: u64, envelope: Option<Envelope>) -> Result<()> {
         let Some(envelope) = envelope else { return Ok(()) };
+        let deadline = Instant::now() + self.shared.options.publish_timeout;
         let mut wait = Wait::new(Duration::from_secs(5));
+        let mut last = None;
         loop {
-            let result = match self.keep_first(&envelope).await {
-                Ok(()) => match self.shared.writer.submit(envelope.clone()).await {
-                    Ok(receipt) if receipt.routed == Some(false) && self.goes_to_keeping(&envelope) => {
-                        Err(Error::not_found("the queue that keeps dead letters is gone"))
-                    }
-                    published => published.map(drop),
-                },
-                Err(error) => Err(error),
+            let error = match timeout_at(deadline + GRACE, self.publish(&envelope)).await {
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(error)) => error,
+                Err(_) => return Err(last.unwrap_or_else(|| self.shared.writer.too_late())),
             };
-            match result {
-                Ok(()) => return Ok(()),
+            let is_over = Instant::now() >= deadline || !self.state.lock().is(epoch);
+            match error.kind() {
                 // Somebody deleted the keeping queue; nobody else has it: it is made again.
-                Err(error) if error.kind() == ErrorKind::NotFound && self.goes_to_keeping(&envelope) => {
-                    self.state.lock().kept = false;
-                    self.shared.pause(wait.next()).await?;
-                }
-                // The group was deleted: so is its message.
-                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-                Err(error) if error.kind() == ErrorKind::Closed => return Err(error),
-                Err(error) if !self.state.lock().is(epoch) => return Err(error),
-                Err(error) => {
-                    *self.known.last_error.lock() = Some(error.to_string());
-                    self.shared.pause(wait.next()).await?;
-                }
+                ErrorKind::NotFound if self.goes_to_keeping(&envelope) => self.state.lock().kept = false,
+                // The group was deleted: so is its message. It may as well be a delay queue that is missing.
+                ErrorKind::NotFound if self.is_deleted(&envelope).await => return Ok(()),
+                ErrorKind::NotFound => {}
+                ErrorKind::Closed => return Err(error),
+                _ if is_final(&error) || !error.is_retryable() => return Err(error),
+                _ => {}
             }
+            if is_over {
+                return Err(error);
+            }
+            *self.known.last_error.lock() = Some(error.to_string());
+            self.shared.pause(wait.next().min(deadline.saturating_duration_since(Instant::now()))).await?;
+            last = Some(error);
         }
+    }
+
+    async fn publish(&self, envelope: &Envelope) -> Result<()> {
+        self.keep_first(envelope).await?;
+        let receipt = self.shared.writer.submit(envelope.clone()).await?;
+        if receipt.routed == Some(false) && self.goes_to_keeping(envelope) {
+            return Err(Error::not_found("the queue that keeps dead letters is gone"));
+        }
+        Ok(())
+    }
+
+    /// Whether the queue that a message goes to is known to be no more.
+    async fn is_deleted(&self, envelope: &Envelope) -> bool {
+        let Route::Queue(queue) = &envelope.route else { return false };
+        matches!(self.shared.queue_state(queue).await, Ok(None))
     }
 
     fn goes_to_keeping(&self, envelope: &Envelope) -> bool {
@@ -303,29 +331,102 @@ impl Member {
         if !self.goes_to_keeping(envelope) || self.state.lock().kept {
             return Ok(());
         }
-        let live = self.shared.connection().await?;
+        let live = self.shared.settling_connection().await?;
         let names = &self.known.names;
         let options = &self.shared.options;
         let declare =
             topology::on_channel(&live, async |channel| topology::declare_keeping(channel, names, options).await);
-        self.shared.bounded(declare).await?;
+        self.shared.bounded(declare).await.map_err(|error| match error.kind() {
+            ErrorKind::Conflict => error.context(format_args!(
+                "queue {}, which keeps dead letters, is not as it would be made here; redrive or purge them and delete it, or \
+                 go by its settings",
+                names.dead
+            )),
+            _ => error.context(format_args!("queue {}, which keeps dead letters", names.dead)),
+        })?;
         self.state.lock().kept = true;
         Ok(())
     }
 
-    fn replaced(&self, epoch: u64, item: &Inbound, handed: Handed) -> Result<()> {
+    fn replaced(&self, epoch: u64, item: &Inbound, replaced: Replaced) -> Result<()> {
         let mut state = self.state.lock();
         if !state.is(epoch) {
             return Err(lost());
         }
         state.acks.ack(item.tag);
-        let next = match handed {
-            Handed::Yes => state.settled(item),
-            Handed::No => None,
-        };
+        let next = if replaced.was_handed() { state.settled(item) } else { None };
         drop(state);
+        {
+            let mut counts = self.known.counts.lock();
+            match replaced {
+                Replaced::Retried => counts.retried += 1,
+                Replaced::Buried(_) => counts.dead_lettered += 1,
+                Replaced::Renewed(_) => {}
+            }
+        }
         self.tell(true, next);
         Ok(())
+    }
+
+    /// Nothing takes a delivery's place: it is in nobody's hands any more.
+    fn refused(&self, epoch: u64, item: &Inbound, replaced: Replaced, error: &Error) {
+        let mut state = self.state.lock();
+        if !state.is(epoch) {
+            tracing::debug!(%error, id = %item.message.id(), "a settlement is not done; the message comes back");
+            return;
+        }
+        tracing::warn!(%error, id = %item.message.id(), "a settlement is refused; the message comes back");
+        if replaced.was_handed() {
+            state.handed = state.handed.saturating_sub(1);
+        }
+        drop(state);
+        *self.known.last_error.lock() = Some(error.to_string());
+        self.settled.notify_waiters();
+    }
+
+    /// Gives a delivery back, after a while: what is refused at once would come and go as fast as the server can.
+    async fn take_back(&self, epoch: u64, item: Inbound, replaced: Replaced) {
+        tokio::select! {
+            () = self.stop.cancelled() => {}
+            () = tokio::time::sleep(REFUSED.mul_f64(0.5 + fastrand::f64())) => {}
+        }
+        {
+            let mut state = self.state.lock();
+            if !state.is(epoch) {
+                return;
+            }
+            if self.known.settings.ordered && replaced.was_handed() && !self.stop.is_cancelled() {
+                // As with one that is released: it waits here, before all others of its key.
+                state.lanes.again(item);
+                let next = state.waker.take();
+                drop(state);
+                self.tell(false, next);
+                return;
+            }
+            // One that was in nobody's hands holds up no others.
+            let key = item.message.key().filter(|_| replaced.was_handed());
+            let behind = state.lanes.give_back(key);
+            for tag in std::iter::once(item.tag).chain(behind.into_iter().map(|one| one.tag)) {
+                state.acks.give_back(tag);
+            }
+        }
+        self.tell(true, None);
+    }
+}
+
+/// What becomes of a delivery whose place another message takes.
+#[derive(Clone, Copy)]
+pub(super) enum Replaced {
+    /// It was in a caller's hands, who wants it again.
+    Retried,
+    /// The same attempt goes on: nobody wanted it yet.
+    Renewed(Handed),
+    Buried(Handed),
+}
+
+impl Replaced {
+    fn was_handed(self) -> bool {
+        matches!(self, Self::Retried | Self::Renewed(Handed::Yes) | Self::Buried(Handed::Yes))
     }
 }
 

@@ -180,7 +180,7 @@ impl Writer {
     }
 
     /// Why a message whose time is over was not confirmed.
-    fn too_late(&self) -> Error {
+    pub(crate) fn too_late(&self) -> Error {
         self.out_of_reach().unwrap_or_else(|| {
             Error::timeout(format!(
                 "RabbitMQ did not confirm within {:?}: whether it has the message is unknown",
