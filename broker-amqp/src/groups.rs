@@ -15,6 +15,7 @@ use lapin::types::ShortString;
 use crate::AmqpOptions;
 use crate::broker::Shared;
 use crate::error::from_lapin;
+use crate::ladder::{Leads, Rung};
 use crate::link::Live;
 use crate::management;
 use crate::member::Known;
@@ -174,7 +175,7 @@ pub(crate) async fn alter(shared: &Shared, group: &Group, options: &GroupOptions
 pub(crate) async fn delete(shared: &Shared, group: &Group) -> Result<bool> {
     let names = GroupNames::of(group, &shared.options)?;
     let live = shared.connection().await?;
-    shared
+    let queues = shared
         .bounded(async {
             shared.forget(group);
             let queues = topology::group_queues(&live, &names).await?;
@@ -191,23 +192,86 @@ pub(crate) async fn delete(shared: &Shared, group: &Group) -> Result<bool> {
                 })
                 .await?;
             }
-            Ok(!queues.is_empty())
+            Ok(queues)
         })
-        .await
+        .await?;
+    // What becomes due from now on has nowhere to go.
+    drop_retries(shared, &live, &queues).await.map_err(|error| {
+        error.context(format_args!(
+            "group {group} is deleted, and not what waits for its retry: it comes to the next of the name"
+        ))
+    })?;
+    Ok(!queues.is_empty())
 }
 
 pub(crate) async fn purge(shared: &Shared, group: &Group) -> Result<u64> {
     let names = GroupNames::of(group, &shared.options)?;
     let live = shared.connection().await?;
     let purge = async {
-        let queues = topology::group_queues(&live, &names).await?;
-        let mut purged = 0;
+        let queues = shared.bounded(topology::group_queues(&live, &names)).await?;
+        // First what is due later: it may become due meanwhile.
+        let mut purged = drop_retries(shared, &live, &queues).await?;
         for queue in if queues.is_empty() { std::slice::from_ref(&names.queue) } else { &queues } {
-            purged += on_channel(&live, async |channel| topology::purge(channel, queue).await).await?;
+            let purge = on_channel(&live, async |channel| topology::purge(channel, queue).await);
+            purged += shared.bounded(purge).await?;
         }
         Ok(purged)
     };
-    shared.bounded(purge).await.map_err(|error| error.context(format_args!("group {group}")))
+    purge.await.map_err(|error: Error| error.context(format_args!("group {group}")))
+}
+
+/// Drops what waits in the delay queues for its retry in `queues`, and tells how many. A delay queue is everybody's: what
+/// is another group's goes back where it was, as old as it is.
+async fn drop_retries(shared: &Shared, live: &Live, queues: &[ShortString]) -> Result<u64> {
+    let mut dropped = 0;
+    if queues.is_empty() {
+        return Ok(dropped);
+    }
+    for rung in Rung::all(Leads::ToQueue) {
+        let delays = rung.name(&shared.options.exchange)?;
+        let Some(state) = shared.bounded(queue_state(live, &delays)).await? else { continue };
+        dropped += at_length(shared, live, async |channel| {
+            let (mut dropped, mut last) = (0, None);
+            // No more than were there: others retry meanwhile.
+            for _ in 0..state.ready {
+                let Some(delivery) = shared.bounded(get(channel, &delays)).await? else { break };
+                if queues.contains(&delivery.routing_key) {
+                    let acked = channel.basic_ack(delivery.delivery_tag, BasicAckOptions::default());
+                    shared.bounded(async { acked.await.map_err(from_lapin) }).await?;
+                    dropped += 1;
+                } else {
+                    last = Some(delivery.delivery_tag);
+                }
+            }
+            if let Some(tag) = last {
+                give_back(shared, channel, tag).await?;
+            }
+            // An answer from the queue says that it has heard all of it.
+            shared.bounded(state_on(channel, &delays)).await?;
+            Ok(dropped)
+        })
+        .await?;
+    }
+    Ok(dropped)
+}
+
+/// Gives back everything up to a tag that is not settled.
+async fn give_back(shared: &Shared, channel: &Channel, tag: u64) -> Result<()> {
+    let back = BasicNackOptions { multiple: true, requeue: true };
+    shared.bounded(async { channel.basic_nack(tag, back).await.map_err(from_lapin) }).await
+}
+
+/// As [`on_channel`], for work of many questions: it takes as long as the server answers each in time.
+async fn at_length<T>(shared: &Shared, live: &Live, work: impl AsyncFnOnce(&Channel) -> Result<T>) -> Result<T> {
+    let channel = shared.bounded(live.channel()).await?;
+    let done = work(&channel).await;
+    if !channel.status().connected() {
+        live.wear();
+    } else if done.is_ok() {
+        // What it held is back by then. After an error an answer may be due.
+        let _ = shared.bounded(async { channel.close(200, "OK".into()).await.map_err(from_lapin) }).await;
+    }
+    done
 }
 
 fn missing(group: &Group) -> Error {
@@ -246,42 +310,37 @@ fn letter(delivery: &mut lapin::message::Delivery) -> Result<DeadLetter> {
 pub(crate) async fn dead_letters(shared: &Shared, group: &Group, max: usize) -> Result<Vec<DeadLetter>> {
     let names = GroupNames::of(group, &shared.options)?;
     let live = shared.connection().await?;
-    shared
-        .bounded(async {
-            if !keeps(&live, group, &names).await? {
-                return Ok(Vec::new());
+    if !shared.bounded(keeps(&live, group, &names)).await? {
+        return Ok(Vec::new());
+    }
+    at_length(shared, &live, async |channel| {
+        let mut letters = Vec::new();
+        let (mut last, mut taken, mut bytes) = (None, 0, 0);
+        while letters.len() < max && bytes < MAX_SHOWN {
+            let Some(mut delivery) = shared.bounded(get(channel, &names.dead)).await? else { break };
+            last = Some(delivery.delivery_tag);
+            bytes += delivery.data.len();
+            taken += 1;
+            match letter(&mut delivery) {
+                Ok(letter) => letters.push(letter),
+                Err(error) => tracing::warn!(%group, %error, "the keeping queue holds what is no dead letter"),
             }
-            on_channel(&live, async |channel| {
-                let mut letters = Vec::new();
-                let (mut last, mut taken, mut bytes) = (None, 0, 0);
-                while letters.len() < max && bytes < MAX_SHOWN {
-                    let Some(mut delivery) = get(channel, &names.dead).await? else { break };
-                    last = Some(delivery.delivery_tag);
-                    bytes += delivery.data.len();
-                    taken += 1;
-                    match letter(&mut delivery) {
-                        Ok(letter) => letters.push(letter),
-                        Err(error) => tracing::warn!(%group, %error, "the keeping queue holds what is no dead letter"),
-                    }
+        }
+        // They go back to where they were.
+        if let Some(tag) = last {
+            give_back(shared, channel, tag).await?;
+            // A quorum queue has them again a moment later, and whoever redrives next is to find them; unless
+            // somebody takes them just now.
+            for _ in 0..LOOKS {
+                if shared.bounded(state_on(channel, &names.dead)).await?.ready >= taken {
+                    break;
                 }
-                // They go back to where they were.
-                if let Some(tag) = last {
-                    let back = BasicNackOptions { multiple: true, requeue: true };
-                    channel.basic_nack(tag, back).await.map_err(from_lapin)?;
-                    // A quorum queue has them again a moment later, and whoever redrives next is to find them; unless
-                    // somebody takes them just now.
-                    for _ in 0..LOOKS {
-                        if state_on(channel, &names.dead).await?.ready >= taken {
-                            break;
-                        }
-                        tokio::time::sleep(LOOK).await;
-                    }
-                }
-                Ok(letters)
-            })
-            .await
-        })
-        .await
+                tokio::time::sleep(LOOK).await;
+            }
+        }
+        Ok(letters)
+    })
+    .await
 }
 
 /// Purges the keeping queue; with the group gone, deletes it.
@@ -325,7 +384,7 @@ pub(crate) async fn redrive(shared: &Shared, group: &Group, max: u64) -> Result<
     if kept == 0 {
         return Ok(0);
     }
-    on_channel(&live, async |channel| {
+    at_length(shared, &live, async |channel| {
         let mut redriven = 0;
         // No more than were there: one that dies again at once is not sent round.
         for _ in 0..kept {

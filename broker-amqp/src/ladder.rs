@@ -48,6 +48,11 @@ impl Rung {
         Self { leads, index }
     }
 
+    /// All of a ladder, from the lowest.
+    pub(crate) fn all(leads: Leads) -> impl Iterator<Item = Self> {
+        (0..RUNGS.len()).map(move |index| Self { leads, index })
+    }
+
     pub(crate) fn ttl(self) -> Duration {
         RUNGS.get(self.index).copied().unwrap_or(Duration::from_secs(3600))
     }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use amqp_server::{TURN, address, at, open, open_as_it_is, raw, server};
+use amqp_server::{TURN, address, at, ctl, open, open_as_it_is, ours, raw, server};
 use broker_amqp::lapin::options::{
     BasicPublishOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions,
     QueueDeleteOptions,
@@ -437,4 +437,81 @@ async fn a_silent_management_api_is_asked_once() {
     assert_eq!(asked.load(Ordering::Relaxed), 1);
     broker.close(PATIENCE).await;
     silent.abort();
+}
+
+/// Each dead letter is a question; the answers come one by one, in time, and all together take longer than one may.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_dead_letters_are_listed_as_long_as_the_server_answers() {
+    let _turn = TURN.lock().await;
+    let (topic, group) = names("listed");
+    let broker = open(server()).unwrap();
+    let mut member = join(&*broker, &group).await;
+    for number in 0..50_u8 {
+        broker.publish(&topic, Message::new(vec![number])).await.unwrap();
+        next(&mut member).await.reject("no").await.unwrap();
+    }
+    let proxy = Proxy::start(address()).await.unwrap();
+    let far = open_as_it_is(&format!("{}?connect_timeout=2s", at(&proxy.address().to_string(), None))).unwrap();
+    far.connect().await.unwrap();
+    proxy.set(Fault::Delay(Duration::from_millis(40)));
+    let kept = timeout(PATIENCE, far.dead_letters(&group, 100)).await.expect("it has no end").unwrap();
+    let bodies: Vec<u8> = kept.iter().filter_map(|letter| letter.message.payload().first().copied()).collect();
+    assert_eq!(bodies, (0..50).collect::<Vec<_>>());
+    proxy.set(Fault::None);
+    far.close(PATIENCE).await;
+    drop(member);
+    clean(broker, &group).await;
+}
+
+/// Retries wait in queues that all groups share: those of one go with it, and those of the other come.
+async fn retries_that_wait(url: &str) {
+    let (topic, group) = names("dropped");
+    let other = Group::new("stays".parse().unwrap(), group.filter.clone());
+    let broker = open(url).unwrap();
+    for deleted in [false, true] {
+        let (mut member, mut beside) = (join(&*broker, &group).await, join(&*broker, &other).await);
+        for body in ["a", "b", "c"] {
+            broker.publish(&topic, Message::new(body)).await.unwrap();
+            for member in [&mut member, &mut beside] {
+                let delivery = next(member).await;
+                assert_eq!((delivery.message().payload().as_ref(), delivery.attempt()), (body.as_bytes(), 1));
+                delivery.retry_after(Duration::from_millis(1_500)).await.unwrap();
+            }
+        }
+        if deleted {
+            assert!(broker.delete_group(&group).await.unwrap());
+            member = join(&*broker, &group).await;
+        } else {
+            assert_eq!(broker.purge_group(&group).await.unwrap(), 3);
+        }
+        // By then those that were dropped would have come.
+        for body in ["a", "b", "c"] {
+            let delivery = next(&mut beside).await;
+            assert_eq!((delivery.message().payload().as_ref(), delivery.attempt()), (body.as_bytes(), 2));
+            delivery.ack().await.unwrap();
+        }
+        broker.publish(&topic, Message::new("last")).await.unwrap();
+        for member in [&mut member, &mut beside] {
+            let delivery = next(member).await;
+            assert_eq!(delivery.message().payload(), "last", "deleted: {deleted}");
+            delivery.ack().await.unwrap();
+        }
+    }
+    assert!(broker.delete_group(&other).await.unwrap());
+    clean(broker, &group).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn retries_that_wait_are_purged_and_deleted_with_their_group() {
+    let _turn = TURN.lock().await;
+    retries_that_wait(server()).await;
+    if !ours() {
+        println!("no control: virtual hosts, for delay queues of the other type");
+        return;
+    }
+    let host = format!("classic-{:08x}", fastrand::u32(..));
+    ctl(&["add_vhost", &host]);
+    ctl(&["set_permissions", "-p", &host, "guest", ".*", ".*", ".*"]);
+    retries_that_wait(&format!("{}/{host}?queue_type=classic", server())).await;
+    ctl(&["delete_vhost", &host]);
 }
