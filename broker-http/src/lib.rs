@@ -5,6 +5,7 @@ pub mod event;
 
 // What a subscription looks like in JSON.
 mod attributes;
+mod null;
 mod once;
 mod spec;
 

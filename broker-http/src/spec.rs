@@ -17,8 +17,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 use url::Url;
 
 use crate::AttributeFilter;
-use crate::once;
 use crate::push::PushTls;
+use crate::{null, once};
 
 /// A subscription's settings, in the JSON of the HTTP interface. Unknown fields are refused; what
 /// is left out has the defaults that interface names.
@@ -152,6 +152,7 @@ impl SubscriptionSpec {
         if json.trim_ascii_start().first() == Some(&b'[') {
             return Err(Error::invalid("subscription: a JSON object is expected, as in {\"filter\": \"orders.>\"}"));
         }
+        null::refuse(json)?;
         let mut reader = serde_json::Deserializer::from_slice(json);
         let spec: Self = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
             let path = error.path().to_string();

@@ -132,7 +132,7 @@ pub fn pull(query: &str) {
 
 /// The body of `/redrive`.
 pub fn redrive(body: &[u8]) {
-    let Ok(Some(redrive)) = read_json::<Redrive>(body) else { return };
+    let Ok(redrive) = Redrive::read(body) else { return };
     match redrive.bounds() {
         Ok((max, rate)) => assert!(max > 0 && rate.is_none_or(|rate| (0.001..=1e6).contains(&rate))),
         Err(problem) => assert_eq!(problem.status(), 400),

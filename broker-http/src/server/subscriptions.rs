@@ -10,6 +10,7 @@ use axum::response::Response;
 use broker_core::{GroupName, GroupStatus, Status, TopicFilter};
 use http::{HeaderMap, StatusCode, Uri, header};
 use serde::Deserialize;
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use super::access::Caller;
@@ -26,6 +27,7 @@ use super::registry::{Put, Subscribed};
 use super::{Shared, body};
 use crate::SubscriptionSpec;
 use crate::event::{self, Envelope};
+use crate::null;
 use crate::outgoing::Turn;
 use crate::push::PushState;
 use crate::spec::REDACTED;
@@ -353,6 +355,11 @@ pub(crate) struct Redrive {
 }
 
 impl Redrive {
+    pub(crate) fn read(json: &[u8]) -> Answer<Self> {
+        null::refuse(json)?;
+        Ok(body::read_json(json)?.unwrap_or_default())
+    }
+
     /// How many dead letters at most, and how many a second if there is a bound.
     pub(crate) fn bounds(self) -> Answer<(u64, Option<f64>)> {
         if self.max == Some(0) {
@@ -375,8 +382,9 @@ pub(crate) async fn redrive(
 ) -> Answer {
     no_query(&uri)?;
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
-    let (max, rate) =
-        body::json::<Redrive>(&headers, body, &shared, caller.as_deref()).await?.unwrap_or_default().bounds()?;
+    let wanted = body::json::<Box<RawValue>>(&headers, body, &shared, caller.as_deref()).await?;
+    let wanted = wanted.map(|json| Redrive::read(json.get().as_bytes())).transpose()?;
+    let (max, rate) = wanted.unwrap_or_default().bounds()?;
     // To its end whatever becomes of who asked: what is moved is counted, and nobody moves it meanwhile.
     let redriven = finish(async move {
         let (broker, group) = (&*shared.broker, &subscribed.group);

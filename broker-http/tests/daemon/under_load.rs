@@ -39,9 +39,11 @@ fn stayed(said: &str) -> usize {
 async fn drained(drain: &str, slow: bool) -> (Option<i32>, String, BTreeSet<String>, BTreeSet<String>) {
     let (hook, mut told) = endpoint(&[]).await;
     let mut daemon = Daemon::start(&["--drain", drain]).await;
-    let limit = if slow { json!(20) } else { json!(null) };
-    let spec = json!({"filter": "load", "endpoint": format!("http://{hook}/"), "rate_limit": limit}).to_string();
-    assert_eq!(daemon.send("PUT /subscriptions/q", &spec).await.0, 201);
+    let mut spec = json!({"filter": "load", "endpoint": format!("http://{hook}/")});
+    if slow {
+        spec["rate_limit"] = json!(20);
+    }
+    assert_eq!(daemon.send("PUT /subscriptions/q", &spec.to_string()).await.0, 201);
     let pushed = Arc::new(parking_lot::Mutex::new(BTreeSet::new()));
     let counting = tokio::spawn({
         let pushed = Arc::clone(&pushed);

@@ -12,6 +12,7 @@ mod idempotency;
 mod lifecycle;
 mod limits;
 mod metrics;
+mod optional;
 mod owners;
 mod pages;
 mod places;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use broker_core::{Error, Result};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::status::{SUBSCRIPTION_COLUMNS, subscription_row, table};
 use super::{Daemon, Where, finish, segment};
@@ -170,7 +170,10 @@ pub(crate) async fn run(command: Command) -> ExitCode {
             named.ask("GET", &format!("/dead{query}"), None).await
         }
         Command::Redrive { named, max, rate } => {
-            named.ask("POST", "/redrive", Some(&json!({ "max": max, "rate": rate }).to_string())).await
+            let given = [("max", max.map(Value::from)), ("rate", rate.map(Value::from))];
+            let wanted: Map<_, _> =
+                given.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect();
+            named.ask("POST", "/redrive", Some(&Value::from(wanted).to_string())).await
         }
         Command::Purge { named, what } => {
             let what = match what {
