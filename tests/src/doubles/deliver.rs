@@ -1,6 +1,6 @@
 //! Doubles that hand out the wrong thing, or to the wrong one.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -28,6 +28,15 @@ fn seen_headers(change: fn(&str, &Bytes) -> Option<Bytes>) -> Defect {
             }
         }
         message.clone().with_headers(headers)
+    }))
+}
+
+/// A receiver sees a message through `change` whenever it comes again.
+fn seen_again(change: fn(Message) -> Message) -> Defect {
+    let known = Mutex::new(HashSet::new());
+    Defect::default().message(Box::new(move |message| {
+        let first = known.lock().insert(message.id().clone());
+        if first { message.clone() } else { change(message.clone()) }
     }))
 }
 
@@ -101,6 +110,12 @@ pub(super) const DOUBLES: &[Double] = &[
     }),
     Double::new("forgets a header", &[("A1", "and arrived as None"), ("A3", "header \"binary\" is")], || {
         seen_headers(|name, value| (name != "number" && name != "binary").then(|| value.clone()))
+    }),
+    Double::new("takes a header of a message that comes again for its own", &[("C2", "and arrived as None")], || {
+        seen_again(|mut message| {
+            message.headers_mut().retain(|name, _| !name.as_str().contains("death"));
+            message
+        })
     }),
     Double::new("takes header values for text", &[("A3", "header \"binary\" is")], || {
         seen_headers(|_, value| Some(lossy(value)))

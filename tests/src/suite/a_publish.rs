@@ -103,6 +103,7 @@ pub(super) async fn odd_headers(broker: &dyn Broker, scene: &Scene) -> Verdict {
         "ce-type",
         "webhook-id",
         "x-death",
+        "x-cause-of-death",
         "__",
     ];
     let long = "n".repeat(255);

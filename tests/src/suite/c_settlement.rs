@@ -58,7 +58,11 @@ pub(super) async fn retry_redelivers(broker: &dyn Broker, scene: &Scene) -> Verd
         } else {
             scene.listen(broker, &topic).await?
         };
-        let message = Message::new("again").with_key("k").with_header("h", "v")?;
+        // Beside a plain header, some that a server might take for its own notes on a retry.
+        let mut message = Message::new("again").with_key("k").with_header("h", "v")?;
+        for name in ["x-death", "x-first-death-queue", "x-cause-of-death", "x-delivery-count", "x-retry-count"] {
+            message = message.with_header(name, "the publisher's")?;
+        }
         scene.publish(broker, &topic, std::slice::from_ref(&message)).await?;
         for _ in 0..3 {
             let delivery = inbox.one().await.map_err(|failed| failed.context(name))?;

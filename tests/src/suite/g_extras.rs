@@ -230,7 +230,7 @@ pub(super) async fn delay_is_a_floor(broker: &dyn Broker, scene: &Scene) -> Verd
     let mut inbox = scene.listen(broker, &topic).await?;
     let delay = Duration::from_millis(1500);
     let begin = Instant::now();
-    let late = Message::new("late").with_delay(delay);
+    let late = Message::new("late").with_delay(delay).with_header("x-cause-of-death", "waiting")?;
     let publish = scene.within("publishing", broker.publish(&topic, late.clone())).await?;
     if !broker.capabilities().delay.is_some() {
         refused("publishing with a delay", publish, &[ErrorKind::Unsupported])?;
