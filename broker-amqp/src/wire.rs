@@ -8,9 +8,10 @@
 //! | headers | headers of the same name, a string (of any bytes) each; a repeated name is an array of strings |
 //! | their order | the header `x-broker-order`, names by line, where it is not that of the sorted names |
 //! | expiry | the header `x-broker-expires` (milliseconds), and `expiration` a minute later |
-//! | delivery time | the header `x-broker-due` (milliseconds) |
+//! | delivery time | the header `x-broker-due` (milliseconds); of a retry `x-broker-deliver-at` |
 //! | tombstone | an empty body and the header `x-broker-tombstone` |
-//! | deliveries so far, the first of them, the topic (of a retry) | `x-broker-attempt`, `x-broker-first`, `x-broker-topic` |
+//! | of a retry: deliveries so far, the first, the topic | `x-broker-attempt`, `x-broker-first`, `x-broker-topic` |
+//! | of a retry: when it is due | `x-broker-due`, which then is no part of the message |
 //!
 //! What others say in other properties (`content-encoding`, `correlation-id`, `reply-to`, `type`, `app-id`, `user-id`,
 //! `priority`) is read as a header of that name, unless there is one; so is a `content-type` or a `message-id` that is none.
@@ -36,7 +37,10 @@ const ESCAPED: &str = "x-broker-header-";
 pub(crate) const KEY: &str = "x-broker-key";
 const TIMESTAMP: &str = "x-broker-timestamp";
 const EXPIRES: &str = "x-broker-expires";
+/// Until when it waits, on whichever way.
 const DUE: &str = "x-broker-due";
+/// The delivery time that the publisher gave, where the message waits for another.
+const DELIVER_AT: &str = "x-broker-deliver-at";
 const TOMBSTONE: &str = "x-broker-tombstone";
 const ORDER: &str = "x-broker-order";
 const ATTEMPT: &str = "x-broker-attempt";
@@ -110,8 +114,8 @@ pub(crate) fn check(message: &Message, frame_max: usize) -> Result<()> {
 }
 
 /// Whether the server writes headers of such a name where a queue hands a message on to another
-/// (<https://www.rabbitmq.com/docs/dlx#effects>). It is asked both of what is escaped and of what is left out when a message
-/// is read: were it two questions, a publisher's header between them would be lost.
+/// (<https://www.rabbitmq.com/docs/dlx#effects>). It is asked both of what is escaped and of what is left out when a
+/// message is read: were it two questions, a publisher's header between them would be lost.
 fn is_mark(name: &str) -> bool {
     name == "x-death" || name.starts_with("x-first-death-") || name.starts_with("x-last-death-")
 }
@@ -142,6 +146,9 @@ pub(crate) fn encode(message: &Message, travel: &Travel, style: Style) -> Result
     }
     if let Some(time) = travel.due.or(message.deliver_at()) {
         put(DUE, AMQPValue::LongLongInt(time.as_millis()));
+    }
+    if let Some(time) = message.deliver_at().filter(|_| travel.due.is_some()) {
+        put(DELIVER_AT, AMQPValue::LongLongInt(time.as_millis()));
     }
     if travel.attempts > 0 {
         put(ATTEMPT, AMQPValue::LongLongInt(travel.attempts.into()));
@@ -240,16 +247,17 @@ pub(crate) fn decode(
     if let Some(expires) = time(EXPIRES)? {
         message = message.with_expires_at(expires);
     }
-    let due = time(DUE)?;
-    if let Some(due) = due {
-        message = message.with_deliver_at(due);
+    let (due, first) = (time(DUE)?, time(FIRST)?);
+    // Of what is sent round after it was delivered, it is our own affair when it is due.
+    let deliver_at = time(DELIVER_AT)?.or(due.filter(|_| first.is_none()));
+    if let Some(deliver_at) = deliver_at {
+        message = message.with_deliver_at(deliver_at);
     }
     let attempts = match table.get(ATTEMPT) {
         Some(value) => u32::try_from(integer(ATTEMPT, value)?).map_err(|_| format!("header {ATTEMPT} is no count"))?,
         None => 0,
     };
     let redeliveries = table.get(DELIVERY_COUNT).and_then(foreign::integer).and_then(|count| u64::try_from(count).ok());
-    let first = time(FIRST)?;
     *message.headers_mut() = headers(table)?;
     add(message.headers_mut(), besides);
     if go_micro
@@ -259,6 +267,7 @@ pub(crate) fn decode(
         with.headers_mut().remove(CONTENT_TYPE);
         message = with;
     }
+    let due = due.or(deliver_at);
     Ok(Arrived { message, topic, attempts, first, due, redeliveries: redeliveries.unwrap_or(0) })
 }
 
@@ -403,6 +412,7 @@ mod tests {
             names in proptest::collection::vec(("[a-cA-C]{1,2}|CC|x-death|x-broker-key|ü", proptest::collection::vec(any::<u8>(), 0..4)), 0..8),
             key in proptest::option::of(proptest::collection::vec(any::<u8>(), 0..5)),
             millis in any::<i64>(), expires in proptest::option::of(0_i64..1 << 50), tombstone in any::<bool>(),
+            deliver_at in proptest::option::of(0_i64..1 << 50), again in 0_i64..1 << 50,
         ) {
             let mut message = if tombstone { Message::tombstone() } else { Message::new("payload") };
             message = message.with_timestamp(Timestamp::from_millis(millis));
@@ -415,8 +425,34 @@ mod tests {
             if let Some(expires) = expires {
                 message = message.with_expires_at(Timestamp::from_millis(expires));
             }
-            prop_assert_eq!(round_trip(&message), message);
+            if let Some(deliver_at) = deliver_at {
+                message = message.with_deliver_at(Timestamp::from_millis(deliver_at));
+            }
+            prop_assert_eq!(round_trip(&message), message.clone());
+
+            let again = Timestamp::from_millis(again);
+            let travel = Travel { attempts: 1, first: Some(again), due: Some(again), ..Travel::default() };
+            let properties = encode(&message, &travel, STYLE).unwrap();
+            let arrived = decode("a.b", &properties, message.payload().clone(), false).unwrap();
+            prop_assert_eq!((arrived.due, arrived.attempts), (Some(again), 1));
+            prop_assert_eq!(arrived.message, message);
         }
+    }
+
+    /// As they were written before the due time of a retry and the delivery time of a message were told apart.
+    #[test]
+    fn what_waits_in_a_queue_from_before_is_read() {
+        let arrived = |names: &[&str]| {
+            let table: BTreeMap<_, _> =
+                names.iter().map(|name| (ShortString::from(*name), AMQPValue::LongLongInt(7))).collect();
+            let properties = BasicProperties::default().with_headers(FieldTable::from(table));
+            decode("a", &properties, Bytes::new(), false).unwrap()
+        };
+        let time = Some(Timestamp::from_millis(7));
+        let delayed = arrived(&[DUE]);
+        assert_eq!((delayed.due, delayed.message.deliver_at()), (time, time));
+        let retried = arrived(&[DUE, ATTEMPT, FIRST]);
+        assert_eq!((retried.due, retried.message.deliver_at()), (time, None));
     }
 
     /// As RabbitMQ 3.13 writes them; 3.10 has no `x-last-death-`.

@@ -56,6 +56,18 @@ pub fn same_message(sent: &Message, received: &Message) -> Attempt {
         sent.timestamp(),
         received.timestamp()
     );
+    for (has, sent, received) in [
+        ("delivery time", sent.deliver_at(), received.deliver_at()),
+        ("expiry", sent.expires_at(), received.expires_at()),
+    ] {
+        ensure!(sent == received, "{what} has {has} {sent:?} and arrived with {received:?}");
+    }
+    ensure!(
+        sent.dedup_key() == received.dedup_key(),
+        "{what} has deduplication key {:?} and arrived with {:?}",
+        sent.dedup_key(),
+        received.dedup_key()
+    );
     same_headers(sent, received)
 }
 

@@ -117,6 +117,9 @@ pub(super) const DOUBLES: &[Double] = &[
             message
         })
     }),
+    Double::new("gives a message that comes again another delivery time", &[("C2", "has delivery time")], || {
+        seen_again(|message| message.with_delay(std::time::Duration::ZERO))
+    }),
     Double::new("takes header values for text", &[("A3", "header \"binary\" is")], || {
         seen_headers(|_, value| Some(lossy(value)))
     }),
