@@ -40,8 +40,9 @@ use super::wire::{self, Dead, Purged, Redriven, View};
 ///
 /// A publish whose connection is lost before the answer ends as
 /// [`Unavailable`](ErrorKind::Unavailable): its outcome is unknown, and trying again may publish it
-/// twice (which a deduplication key prevents). What did not leave this process is tried again until
-/// the timeout is over.
+/// twice (which a deduplication key prevents). Where the connection was kept from before and not one
+/// byte of an answer came, the daemon had most likely closed it already: it is sent once more. What
+/// did not leave this process is tried again until the timeout is over.
 ///
 /// *Dropping* it closes it without waiting.
 ///
@@ -60,7 +61,7 @@ use super::wire::{self, Dead, Purged, Redriven, View};
 /// ```
 pub struct HttpBroker {
     name: String,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     report: Mutex<Option<DrainReport>>,
 }
 

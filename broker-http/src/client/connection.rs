@@ -4,7 +4,7 @@
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -48,11 +48,16 @@ pub(crate) struct Answer {
     pub(crate) status: StatusCode,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Bytes,
+    /// Whether the request may have been seen before, on a connection that was lost: then this is what became of it the
+    /// second time.
+    pub(crate) repeated: bool,
 }
 
 /// Why there is no answer.
 #[derive(Debug)]
 pub(super) enum Broken {
+    /// The connection failed before anything of the request was written.
+    Unsent { source: hyper::Error },
     /// The connection failed; `answered` if a part of the answer had come in.
     Lost { answered: bool, source: hyper::Error },
     /// The answer is longer than was allowed for.
@@ -96,6 +101,12 @@ impl Connection {
         Ok(Self { sender, driver, link: state, ended: false, kept: false, idle_since: Instant::now() })
     }
 
+    /// Whether another request can be tried on it; takes note of what came in while nobody looked.
+    pub(super) fn look(&mut self) -> bool {
+        drive(&mut self.driver, &mut self.ended, &mut Context::from_waker(Waker::noop()));
+        self.is_open()
+    }
+
     /// Whether another request can be tried on it.
     pub(super) fn is_open(&self) -> bool {
         !self.ended && !self.sender.is_closed()
@@ -113,10 +124,17 @@ impl Connection {
         let link = Arc::clone(&self.link);
         let Self { sender, driver, ended, .. } = self;
         let work = async {
-            sender.ready().await.map_err(Failed::Hyper)?;
-            let response = sender.send_request(request).await.map_err(Failed::Hyper)?;
+            sender.ready().await.map_err(Failed::Unsent)?;
+            let response = sender.try_send_request(request).await.map_err(|mut error| {
+                // Nothing was written of what comes back.
+                match error.take_message() {
+                    Some(_) => Failed::Unsent(error.into_error()),
+                    None => Failed::Hyper(error.into_error()),
+                }
+            })?;
             let (parts, body) = response.into_parts();
-            Ok(Answer { status: parts.status, headers: parts.headers, body: collect(body, limit).await? })
+            let body = collect(body, limit).await?;
+            Ok(Answer { status: parts.status, headers: parts.headers, body, repeated: false })
         };
         let mut work = pin!(work);
         let mut driven = pin!(poll_fn(|cx| {
@@ -153,6 +171,10 @@ impl Connection {
                 self.ended = true;
                 Err(Broken::TooLong)
             }
+            Some(Err(Failed::Unsent(source))) => {
+                self.ended = true;
+                Err(Broken::Unsent { source })
+            }
             Some(Err(Failed::Hyper(source))) => {
                 self.ended = true;
                 Err(Broken::Lost { answered: self.link.received() > before, source })
@@ -170,6 +192,7 @@ fn drive(driver: &mut Option<Driver>, ended: &mut bool, cx: &mut Context<'_>) {
 }
 
 enum Failed {
+    Unsent(hyper::Error),
     Hyper(hyper::Error),
     TooLong,
 }

@@ -32,7 +32,8 @@ pub(crate) struct Http {
     tls: OnceCell<TlsConnector>,
     idle: Mutex<Vec<Connection>>,
     permits: Semaphore,
-    /// Counts connections lost: who sees it grow must expect the daemon to have forgotten.
+    /// Counts connections lost, and answers of a daemon or a gateway that is not at work: who sees it grow must expect
+    /// the daemon to have forgotten.
     losses: AtomicU64,
 }
 
@@ -102,13 +103,14 @@ impl Http {
     /// Sends a request and reads the answer, whatever its status.
     pub(crate) async fn call(&self, call: Call<'_>) -> Result<Answer, Fault> {
         let result = self.call_once(call).await;
-        if result.is_err() {
+        let at_work = result.as_ref().is_ok_and(|answer| !matches!(answer.status.as_u16(), 502..=504));
+        if !at_work {
             self.lost();
         }
         result
     }
 
-    /// How many connections were lost so far.
+    /// How often the daemon may have been away so far.
     pub(super) fn losses(&self) -> u64 {
         self.losses.load(Ordering::Acquire)
     }
@@ -139,10 +141,15 @@ impl Http {
     async fn attempt(&self, mut call: Call<'_>, sent: &mut bool) -> Result<Answer, Fault> {
         let _permit = if call.waits { None } else { self.permits.acquire().await.ok() };
         let mut kept = self.take_idle();
+        // Whether it may have been seen, on a connection that is lost.
+        let mut repeated = false;
         loop {
             let mut connection = match kept.take() {
                 Some(connection) => connection,
-                None => self.dial().await.map_err(|error| Fault { sent: false, error })?,
+                None => self.dial().await.map_err(|error| match repeated {
+                    true => Fault { sent: true, error: self.unknown(&call).with_source(error) },
+                    false => Fault { sent: false, error },
+                })?,
             };
             let was_kept = connection.kept;
             *sent = true;
@@ -151,14 +158,21 @@ impl Http {
             match connection.exchange(self.request(&call, headers), call.limit, call.finish).await {
                 Ok(answer) => {
                     self.give_back(connection);
-                    return Ok(answer);
+                    return Ok(Answer { repeated, ..answer });
                 }
-                // The daemon closed a connection it had kept for long enough, while our request was
-                // on its way: it has not begun it. Once, and on a new connection.
-                Err(Broken::Lost { answered: false, .. }) if was_kept && !call.is_finished() => {
+                // The daemon closed a connection it had kept for long enough, while our request was on its way: most
+                // likely it has not begun it. Once, and on a new connection.
+                Err(broken @ (Broken::Unsent { .. } | Broken::Lost { answered: false, .. }))
+                    if was_kept && !call.is_finished() =>
+                {
                     self.lost();
                     self.idle.lock().clear();
-                    *sent = false;
+                    repeated |= matches!(broken, Broken::Lost { .. });
+                    *sent = repeated;
+                }
+                Err(Broken::Unsent { source }) if !repeated => {
+                    let error = Error::unavailable(format!("the connection to {} was lost", self.options.name()));
+                    return Err(Fault { sent: false, error: error.with_source(source) });
                 }
                 Err(broken) => return Err(Fault { sent: true, error: self.broken(&call, broken) }),
             }
@@ -168,14 +182,19 @@ impl Http {
     fn broken(&self, call: &Call<'_>, broken: Broken) -> Error {
         let what = format!("{} {}", call.method, self.shown(call.path));
         match broken {
-            Broken::Lost { source, .. } => Error::unavailable(format!(
-                "{what}: the connection to {} was lost before the answer was complete; whether it was done is unknown",
-                self.options.name()
-            ))
-            .with_source(source),
+            Broken::Unsent { source } | Broken::Lost { source, .. } => self.unknown(call).with_source(source),
             Broken::TooLong => Error::backend(format!("{what}: the answer is longer than {} bytes", call.limit)),
             Broken::Parted => Error::unavailable(format!("{what}: given up")),
         }
+    }
+
+    fn unknown(&self, call: &Call<'_>) -> Error {
+        Error::unavailable(format!(
+            "{} {}: the connection to {} was lost before the answer was complete; whether it was done is unknown",
+            call.method,
+            self.shown(call.path),
+            self.options.name()
+        ))
     }
 
     fn request(&self, call: &Call<'_>, headers: HeaderMap) -> Request<Full<Bytes>> {
@@ -241,9 +260,14 @@ impl Http {
 
     fn take_idle(&self) -> Option<Connection> {
         let mut idle = self.idle.lock();
-        idle.retain(|connection| connection.is_open() && connection.idle_since.elapsed() < IDLE);
+        idle.retain(|connection| connection.idle_since.elapsed() < IDLE);
         // The last one used is the least likely to be closed by now.
-        idle.pop()
+        while let Some(mut connection) = idle.pop() {
+            if connection.look() {
+                return Some(connection);
+            }
+        }
+        None
     }
 
     fn give_back(&self, mut connection: Connection) {

@@ -3,6 +3,7 @@
 //! as a copy of one's own lives, which expires without a sign of life.
 
 use std::collections::{HashSet, VecDeque};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -114,8 +115,10 @@ impl Keeper {
                 }
             }
             if !self.under_way.is_empty() {
-                self.settle().await;
+                self.settle(&mut extend_at).await;
                 lane.rested.notify_waiters();
+                // There may be room again.
+                lane.wanted.notify_one();
             } else if deleting {
                 self.delete().await;
                 continue;
@@ -130,20 +133,28 @@ impl Keeper {
                 }
             }
             if Instant::now() >= extend_at {
-                // After a failure soon again: a third of the lease has passed, two are left.
-                let extended = self.extend().await;
-                extend_at = Instant::now()
-                    + match (extended, held_before) {
-                        (true, true) => interval,
-                        (true, false) => SIGN_OF_LIFE,
-                        (false, _) => interval / 10,
-                    };
+                extend_at = self.extend().await;
             }
         }
     }
 
-    async fn settle(&mut self) {
-        let outcomes = settle(&self.lane, &self.under_way).await;
+    /// Settles what is under way. What is still held is extended meanwhile, however long the daemon takes.
+    async fn settle(&mut self, extend_at: &mut Instant) {
+        let outcomes = {
+            let mut settling = pin!(settle(&self.lane, &self.under_way));
+            loop {
+                tokio::select! {
+                    biased;
+                    outcomes = &mut settling => break outcomes,
+                    () = sleep_until(*extend_at) => {}
+                }
+                tokio::select! {
+                    biased;
+                    outcomes = &mut settling => break outcomes,
+                    next = self.extend() => *extend_at = next,
+                }
+            }
+        };
         let settlements = &self.lane.shared.settlements;
         for (unsettled, outcome) in self.under_way.drain(..).zip(outcomes) {
             match (unsettled.ticket, outcome) {
@@ -156,24 +167,31 @@ impl Keeper {
         }
     }
 
-    /// Extends every lease held, and with it the life of a copy of one's own; whether the daemon
-    /// knows.
-    async fn extend(&self) -> bool {
+    /// Extends every lease held, and with it the life of a copy of one's own. When to do so next: soon, if the daemon does
+    /// not know, since a third of the lease has passed and two are left.
+    async fn extend(&self) -> Instant {
+        let options = self.lane.shared.http.options();
+        let interval = options.lease / 3;
+        // One that is not answered must not cost all that is left.
+        let within = options.timeout.min(interval);
+        let hold = format_duration(options.lease);
         let leases = self.lane.leases();
-        if leases.is_empty() && self.lane.standing.own {
-            return post(&self.lane, &Body::default(), self.lane.shared.http.options().timeout).await.1.is_ok();
+        let mut bodies: Vec<_> = leases
+            .chunks(EXTENSIONS)
+            .map(|leases| leases.iter().map(|lease| Extend { lease, r#for: &hold }).collect())
+            .map(|extend| Body { extend, ..Body::default() })
+            .collect();
+        if bodies.is_empty() && self.lane.standing.own {
+            bodies.push(Body::default());
         }
-        let hold = format_duration(self.lane.shared.http.options().lease);
-        for leases in leases.chunks(EXTENSIONS) {
-            let extend = leases.iter().map(|lease| Extend { lease, r#for: &hold }).collect();
-            let body = Body { extend, ..Body::default() };
+        for body in bodies {
             // A lease that is gone is found out when it is settled.
-            if let Err(error) = post(&self.lane, &body, self.lane.shared.http.options().timeout).await.1 {
+            if let Err(error) = post(&self.lane, &body, within).await.1 {
                 tracing::debug!(subscription = %self.lane.standing.name, %error, "leases were not extended");
-                return false;
+                return Instant::now() + interval / 10;
             }
         }
-        true
+        Instant::now() + if leases.is_empty() { SIGN_OF_LIFE } else { interval }
     }
 
     /// Deletes a copy of one's own; should it fail, the daemon deletes it when it expires.
@@ -199,29 +217,34 @@ impl Lane {
 }
 
 /// Settles; the outcome of each, in order. Tried until the leases would have ended by themselves.
-pub(super) async fn settle(lane: &Lane, unsettled: &[Unsettled]) -> Vec<Result<()>> {
+async fn settle(lane: &Lane, unsettled: &[Unsettled]) -> Vec<Result<()>> {
+    settle_until(Instant::now() + lane.shared.http.options().lease, lane, unsettled).await
+}
+
+async fn settle_until(deadline: Instant, lane: &Lane, unsettled: &[Unsettled]) -> Vec<Result<()>> {
     let all = |error: Error| vec![Err(error); unsettled.len()];
-    let deadline = Instant::now() + lane.shared.http.options().lease;
     let body = Body::of(unsettled);
     let mut backoff = Backoff::connecting();
     let mut unsure = false;
     loop {
         let (sent, result) = post(lane, &body, lane.shared.http.options().timeout).await;
         let error = match result {
-            Ok(gone) => return outcomes(unsettled, &gone, unsure),
+            Ok(gone) => return outcomes(unsettled, &gone, unsure || sent),
             Err(error) => error,
         };
         // One that the daemon refuses must not take the others with it.
         if error.kind() == ErrorKind::Invalid && unsettled.len() > 1 {
             let mut outcomes = Vec::with_capacity(unsettled.len());
             for one in unsettled {
-                outcomes.extend(Box::pin(settle(lane, std::slice::from_ref(one))).await);
+                outcomes.extend(Box::pin(settle_until(deadline, lane, std::slice::from_ref(one))).await);
             }
             return outcomes;
         }
         unsure |= sent;
         let wait = backoff.next().max(error.retry_after().unwrap_or_default());
-        if !error.is_retryable() || Instant::now() + wait > deadline {
+        // A gateway may say for a while that it finds no daemon.
+        let again = error.is_retryable() || error.kind() == ErrorKind::Backend;
+        if !again || Instant::now() + wait > deadline {
             return all(error.context("settle"));
         }
         tokio::time::sleep(wait).await;
@@ -252,9 +275,13 @@ async fn post(lane: &Lane, body: &Body<'_>, within: Duration) -> (bool, Result<V
     let json = serde_json::to_vec(body).unwrap_or_default();
     match lane.shared.call(Call::new(Method::POST, &path, within).json(json)).await {
         Ok(answer) if answer.status.is_success() => {
-            (false, wire::read::<Settled>("settle", &answer.body).map(|settled| settled.gone))
+            (answer.repeated, wire::read::<Settled>("settle", &answer.body).map(|settled| settled.gone))
         }
-        Ok(answer) => (false, Err(refused(answer.status, &answer.headers, &answer.body))),
+        // A gateway's word for a daemon that it lost: it may have done it.
+        Ok(answer) => (
+            answer.repeated || matches!(answer.status.as_u16(), 502 | 504),
+            Err(refused(answer.status, &answer.headers, &answer.body)),
+        ),
         Err(fault) => (fault.sent, Err(fault.error)),
     }
 }

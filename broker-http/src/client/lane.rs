@@ -25,6 +25,8 @@ pub(super) struct Lane {
     pub(super) shared: Arc<Shared>,
     pub(super) standing: Standing,
     pub(super) max_in_flight: usize,
+    /// How often the daemon may have been away by the time it was made.
+    pub(super) losses: u64,
     pub(super) state: Mutex<State>,
     /// Told when somebody wants deliveries, or there is room for more.
     pub(super) wanted: Notify,
@@ -71,7 +73,9 @@ pub(super) struct Unsettled {
 impl Lane {
     pub(super) fn new(shared: Arc<Shared>, standing: Standing, max_in_flight: usize) -> Arc<Self> {
         let left = shared.closing.child_token();
+        let losses = shared.http.losses();
         let lane = Arc::new(Self {
+            losses,
             shared,
             standing,
             max_in_flight,

@@ -23,6 +23,10 @@ use crate::event::{Options, json};
 const MAX_PULL: usize = 1_000;
 const MAX_AHEAD: usize = 128;
 
+/// Settlements that wait to be told to the daemon before nothing more is pulled: one that takes none would have us
+/// remember them without end.
+const MAX_UNTOLD: usize = 10_000;
+
 /// Bytes of messages a pull should bring, and of its answer at most.
 const PULL_BYTES: usize = 16 << 20;
 const ANSWER_BYTES: usize = 128 << 20;
@@ -55,7 +59,7 @@ struct Puller {
     ahead: usize,
     /// Bytes of a delivery, by the last pull.
     size: usize,
-    /// Connections lost by the time the subscription was last seen standing.
+    /// How often the daemon may have been away by the time the subscription was last seen standing.
     losses: u64,
     path: String,
 }
@@ -75,7 +79,7 @@ impl Drop for Puller {
 
 impl Puller {
     fn new(lane: Arc<Lane>) -> Self {
-        let losses = lane.shared.http.losses();
+        let losses = lane.losses;
         let path = format!("/subscriptions/{}/pull", lane.standing.name);
         Self { lane, ahead: 1, size: 0, losses, path }
     }
@@ -121,7 +125,10 @@ impl Puller {
             }
             {
                 let state = lane.state.lock();
-                let room = lane.max_in_flight.saturating_sub(state.held);
+                let room = match state.unsettled.len() {
+                    0..MAX_UNTOLD => lane.max_in_flight.saturating_sub(state.held),
+                    _ => 0,
+                };
                 if state.wanted > 0 && room > 0 {
                     let fit = PULL_BYTES.checked_div(self.size).unwrap_or(MAX_PULL).max(1);
                     return Some(state.wanted.max(self.ahead).min(room).min(fit).min(MAX_PULL));

@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use broker_core::{Broker, BrokerExt, ErrorKind, Message, MessageId, PublisherOptions};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpListener;
 use tokio::sync::Notify;
 
 use super::peer::{Peer, Then, accepted, answer, response};
@@ -28,6 +30,47 @@ async fn a_new_connection_that_closes_leaves_the_outcome_unknown() {
     assert_eq!(error.kind(), ErrorKind::Unavailable);
     assert!(error.is_retryable() && error.message().contains("unknown"), "{error}");
     assert_eq!(peer.seen().len(), 1, "it must not be published twice in silence");
+}
+
+#[tokio::test]
+async fn what_was_lost_on_a_kept_connection_is_unknown_where_it_cannot_be_tried_once_more() {
+    let gate = Arc::new(Notify::new());
+    let opened = Arc::clone(&gate);
+    let peer = Peer::start(move |index, _| match index {
+        0 => accepted("a"),
+        _ => Then::After(Arc::clone(&opened), Box::new(Then::Close)),
+    })
+    .await;
+    let broker = broker(peer.address, "timeout=2s");
+    soon(broker.publish(&topic("t"), Message::new("1"))).await.unwrap();
+    let publisher = broker.publisher(&topic("t"), PublisherOptions::new()).unwrap();
+    let second = publisher.publish(Message::new("2"));
+    peer.requests(2).await;
+    peer.stop().await;
+    gate.notify_one();
+    let error = soon(second).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert!(error.message().contains("unknown"), "{error}");
+}
+
+#[tokio::test]
+async fn a_kept_connection_that_is_seen_to_be_closed_is_not_used() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let _ = stream.read(&mut [0; 4096]).await;
+            stream.write_all(&response(202, r#"{"id":"a","topic":"t"}"#)).await.unwrap();
+            // Not before the answer was read.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+    let broker = broker(address, "");
+    soon(broker.publish(&topic("t"), Message::new("1"))).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    soon(broker.publish(&topic("t"), Message::new("2"))).await.unwrap();
+    assert_eq!(broker.shared.http.losses(), 0, "nothing was sent on it");
 }
 
 #[tokio::test]

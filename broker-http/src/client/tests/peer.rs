@@ -36,6 +36,8 @@ pub(super) enum Then {
     Close,
     /// Say nothing, and keep the connection open.
     Hang,
+    /// Do this once the gate is opened.
+    After(Arc<Notify>, Box<Then>),
     /// Answer once the gate is opened.
     Gated(Arc<Notify>, u16, String),
 }
@@ -119,7 +121,13 @@ impl Peer {
 async fn serve(mut stream: TcpStream, connection: usize, mut then: impl FnMut(&Seen) -> Then) {
     let mut read = Vec::new();
     while let Some(request) = request(&mut stream, &mut read, connection).await {
-        match then(&request) {
+        let mut next = then(&request);
+        while let Then::After(gate, then) = next {
+            gate.notified().await;
+            next = *then;
+        }
+        match next {
+            Then::After(..) => {}
             Then::Answer(status, body) => {
                 if stream.write_all(&response(status, &body)).await.is_err() {
                     return;

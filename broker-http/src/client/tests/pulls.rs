@@ -103,12 +103,14 @@ async fn a_subscription_that_is_gone_was_deleted_or_is_made_again() {
     let mut subscription = soon(first.subscribe(&filter(), group())).await.unwrap();
     assert_eq!(soon(subscription.next()).await.unwrap_err().kind(), ErrorKind::NotFound);
 
-    // Away in between: it may have forgotten.
-    let forgotten = peer(vec![Then::Close, gone, pulled(&[("l1", "1")])], settled).await;
-    let second = broker(forgotten.address, "");
-    let mut subscription = soon(second.subscribe(&filter(), group())).await.unwrap();
-    assert!(soon(subscription.next()).await.unwrap().is_some());
-    assert_eq!(subscription.gap(), Some(Gap::Unknown));
+    // Away in between, as itself tells or a gateway: it may have forgotten.
+    for away in [Then::Close, answer(502, "<html>"), answer(503, ""), answer(504, "")] {
+        let forgotten = peer(vec![away, gone.clone(), pulled(&[("l1", "1")])], settled).await;
+        let second = broker(forgotten.address, "");
+        let mut subscription = soon(second.subscribe(&filter(), group())).await.unwrap();
+        assert!(soon(subscription.next()).await.unwrap().is_some());
+        assert_eq!(subscription.gap(), Some(Gap::Unknown));
+    }
 }
 
 #[tokio::test]
@@ -123,6 +125,80 @@ async fn a_lease_that_had_ended_is_told() {
     let (first, second) = (first.ack(), second.ack());
     assert_eq!(soon(first).await.unwrap_err().kind(), ErrorKind::NotFound);
     soon(second).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_settlement_that_was_lost_and_is_gone_the_second_time_is_unknown() {
+    let tries = Mutex::new(0);
+    let settle = move |_: &Seen| {
+        let mut tries = tries.lock();
+        *tries += 1;
+        // Done, as far as anybody knows, and the answer lost with the connection that was kept.
+        if *tries == 1 { Then::Close } else { answer(200, r#"{"gone":["l1"]}"#) }
+    };
+    let peer = peer(vec![pulled(&[("l1", "1")])], settle).await;
+    let broker = broker(peer.address, "");
+    let mut subscription = soon(broker.subscribe(&filter(), group())).await.unwrap();
+    let delivery = soon(subscription.next()).await.unwrap().unwrap();
+    let error = soon(delivery.ack()).await.unwrap_err();
+    assert_eq!((error.kind(), error.is_retryable()), (ErrorKind::Unavailable, false), "{error}");
+    assert!(error.message().contains("unknown"), "{error}");
+}
+
+#[tokio::test]
+async fn a_settlement_outlives_a_gateway_that_finds_no_daemon() {
+    let tries = Mutex::new(0);
+    let settle = move |_: &Seen| {
+        let mut tries = tries.lock();
+        *tries += 1;
+        match *tries {
+            1 => answer(502, "<html>"),
+            2 => answer(503, ""),
+            _ => answer(200, r#"{"gone":[]}"#),
+        }
+    };
+    let peer = peer(vec![pulled(&[("l1", "1")])], settle).await;
+    let broker = broker(peer.address, "");
+    let mut subscription = soon(broker.subscribe(&filter(), group())).await.unwrap();
+    soon(soon(subscription.next()).await.unwrap().unwrap().ack()).await.unwrap();
+    assert_eq!(settlements(&peer).len(), 3);
+}
+
+#[tokio::test]
+async fn what_is_held_is_extended_while_a_settlement_is_not_answered() {
+    let settle = |seen: &Seen| if seen.json().get("ack").is_some() { Then::Hang } else { settled(seen) };
+    let peer = peer(vec![pulled(&[("l1", "1"), ("l2", "2")])], settle).await;
+    let broker = broker(peer.address, "lease=1s&timeout=1m");
+    let mut subscription = soon(broker.subscribe(&filter(), group())).await.unwrap();
+    let mut batch = Vec::new();
+    soon(subscription.receive(&mut batch, 10)).await.unwrap();
+    let ack = batch.remove(0).ack();
+    soon(async {
+        while !settlements(&peer).iter().any(|told| told["extend"][0]["lease"] == "l2") {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    drop((ack, batch));
+}
+
+#[tokio::test]
+async fn a_daemon_that_takes_no_settlement_is_not_asked_for_ever_more_deliveries() {
+    const PULLS: usize = 30;
+    let many: Vec<_> = (0..1_000).map(|number| (format!("l{number}"), "1")).collect();
+    let many: Vec<_> = many.iter().map(|(lease, payload)| (lease.as_str(), *payload)).collect();
+    let peer = peer(vec![pulled(&many); PULLS], |_| Then::Hang).await;
+    let broker = broker(peer.address, "");
+    let mut subscription = soon(broker.subscribe(&filter(), group().with_max_in_flight(1_000).unwrap())).await.unwrap();
+    let mut batch = Vec::new();
+    let mut received = 0;
+    while let Ok(got) = tokio::time::timeout(Duration::from_millis(500), subscription.receive(&mut batch, 1_000)).await
+    {
+        received += got.unwrap();
+        // Without a look at what becomes of them.
+        batch.drain(..).for_each(|delivery| drop(delivery.ack()));
+    }
+    assert!((10_000..20_000).contains(&received), "{received} were taken");
 }
 
 #[tokio::test]
