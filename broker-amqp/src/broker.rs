@@ -21,7 +21,7 @@ use crate::AmqpOptions;
 use crate::balance::{self, Receivers};
 use crate::consumer::{self, Receiver};
 use crate::groups;
-use crate::link::{Link, Live, closed};
+use crate::link::{Link, LinkState, Live, closed};
 use crate::member::{Known, Member};
 use crate::naming::short;
 use crate::topology::{self, QueueState};
@@ -102,6 +102,15 @@ impl Shared {
     pub(crate) async fn settling_connection(&self) -> Result<Live> {
         let runtime = self.started.lock().clone().ok_or_else(closed)?;
         self.asking.on_demand(&runtime).await
+    }
+
+    /// The same for who does not wait until it is tried again: why there is none, where that is known.
+    pub(crate) async fn connection_now(&self) -> Result<Live> {
+        let LinkState { live, last_error, .. } = self.asking.state();
+        match last_error.filter(|_| live.is_none()) {
+            Some(error) => Err(error),
+            None => self.connection().await,
+        }
     }
 
     /// The state of a queue; `None` if there is no such queue.

@@ -99,7 +99,7 @@ async fn keep(member: &Arc<Member>, ready: oneshot::Sender<Result<()>>) -> Resul
         let error = match opened {
             Ok((channel, mut consumer, queue)) => {
                 wait.reset();
-                let epoch = member.begin(queue.clone());
+                let epoch = member.begin(queue);
                 if let Some(ready) = ready.take()
                     && ready.send(Ok(())).is_err()
                 {
@@ -122,15 +122,13 @@ async fn keep(member: &Arc<Member>, ready: oneshot::Sender<Result<()>>) -> Resul
                         member.lost();
                         continue;
                     }
+                    Ended::Deleted => {
+                        member.deleted();
+                        return Err(Error::not_found("the group was deleted: its subscriptions end"));
+                    }
                     Ended::Cancelled => {
                         member.lost();
-                        // The server says so when the queue is deleted, or its node goes down.
-                        match member.shared.queue_state(&queue).await {
-                            Ok(None) if member.group.is_some() => {
-                                return Err(Error::not_found("the group was deleted: its subscriptions end"));
-                            }
-                            _ => Error::unavailable("the server cancelled the consumer"),
-                        }
+                        Error::unavailable("the server cancelled the consumer")
                     }
                 }
             }
@@ -193,6 +191,8 @@ enum Ended {
     Stopped,
     /// The server ended the consumer.
     Cancelled,
+    /// It did because the group was deleted.
+    Deleted,
     Lost(Error),
 }
 
@@ -202,7 +202,10 @@ async fn consume(member: &Arc<Member>, epoch: u64, channel: &Channel, consumer: 
         tokio::select! {
             biased;
             () = member.stop.cancelled() => {}
-            ended = receive(member, epoch, consumer) => return ended,
+            ended = receive(member, epoch, consumer) => return match ended {
+                Ended::Cancelled => cancelled(member).await,
+                ended => ended,
+            },
             () = member.stepped_back() => {
                 told(member).await;
                 return Ended::SteppedBack;
@@ -216,6 +219,16 @@ async fn consume(member: &Arc<Member>, epoch: u64, channel: &Channel, consumer: 
     tokio::select! {
         error = telling => Ended::Lost(error),
         ended = receiving => ended,
+    }
+}
+
+/// The server ends a consumer when its queue is deleted, or the queue's node goes down. What is settled while it is asked which
+/// is told it as ever.
+async fn cancelled(member: &Member) -> Ended {
+    let queue = member.state.lock().queue.clone();
+    match member.shared.queue_state(&queue).await {
+        Ok(None) if member.group.is_some() => Ended::Deleted,
+        _ => Ended::Cancelled,
     }
 }
 

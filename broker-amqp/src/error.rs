@@ -14,6 +14,9 @@ const ABSENT: [&str; 4] = [
 /// How the server says that it lets nobody in for now.
 const FULL: [&str; 2] = ["connection limit", "is down"];
 
+/// How the server says, as it says that two declarations differ, that the virtual host has all the queues it may.
+const NO_MORE_QUEUES: &str = "queue limit in vhost";
+
 /// An error of lapin's. Its text holds no credential: lapin never prints them.
 pub(crate) fn from_lapin(error: lapin::Error) -> Error {
     let (kind, text) = describe(&error);
@@ -24,6 +27,10 @@ fn describe(error: &lapin::Error) -> (ErrorKind, String) {
     match error.kind() {
         lapin::ErrorKind::ProtocolError(said) => {
             let text = said.get_message().as_str();
+            if text.contains(NO_MORE_QUEUES) {
+                let advice = "raise it with rabbitmqctl set_vhost_limits, or delete queues";
+                return (ErrorKind::Unavailable, format!("the server says: {text}; {advice}"));
+            }
             let kind = match said.kind() {
                 // It is there, on a node that is not, or its process is not: it comes back as it was.
                 AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) if ABSENT.iter().any(|word| text.contains(word)) => {
@@ -72,6 +79,11 @@ pub(crate) fn is_final(error: &Error) -> bool {
             | ErrorKind::Invalid
             | ErrorKind::Unsupported
     )
+}
+
+/// Whether the server makes no more queues: others may be deleted, so that a later try can succeed, but none soon.
+pub(crate) fn is_queue_limit(error: &Error) -> bool {
+    error.message().contains(NO_MORE_QUEUES)
 }
 
 #[cfg(test)]

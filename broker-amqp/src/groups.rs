@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use broker_core::{
-    DeadLetter, Error, Group, GroupOptions, GroupSettings, GroupStatus, Result, StartAt, State, Status,
+    DeadLetter, Error, ErrorKind, Group, GroupOptions, GroupSettings, GroupStatus, Result, StartAt, State, Status,
     SubscriptionStatus, TopicFilter,
 };
 use bytes::Bytes;
@@ -69,7 +69,9 @@ pub(crate) async fn ensure(shared: &Shared, group: &Group, options: &GroupOption
             return Ok((there.make(shared).await?, true));
         }
         // One creator at a time: the settings of the first are the group's.
-        topology::alone(&live, &names.making, async || {
+        // Less than all of it, so that it is told who is waited for.
+        let patience = shared.options.connect_timeout.mul_f64(0.8);
+        topology::alone(&live, &names.making, patience, async || {
             let queues = topology::group_queues(&live, &names).await?;
             if queues.is_empty() {
                 Ok((there.make(shared).await?, true))
@@ -356,6 +358,7 @@ pub(crate) async fn purge_dead_letters(shared: &Shared, group: &Group) -> Result
             on_channel(&live, async |channel| {
                 let purged = topology::purge(channel, &names.dead).await?;
                 if gone {
+                    topology::delete_exchange(channel, &names.dead).await?;
                     topology::delete(channel, &names.dead).await?;
                 }
                 Ok(purged)
@@ -433,31 +436,42 @@ pub(crate) async fn status(shared: &Shared, status: &mut Status) -> Result<()> {
     if groups.is_empty() {
         return Ok(());
     }
-    let live = shared.connection().await?;
-    // It is asked once in vain at most: each time may take as long as connecting.
+    // The server is asked once in vain at most, and so is the management API: each time may take as long as connecting.
+    let (live, mut away) = match shared.connection_now().await {
+        Ok(live) => (Some(live), None),
+        Err(error) => (None, Some(error)),
+    };
     let mut unanswered = None;
     for (group, known) in groups {
-        let states = shared.bounded(async {
-            let mut own: Option<QueueState> = None;
-            for queue in &known.queues {
-                let Some(state) = queue_state(&live, queue).await? else { return Ok((None, None)) };
-                // Every member is at every queue.
-                let ready = own.map_or(0, |own| own.ready);
-                own = Some(QueueState { ready: ready + state.ready, consumers: state.consumers });
-            }
-            let dead = queue_state(&live, &known.names.dead).await?;
-            Ok((own, dead))
-        });
-        let (Some(own), dead) = states.await? else {
-            shared.forget(&group);
-            continue;
+        let states = match (&live, &away) {
+            (Some(live), None) => match shared.bounded(states(live, &known)).await {
+                Ok(Some(states)) => Some(states),
+                Ok(None) => {
+                    shared.forget(&group);
+                    continue;
+                }
+                Err(error) if matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Timeout) => {
+                    away = Some(error);
+                    None
+                }
+                Err(error) => return Err(error),
+            },
+            _ => None,
         };
         let ours = members.iter().filter(|member| member.group.as_ref() == Some(&group));
         let (unacked, handed) =
             ours.fold((0, 0), |(unacked, handed), member| (unacked + member.unacked(), handed + member.handed()));
-        let mut one = GroupStatus::new(group, State::Active);
+        let state = if states.is_some() { State::Active } else { State::Connecting };
+        let mut one = GroupStatus::new(group, state);
         one.last_error = known.last_error.lock().clone();
-        (one.lag, one.in_flight) = (Some(own.ready + unacked), Some(handed));
+        one.in_flight = Some(handed);
+        one.counts = *known.counts.lock();
+        let Some((own, dead)) = states else {
+            one.last_error = away.as_ref().map(Error::to_string);
+            status.groups.push(one);
+            continue;
+        };
+        one.lag = Some(own.ready + unacked);
         let asked = match &unanswered {
             None => all_unacked(shared, &known).await,
             Some(error) => Err(Error::clone(error)),
@@ -476,10 +490,26 @@ pub(crate) async fn status(shared: &Shared, status: &mut Status) -> Result<()> {
         }
         one.members = Some(own.consumers);
         one.dead_letters = Some(dead.map_or(0, |dead| dead.ready));
-        one.counts = *known.counts.lock();
         status.groups.push(one);
     }
+    if let Some(error) = away {
+        status.state = State::Connecting;
+        status.last_error.get_or_insert_with(|| error.to_string());
+    }
     Ok(())
+}
+
+/// The state of a group's queues together, and of what keeps its dead letters; `None` if there is no such group.
+async fn states(live: &Live, known: &Known) -> Result<Option<(QueueState, Option<QueueState>)>> {
+    let mut own: Option<QueueState> = None;
+    for queue in &known.queues {
+        let Some(state) = queue_state(live, queue).await? else { return Ok(None) };
+        // Every member is at every queue.
+        let ready = own.map_or(0, |own| own.ready);
+        own = Some(QueueState { ready: ready + state.ready, consumers: state.consumers });
+    }
+    let Some(own) = own else { return Ok(None) };
+    Ok(Some((own, queue_state(live, &known.names.dead).await?)))
 }
 
 /// What all members of a group hold, those of other processes included: where the management API's

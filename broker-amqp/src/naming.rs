@@ -43,10 +43,9 @@ pub(crate) enum Made {
 pub(crate) struct GroupNames {
     /// The queue: `NAME@FILTER`, unless it was given another name.
     pub(crate) queue: ShortString,
-    /// The queue that keeps its dead letters.
+    /// The queue that keeps its dead letters, and the exchange before it, from which they go to the exchange of topics
+    /// as well.
     pub(crate) dead: ShortString,
-    /// The routing key that reaches that queue and no other.
-    pub(crate) dead_key: ShortString,
     /// The queue that holds one message: the group's settings.
     pub(crate) settings: ShortString,
     /// The queue that is there while somebody makes the group.
@@ -78,8 +77,6 @@ impl GroupNames {
         Ok(Self {
             queue: short(&what, queue)?,
             dead: short(&what, &format!("broker.dead:{queue}"))?,
-            // In a binding `*` and `#` would be wildcards; neither stand-in is in a name's grammar.
-            dead_key: short(&what, &format!("broker-dead.{}", queue.replace('*', "+").replace('#', "~")))?,
             settings: short(&what, &format!("broker.settings:{queue}"))?,
             making: short(&what, &format!("broker.making:{queue}"))?,
             made,

@@ -10,11 +10,12 @@ use lapin::options::{
 };
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Channel, Consumer, ExchangeKind};
+use tokio::time::Instant;
 
 use crate::channel::OwnChannel;
 use crate::error::from_lapin;
 use crate::ladder::{Leads, Rung};
-use crate::link::{Live, Wait};
+use crate::link::{Live, Wait, closed};
 use crate::naming::{GroupNames, Made, binding_key, short};
 use crate::{AmqpOptions, QueueType, wire};
 
@@ -118,12 +119,31 @@ pub(crate) async fn declare_rung(live: &Live, rung: Rung, options: &AmqpOptions)
 
 /// Runs `work` while nobody else does under this name, here or elsewhere: a queue has one exclusive consumer. It goes with
 /// that one, so that who dies or gives up is in nobody's way; where it had none yet, with the connection or after a minute.
-pub(crate) async fn alone<T>(live: &Live, name: &ShortString, work: impl AsyncFnOnce() -> Result<T>) -> Result<T> {
+///
+/// # Errors
+///
+/// What `work` says; [`Unavailable`](ErrorKind::Unavailable) if somebody else still has the name after `patience`.
+pub(crate) async fn alone<T>(
+    live: &Live,
+    name: &ShortString,
+    patience: Duration,
+    work: impl AsyncFnOnce() -> Result<T>,
+) -> Result<T> {
+    let deadline = Instant::now() + patience;
     let mut wait = Wait::new(Duration::from_millis(500));
     let (channel, _consumer) = loop {
-        match claim(live, name).await {
+        // To its end, though nobody may wait for it any more: a queue without consumer would be left otherwise.
+        let (own, named) = (live.clone(), name.clone());
+        let claimed = tokio::spawn(async move { claim(&own, &named).await }).await;
+        match claimed.unwrap_or_else(|_| Err(closed())) {
             Ok(claimed) => break claimed,
-            Err(error) if is_claimed(&error) => tokio::time::sleep(wait.next()).await,
+            Err(error) if is_claimed(&error) && Instant::now() < deadline => tokio::time::sleep(wait.next()).await,
+            Err(error) if is_claimed(&error) => {
+                return Err(Error::unavailable(format!(
+                    "somebody else has been making the group for {patience:?}, and has the queue {name}: try again"
+                ))
+                .with_source(error));
+            }
             Err(error) => return Err(error),
         }
     };
@@ -245,14 +265,22 @@ pub(crate) async fn group_queues(live: &Live, names: &GroupNames) -> Result<Vec<
     }
 }
 
-/// The queue that keeps a group's dead letters, reached by a key of its own beside the topic's.
+/// The queue that keeps a group's dead letters, and the exchange before it, which leads to the exchange of topics, too: one
+/// publish reaches both. No key on the exchange of topics could lead to that queue alone, since some filter matches any.
 pub(crate) async fn declare_keeping(channel: &Channel, names: &GroupNames, options: &AmqpOptions) -> Result<()> {
     let mut arguments = group_arguments(options.queue_type);
     arguments.insert("x-max-length".into(), AMQPValue::LongLongInt(MAX_DEAD_LETTERS));
     arguments.insert("x-max-length-bytes".into(), AMQPValue::LongLongInt(MAX_DEAD_LETTER_BYTES));
     arguments.insert("x-overflow".into(), AMQPValue::LongString("drop-head".into()));
-    channel.queue_declare(names.dead.clone(), QueueDeclareOptions::durable(), arguments).await.map_err(from_lapin)?;
-    bind(channel, &names.dead, &short("exchange", &options.exchange)?, names.dead_key.clone()).await
+    let (dead, none) = (&names.dead, FieldTable::default());
+    channel.queue_declare(dead.clone(), QueueDeclareOptions::durable(), arguments).await.map_err(from_lapin)?;
+    let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+    let declared = channel.exchange_declare(dead.clone(), ExchangeKind::Fanout, durable, none.clone()).await;
+    declared.map_err(from_lapin)?;
+    bind(channel, dead, dead, ShortString::default()).await?;
+    let (topics, any) = (short("exchange", &options.exchange)?, ShortString::default());
+    let bound = channel.exchange_bind(topics, dead.clone(), any, ExchangeBindOptions::default(), none).await;
+    bound.map_err(from_lapin)
 }
 
 fn group_arguments(queue_type: QueueType) -> FieldTable {

@@ -73,8 +73,6 @@ pub(crate) struct Travel {
     pub(crate) topic: Option<Topic>,
     /// When it is due, where it waits.
     pub(crate) due: Option<Timestamp>,
-    /// A second routing key, which the server takes off before it delivers.
-    pub(crate) also_to: Option<ShortString>,
     /// Whether it is persistent whatever the others are.
     pub(crate) kept: bool,
 }
@@ -158,9 +156,6 @@ pub(crate) fn encode(message: &Message, travel: &Travel, style: Style) -> Result
     }
     if let Some(topic) = &travel.topic {
         put(TOPIC, AMQPValue::LongString(topic.as_str().into()));
-    }
-    if let Some(key) = &travel.also_to {
-        put("BCC", AMQPValue::FieldArray(FieldArray::from(vec![AMQPValue::LongString(key.as_str().into())])));
     }
     put_headers(message.headers(), &mut table)?;
 

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::task::Waker;
 
 use broker_core::{
-    Counts, Deliveries, Delivery, Failure, Gap, Group, GroupSettings, Message, MessageId, Result, Settle, Timestamp,
-    Topic, TopicFilter,
+    Counts, Deliveries, Delivery, Error, Failure, Gap, Group, GroupSettings, Message, MessageId, Result, Settle,
+    Timestamp, Topic, TopicFilter,
 };
 use lapin::types::ShortString;
 use parking_lot::Mutex;
@@ -72,6 +72,8 @@ pub(crate) struct State {
     /// Counts the channels this member has had.
     epoch: u64,
     up: bool,
+    /// Its group was.
+    deleted: bool,
     pub(crate) queue: ShortString,
     acks: Acks,
     lanes: Lanes<Inbound>,
@@ -123,6 +125,7 @@ impl Member {
             state: Mutex::new(State {
                 epoch: 0,
                 up: false,
+                deleted: false,
                 queue: ShortString::default(),
                 acks: Acks::new(),
                 lanes: Lanes::new(ordered),
@@ -170,6 +173,11 @@ impl Member {
         }
         drop(state);
         self.settled.notify_waiters();
+    }
+
+    /// Its group was deleted, with all that is held here.
+    pub(crate) fn deleted(&self) {
+        self.state.lock().deleted = true;
     }
 
     /// Nothing more will be delivered.
@@ -410,6 +418,14 @@ impl Member {
 impl State {
     fn is(&self, epoch: u64) -> bool {
         self.up && self.epoch == epoch
+    }
+
+    /// What settling comes to on a channel that is gone: nothing, where the message is as well.
+    fn too_late(&self) -> Result<()> {
+        if self.deleted {
+            return Ok(());
+        }
+        Err(Error::unavailable("the connection to RabbitMQ was lost before this was settled: the message comes back"))
     }
 
     /// A delivery that was handed out is. Whom to wake, if the next of its key may go now.

@@ -40,7 +40,7 @@ impl Member {
                 let (full, next) = {
                     let mut state = self.state.lock();
                     if !state.is(epoch) {
-                        return Operation::from(lost());
+                        return Operation::from(state.too_late());
                     }
                     state.acks.ack(item.tag);
                     let next = state.settled(item);
@@ -79,7 +79,7 @@ impl Member {
         {
             let mut state = self.state.lock();
             if !state.is(epoch) {
-                return Operation::from(lost());
+                return Operation::from(state.too_late());
             }
             state.handed = state.handed.saturating_sub(1);
             if self.known.settings.ordered && !self.stop.is_cancelled() {
@@ -132,7 +132,7 @@ impl Member {
         {
             let mut state = self.state.lock();
             if !state.is(epoch) {
-                return Operation::from(lost());
+                return Operation::from(state.too_late());
             }
             state.handed = state.handed.saturating_sub(1);
             if state.remembered.len() >= MAX_REMEMBERED {
@@ -184,7 +184,7 @@ impl Member {
         let next = {
             let mut state = self.state.lock();
             if !state.is(epoch) {
-                return Operation::from(lost());
+                return Operation::from(state.too_late());
             }
             state.acks.ack(item.tag);
             state.settled(item)
@@ -210,7 +210,6 @@ impl Member {
                 first: Some(item.first),
                 topic: Some(item.topic.clone()),
                 due: Some(due),
-                also_to: None,
                 kept: false,
             },
             require_route: false,
@@ -233,25 +232,28 @@ impl Member {
             first: item.first,
             last: Timestamp::now(),
         };
-        let (route, also_to) = match (&self.known.settings.dead_letter, &self.group) {
-            (_, Some(_)) if dead => (Route::Queue(names.dead.clone()), None),
-            (Some(topic), Some(_)) => (Route::Topic(topic.clone()), Some(names.dead_key.clone())),
-            (Some(topic), None) if !dead => (Route::Topic(topic.clone()), None),
+        let route = match (&self.known.settings.dead_letter, &self.group) {
+            (_, Some(_)) if dead => Route::Queue(names.dead.clone()),
+            (Some(topic), Some(_)) => Route::Dead { keeping: names.dead.clone(), topic: topic.clone() },
+            (Some(topic), None) if !dead => Route::Topic(topic.clone()),
             _ => {
                 tracing::warn!(topic = %item.topic, id = %item.message.id(), reason = letter.failure.reason(), "a message is discarded: there is no dead-letter topic");
                 return self.replace(epoch, item, None, replaced);
             }
         };
         let message = letter.into_message();
-        let travel = Travel { also_to, kept: true, ..Travel::default() };
+        let travel = Travel { kept: true, ..Travel::default() };
         self.replace(epoch, item, Some(Envelope { route, message, travel, require_route: false }), replaced)
     }
 
     /// Publishes what takes a delivery's place, and acks the delivery once that is confirmed. If it is not, whoever settled is
     /// told, and the delivery goes back.
     fn replace(self: &Arc<Self>, epoch: u64, item: Inbound, by: Option<Envelope>, replaced: Replaced) -> Settle {
-        if !self.state.lock().is(epoch) {
-            return Operation::from(lost());
+        {
+            let state = self.state.lock();
+            if !state.is(epoch) {
+                return Operation::from(state.too_late());
+            }
         }
         let by = by.map(|mut envelope| {
             wire::fit(&mut envelope.message, self.shared.writer.frame_max());
@@ -266,7 +268,8 @@ impl Member {
                 }
                 Err(error) => {
                     member.refused(epoch, &item, replaced, &error);
-                    let _ = done.send(Err(error));
+                    let is_gone = member.state.lock().deleted;
+                    let _ = done.send(if is_gone { Ok(()) } else { Err(error) });
                     member.take_back(epoch, item, replaced).await;
                 }
             }
@@ -308,11 +311,7 @@ impl Member {
 
     async fn publish(&self, envelope: &Envelope) -> Result<()> {
         self.keep_first(envelope).await?;
-        let receipt = self.shared.writer.submit(envelope.clone()).await?;
-        if receipt.routed == Some(false) && self.goes_to_keeping(envelope) {
-            return Err(Error::not_found("the queue that keeps dead letters is gone"));
-        }
-        Ok(())
+        self.shared.writer.submit(envelope.clone()).await.map(drop)
     }
 
     /// Whether the queue that a message goes to is known to be no more.
@@ -322,8 +321,11 @@ impl Member {
     }
 
     fn goes_to_keeping(&self, envelope: &Envelope) -> bool {
-        envelope.travel.also_to.is_some()
-            || matches!(&envelope.route, Route::Queue(queue) if *queue == self.known.names.dead)
+        match &envelope.route {
+            Route::Dead { .. } => true,
+            Route::Queue(queue) => *queue == self.known.names.dead,
+            Route::Topic(_) | Route::Lanes(_) => false,
+        }
     }
 
     /// Makes sure of the keeping queue before the first dead letter goes there.
@@ -351,7 +353,7 @@ impl Member {
     fn replaced(&self, epoch: u64, item: &Inbound, replaced: Replaced) -> Result<()> {
         let mut state = self.state.lock();
         if !state.is(epoch) {
-            return Err(lost());
+            return state.too_late();
         }
         state.acks.ack(item.tag);
         let next = if replaced.was_handed() { state.settled(item) } else { None };
@@ -435,10 +437,6 @@ impl Replaced {
 pub(super) enum Handed {
     Yes,
     No,
-}
-
-fn lost() -> Error {
-    Error::unavailable("the connection to RabbitMQ was lost before this was settled: the message comes back")
 }
 
 pub(super) struct Batch {

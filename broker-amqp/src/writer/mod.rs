@@ -25,9 +25,9 @@ use crate::returns::Identity;
 use crate::wire::{self, Travel};
 use task::Task;
 
-/// Publishes and bytes that wait for their confirm at most; beyond, the caller has to await some.
-const MAX_PENDING: usize = 100_000;
+/// Bytes that wait for their confirm at most, what is held beside each message among them; beyond, the caller has to await some.
 const MAX_PENDING_BYTES: usize = 512 << 20;
+const BESIDE: usize = 512;
 /// What RabbitMQ negotiates unless it is told otherwise.
 const DEFAULT_FRAME_MAX: usize = 131_072;
 
@@ -40,6 +40,8 @@ pub(crate) enum Route {
     Queue(ShortString),
     /// To the exchange before a group's several queues.
     Lanes(ShortString),
+    /// To a dead-letter topic, and to the group's keeping queue, by the exchange before that.
+    Dead { keeping: ShortString, topic: Topic },
 }
 
 /// A message to publish.
@@ -66,7 +68,7 @@ struct Entry {
 
 impl Entry {
     fn bytes(&self) -> usize {
-        self.envelope.message.size() + 256
+        self.envelope.message.size() + BESIDE
     }
 
     fn identity(&self) -> Identity {
@@ -130,10 +132,10 @@ impl Writer {
         if queue.ended {
             return Operation::from(closed());
         }
-        let bytes = self.pending_bytes.load(Ordering::Relaxed);
-        if self.pending.load(Ordering::Relaxed) >= MAX_PENDING || bytes >= MAX_PENDING_BYTES {
+        if self.pending_bytes.load(Ordering::Relaxed) >= MAX_PENDING_BYTES {
             return Operation::from(Error::unavailable(format!(
-                "{MAX_PENDING} publishes or {} MiB wait for RabbitMQ: await some of them first",
+                "{} publishes, {} MiB, wait for RabbitMQ: await some of them first",
+                self.pending(),
                 MAX_PENDING_BYTES >> 20
             )));
         }

@@ -13,7 +13,7 @@ use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{Entry, Writer};
-use crate::error::is_final;
+use crate::error::{is_final, is_queue_limit};
 use crate::ladder::Rung;
 use crate::link::Wait;
 use crate::topology;
@@ -100,7 +100,7 @@ async fn declare(writer: Arc<Writer>, rung: Rung) -> (Rung, Result<()>) {
         };
         match timeout(writer.options.connect_timeout, asking).await {
             Ok(Ok(())) => return (rung, Ok(())),
-            Ok(Err(error)) if is_final(&error) => return (rung, Err(error)),
+            Ok(Err(error)) if is_final(&error) || is_queue_limit(&error) => return (rung, Err(error)),
             Ok(Err(error)) => tracing::debug!(%error, "a delay queue is not declared; it is tried again"),
             Err(_) => tracing::debug!("RabbitMQ does not declare a delay queue in time; it is tried again"),
         }

@@ -280,9 +280,10 @@ impl Task {
             }
             Route::Queue(queue) => (ShortString::default(), queue.clone(), Leads::ToQueue),
             Route::Lanes(exchange) => (exchange.clone(), ShortString::default(), Leads::ToQueue),
+            Route::Dead { keeping, topic } => (keeping.clone(), short("topic", topic.as_str())?, Leads::ToTopic),
         };
         // No delay queue leads to several.
-        let wait = wait.filter(|_| !matches!(route, Route::Lanes(_)));
+        let wait = wait.filter(|_| matches!(route, Route::Topic(_) | Route::Queue(_)));
         // A millisecond more: times are cut to whole ones.
         let rung = wait.map(|wait| Rung::of(leads, wait + Duration::from_millis(1)));
         let exchange = match rung {
@@ -370,7 +371,7 @@ impl Task {
             Route::Topic(topic) if returned && entry.envelope.require_route => {
                 Err(Error::unroutable(format!("no group or subscription matches topic {topic}")))
             }
-            Route::Queue(gone) | Route::Lanes(gone) if returned => {
+            Route::Queue(gone) | Route::Lanes(gone) | Route::Dead { keeping: gone, .. } if returned => {
                 Err(Error::not_found(format!("queue {gone} is gone")))
             }
             _ => {

@@ -1,0 +1,344 @@
+//! Groups beside others on a real RabbitMQ: who makes one while another wants to, what does not reach it, what becomes of its
+//! messages when somebody deletes it; and what is full, or away, for a while.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on has failed")]
+
+mod amqp_server;
+
+use std::time::Duration;
+
+use amqp_server::{TURN, address, at, ctl, open, open_as_it_is, ours, raw, server};
+use broker_amqp::lapin::options::{ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions};
+use broker_amqp::lapin::types::{AMQPValue, FieldTable};
+use broker_core::{
+    Broker, BrokerExt, Delivery, ErrorKind, Group, GroupOptions, Message, PublisherOptions, State, Subscribe,
+    Subscription, Timestamp, Topic,
+};
+use tokio::time::timeout;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A name nobody else uses.
+fn unique(name: &str) -> String {
+    format!("{name}-{:08x}", fastrand::u32(..))
+}
+
+/// A topic nobody else uses, and a group of it.
+fn names(name: &str) -> (Topic, Group) {
+    let topic = Topic::new(format!("suite.{}", unique(name))).unwrap();
+    let group = Group::new(name.parse().unwrap(), (&topic).into());
+    (topic, group)
+}
+
+async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
+    timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("{what} hangs"))
+}
+
+/// Where its dead letters go.
+fn dead(group: &Group) -> Topic {
+    Topic::new(format!("dead.{}", group.name)).unwrap()
+}
+
+async fn join(broker: &dyn Broker, group: &Group) -> Subscription {
+    broker.subscribe(&group.filter, Subscribe::group(group.name.clone())).await.unwrap()
+}
+
+async fn next(member: &mut Subscription) -> Delivery {
+    within("receiving", member.next()).await.unwrap().unwrap()
+}
+
+/// A virtual host of its own on our server, with a limit; the URL's end. Deleted by its name.
+fn limited(limit: &str) -> (String, String) {
+    let vhost = unique("limited");
+    ctl(&["add_vhost", &vhost]);
+    ctl(&["set_permissions", "-p", &vhost, "guest", ".*", ".*", ".*"]);
+    ctl(&["set_vhost_limits", "-p", &vhost, limit]);
+    let url = format!("amqp://guest:guest@{}/{vhost}", address());
+    (vhost, url)
+}
+
+/// Whoever begins to make a group may go away in the middle; others make it all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_can_be_made_though_somebody_gave_up_making_it() {
+    let _turn = TURN.lock().await;
+    let brokers = [open(server()).unwrap(), open(server()).unwrap()];
+    for broker in &brokers {
+        broker.connect().await.unwrap();
+    }
+    let [hasty, patient] = &brokers;
+    for round in 0..40 {
+        let (_, group) = names("given-up");
+        let making = hasty.create_group(&group, GroupOptions::new());
+        let _ = timeout(Duration::from_micros(300 + round * 500), making).await;
+        if let Err(error) = patient.create_group(&group, GroupOptions::new()).await {
+            panic!("round {round}: {error}");
+        }
+        // Whatever of it is under way has ended, and the group goes for good.
+        hasty.create_group(&group, GroupOptions::new()).await.unwrap();
+        patient.delete_group(&group).await.unwrap();
+    }
+    for broker in brokers {
+        broker.close(PATIENCE).await;
+    }
+}
+
+/// Somebody makes a group and does not get on with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_waits_for_another_to_make_a_group_is_told_so() {
+    let _turn = TURN.lock().await;
+    let (_, group) = names("busy");
+    let (connection, channel) = raw().await;
+    let queue = format!("broker.making:{group}");
+    let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+    channel.queue_declare(queue.as_str().into(), exclusive, FieldTable::default()).await.unwrap();
+    let broker = open(server()).unwrap();
+    let error = within("waiting", broker.create_group(&group, GroupOptions::new())).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    assert!(error.message().contains(&queue) && error.message().contains("somebody else"), "{error}");
+    connection.close(200, "OK".into()).await.unwrap();
+    assert!(broker.create_group(&group, GroupOptions::new()).await.unwrap());
+    assert!(broker.delete_group(&group).await.unwrap());
+    broker.close(PATIENCE).await;
+}
+
+/// Dead letters go to their topic and to what keeps them, and to nobody who asked for other topics.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_letter_reaches_no_filter_that_its_topic_does_not_match() {
+    let _turn = TURN.lock().await;
+    // An exchange of its own, since the filters are wide.
+    let exchange = unique("apart");
+    let broker = open(&format!("{}?exchange={exchange}", server())).unwrap();
+    let (topic, group) = names("crossed");
+    let own = dead(&group);
+    // `suite.…`, the dead letter, and its group's name with any number of segments.
+    let filters = ["*", "*.*", "*.*.*", "*.*.*.*", "*.*.>", ">"];
+    let wide = |filter: &str| Group::new("wide".parse().unwrap(), filter.parse().unwrap());
+    let mut wides = Vec::new();
+    for filter in filters {
+        wides.push((wide(filter), join(broker.as_ref(), &wide(filter)).await));
+    }
+    let mut member = join(broker.as_ref(), &group).await;
+    broker.publish(&topic, Message::new("first")).await.unwrap();
+    next(&mut member).await.reject("no").await.unwrap();
+    // What comes after it shows what came before it.
+    let last = Topic::new("last.a.b.c").unwrap();
+    for end in ["last", "last.a", "last.a.b", last.as_str()] {
+        broker.publish(&Topic::new(end).unwrap(), Message::new("end")).await.unwrap();
+    }
+    for (wide, reader) in &mut wides {
+        let expected = [topic.as_str(), own.as_str(), "last", "last.a", "last.a.b", last.as_str()];
+        for expected in expected.into_iter().filter(|one| wide.filter.matches(&Topic::new(*one).unwrap())) {
+            let delivery = next(reader).await;
+            assert_eq!(delivery.topic().as_str(), expected, "of filter {}", wide.filter);
+            delivery.ack().await.unwrap();
+        }
+    }
+    assert_eq!(broker.dead_letters(&group, 10).await.unwrap().len(), 1);
+    for (group, reader) in wides {
+        within("leaving", reader.close()).await.unwrap();
+        assert!(broker.delete_group(&group).await.unwrap());
+    }
+    drop(member);
+    assert!(broker.delete_group(&group).await.unwrap());
+    assert_eq!(broker.purge_dead_letters(&group).await.unwrap(), 1);
+    broker.close(PATIENCE).await;
+    let (connection, channel) = raw().await;
+    channel.exchange_delete(exchange.as_str().into(), ExchangeDeleteOptions::default()).await.unwrap();
+    connection.close(200, "OK".into()).await.unwrap();
+}
+
+/// A keeping queue of an earlier version, bound to the exchange of topics by a key of its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_keeping_queue_that_is_there_keeps_each_dead_letter_once() {
+    let _turn = TURN.lock().await;
+    let (topic, group) = names("earlier");
+    let broker = open(server()).unwrap();
+    let mut member = join(broker.as_ref(), &group).await;
+    let (connection, channel) = raw().await;
+    let queue = format!("broker.dead:{group}");
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
+    arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(1_000_000));
+    arguments.insert("x-max-length".into(), AMQPValue::LongLongInt(100_000));
+    arguments.insert("x-max-length-bytes".into(), AMQPValue::LongLongInt(256 << 20));
+    arguments.insert("x-overflow".into(), AMQPValue::LongString("drop-head".into()));
+    channel.queue_declare(queue.as_str().into(), QueueDeclareOptions::durable(), arguments).await.unwrap();
+    let (from, key) = ("broker".into(), format!("broker-dead.{group}"));
+    let bind = QueueBindOptions::default();
+    channel.queue_bind(queue.as_str().into(), from, key.into(), bind, FieldTable::default()).await.unwrap();
+    connection.close(200, "OK".into()).await.unwrap();
+    let reading = Group::new("reader".parse().unwrap(), (&dead(&group)).into());
+    let mut reader = join(broker.as_ref(), &reading).await;
+    for body in ["first", "second"] {
+        broker.publish(&topic, Message::new(body)).await.unwrap();
+        next(&mut member).await.reject("no").await.unwrap();
+        let letter = next(&mut reader).await;
+        assert_eq!(letter.message().payload(), body);
+        letter.ack().await.unwrap();
+    }
+    let kept: Vec<_> = broker.dead_letters(&group, 10).await.unwrap();
+    assert_eq!(kept.iter().map(|letter| letter.message.payload()).collect::<Vec<_>>(), ["first", "second"]);
+    drop(member);
+    within("leaving", reader.close()).await.unwrap();
+    assert!(broker.delete_group(&reading).await.unwrap());
+    assert!(broker.delete_group(&group).await.unwrap());
+    assert_eq!(broker.purge_dead_letters(&group).await.unwrap(), 2);
+    broker.close(PATIENCE).await;
+}
+
+/// Who holds messages of a group that was deleted has nothing to settle, and is not told that they come back.
+#[tokio::test(flavor = "multi_thread")]
+async fn settling_what_was_deleted_has_no_effect() {
+    let _turn = TURN.lock().await;
+    for by_itself in [true, false] {
+        let (topic, group) = names("emptied");
+        let (broker, other) = (open(server()).unwrap(), open(server()).unwrap());
+        let mut member = join(broker.as_ref(), &group).await;
+        for _ in 0..8 {
+            broker.publish(&topic, Message::new("x")).await.unwrap();
+        }
+        let mut held = Vec::new();
+        for _ in 0..8 {
+            held.push(next(&mut member).await);
+        }
+        let deleter = if by_itself { &broker } else { &other };
+        assert!(deleter.delete_group(&group).await.unwrap());
+        // At once, and when it is known.
+        let late = held.split_off(4);
+        settle_in_every_way(held).await;
+        let error = within("the end", member.next()).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+        settle_in_every_way(late).await;
+        assert!(broker.close(PATIENCE).await.complete);
+        let _ = other.purge_dead_letters(&group).await;
+        other.close(PATIENCE).await;
+    }
+}
+
+async fn settle_in_every_way(held: Vec<Delivery>) {
+    for (way, delivery) in held.into_iter().enumerate() {
+        let settled = match way % 4 {
+            0 => delivery.ack(),
+            1 => delivery.retry(),
+            2 => delivery.reject("no"),
+            _ => delivery.release(),
+        };
+        if let Err(error) = within("settling", settled).await {
+            panic!("{way}: {error}");
+        }
+    }
+}
+
+/// A virtual host that lets nobody in for a while: members wait until it does, and publishes are worth a retry.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_limit_of_connections_ends_no_subscription() {
+    let _turn = TURN.lock().await;
+    if !ours() {
+        println!("no control: limits of a virtual host");
+        return;
+    }
+    let (vhost, url) = limited(r#"{"max-connections": 100}"#);
+    let (topic, group) = names("shut-out");
+    let broker = open(&url).unwrap();
+    let mut member = join(broker.as_ref(), &group).await;
+    let mut alone = broker.subscribe(&group.filter, Subscribe::new()).await.unwrap();
+    broker.publish(&topic, Message::new("before")).await.unwrap();
+    for reader in [&mut member, &mut alone] {
+        next(reader).await.ack().await.unwrap();
+    }
+    ctl(&["set_vhost_limits", "-p", &vhost, r#"{"max-connections": 0}"#]);
+    ctl(&["close_all_connections", "--vhost", &vhost, "the test closes them"]);
+    let error = within("publishing", broker.publish(&topic, Message::new("shut out"))).await.unwrap_err();
+    assert!(error.is_retryable() && error.message().contains("connection limit"), "{error}");
+    let status = within("asking", broker.status()).await.unwrap();
+    assert_eq!(status.state, State::Connecting);
+    assert!(status.last_error.as_ref().is_some_and(|error| error.contains("connection limit")), "{status:?}");
+    ctl(&["clear_vhost_limits", "-p", &vhost]);
+    let published = async {
+        while let Err(error) = broker.publish(&topic, Message::new("after")).await {
+            assert!(error.is_retryable(), "{error}");
+        }
+    };
+    within("publishing again", published).await;
+    let delivery = next(&mut member).await;
+    assert_eq!(delivery.message().payload(), "after");
+    delivery.ack().await.unwrap();
+    assert!(broker.close(PATIENCE).await.complete);
+    ctl(&["delete_vhost", &vhost]);
+}
+
+/// A virtual host with all the queues it may have.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_limit_of_queues_is_said() {
+    let _turn = TURN.lock().await;
+    if !ours() {
+        println!("no control: limits of a virtual host");
+        return;
+    }
+    let (vhost, url) = limited(r#"{"max-queues": 2}"#);
+    let (topic, group) = names("full");
+    let broker = open(&url).unwrap();
+    // The limit is met at each step of making one.
+    let mut errors = vec![within("making", broker.create_group(&group, GroupOptions::new())).await.unwrap_err()];
+    for limit in [r#"{"max-queues": 2}"#, r#"{"max-queues": 0}"#] {
+        ctl(&["set_vhost_limits", "-p", &vhost, limit]);
+        let (_, another) = names("full");
+        errors.push(within("making", broker.create_group(&another, GroupOptions::new())).await.unwrap_err());
+    }
+    errors.push(broker.subscribe(&group.filter, Subscribe::new()).await.map(drop).unwrap_err());
+    let late = Timestamp::past(Duration::from_secs(1));
+    let delayed = broker.publish(&topic, Message::new("later").with_deliver_at(late));
+    errors.push(within("publishing", delayed).await.unwrap_err());
+    ctl(&["clear_vhost_limits", "-p", &vhost]);
+    assert!(broker.create_group(&group, GroupOptions::new()).await.unwrap());
+    broker.close(PATIENCE).await;
+    ctl(&["delete_vhost", &vhost]);
+    for error in errors {
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+        assert!(error.message().contains("queue limit in vhost"), "{error}");
+        assert!(error.message().contains("set_vhost_limits"), "{error}");
+    }
+}
+
+/// Many more than can be under way at once wait for their turn.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_of_any_number_is_published() {
+    let _turn = TURN.lock().await;
+    let (topic, _) = names("many");
+    let broker = open_as_it_is(&format!("{}?publish_timeout=3m", server())).unwrap();
+    let publisher = broker.publisher(&topic, PublisherOptions::new()).unwrap();
+    let messages = (0..120_000).map(|_| Message::new("x")).collect();
+    let outcomes = timeout(Duration::from_secs(200), publisher.publish_batch(messages)).await.unwrap().unwrap();
+    let failed: Vec<_> = outcomes.iter().filter_map(|outcome| outcome.as_ref().err()).collect();
+    assert!(failed.is_empty(), "{} failed: {:?}", failed.len(), failed.first());
+    broker.close(PATIENCE).await;
+}
+
+/// Whoever looks at a broker whose server is away learns that it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_status_tells_that_the_server_is_away() {
+    let _turn = TURN.lock().await;
+    let (_, group) = names("away");
+    let proxy = broker_tests::Proxy::start(address()).await.unwrap();
+    let broker = open(&at(&proxy.address().to_string(), None)).unwrap();
+    broker.create_group(&group, GroupOptions::new()).await.unwrap();
+    assert_eq!(broker.status().await.unwrap().group(&group).unwrap().state, State::Active);
+    drop(proxy);
+    let away = async {
+        loop {
+            let status = broker.status().await.unwrap();
+            if status.state == State::Connecting {
+                return status;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let status = within("asking", away).await;
+    let one = status.group(&group).unwrap();
+    assert_eq!((one.state, one.lag), (State::Connecting, None), "{status:?}");
+    assert!(one.last_error.is_some() && status.last_error.is_some(), "{status:?}");
+    broker.close(Duration::from_secs(1)).await;
+    let other = open(server()).unwrap();
+    assert!(other.delete_group(&group).await.unwrap());
+    other.close(PATIENCE).await;
+}
