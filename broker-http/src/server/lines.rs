@@ -76,6 +76,8 @@ pub(crate) async fn stream(
         begun: BytesMut::new(),
         number: 0,
         skipping: false,
+        silence: 0,
+        max_silence: shared.limits().batch_body_bytes,
         deadline: body::Deadline::after(shared.limits().body_timeout),
         line_ended: false,
         failed: None,
@@ -106,6 +108,10 @@ struct Lines {
     number: u64,
     /// Within a line that is too long.
     skipping: bool,
+    /// Bytes since the last line that said something: of empty lines, and of such as are too long.
+    silence: usize,
+    /// How many of them there may be.
+    max_silence: usize,
     /// When the line being waited for must have ended; its clock begins where it is first waited for.
     deadline: body::Deadline,
     /// A line has ended since.
@@ -165,11 +171,14 @@ impl Lines {
             let Some(end) = memchr::memchr(b'\n', &self.unread) else {
                 let rest = std::mem::take(&mut self.unread);
                 if self.skipping {
+                    self.hear_nothing(rest.len());
                     return None;
                 }
-                if self.begun.len() + rest.len() > max {
+                let length = self.begun.len() + rest.len();
+                if length > max {
                     self.begun = BytesMut::new();
                     self.skipping = true;
+                    self.hear_nothing(length);
                     return Some(Err(too_long(self.number + 1, max)));
                 }
                 self.begun.extend_from_slice(&rest);
@@ -184,6 +193,7 @@ impl Lines {
             self.number += 1;
             self.line_ended = true;
             if std::mem::take(&mut self.skipping) {
+                self.hear_nothing(line.len() + 1);
                 continue;
             }
             if !self.begun.is_empty() {
@@ -191,11 +201,27 @@ impl Lines {
                 line = self.begun.split().freeze();
             }
             if line.len() > max {
-                return Some(Err(too_long(self.number, max)));
+                let problem = too_long(self.number, max);
+                self.hear_nothing(line.len() + 1);
+                return Some(Err(problem));
             }
             if !line.trim_ascii().is_empty() {
+                self.silence = 0;
                 return Some(Ok((self.number, line)));
             }
+            self.hear_nothing(line.len() + 1);
+        }
+    }
+
+    /// Counts bytes of which nothing comes. They are read for as long as a body may be that is read whole: a kilobyte
+    /// that inflates to a megabyte of them is work that nobody is charged for.
+    fn hear_nothing(&mut self, bytes: usize) {
+        self.silence += bytes;
+        let max = self.max_silence;
+        if self.silence > max {
+            let detail =
+                format!("line {}: the {max} bytes before it say nothing; no more of that is read", self.number + 1);
+            self.fail(Problem::too_large(detail));
         }
     }
 

@@ -31,7 +31,7 @@ use super::limits::Limits;
 use super::metrics::Refusal;
 use super::places::Places;
 use super::problem::{Answer, Problem};
-use super::rest::Received;
+use super::rest::{Drains, Received};
 use super::tls::Tls;
 use super::wire::{Socket, Watched, Wire};
 use super::{Shared, publish, routes};
@@ -266,7 +266,8 @@ impl Connection {
                 let uri = parts.uri.path_and_query().map_or(0, |path| path.as_str().len());
                 Head::begin(&active, uri, &parts.headers)
             });
-            let body = Received::new(body, version, &parts.headers, &active.rest);
+            let drains = Drains { shared: Arc::clone(&shared), activity: Some(Arc::clone(&active)) };
+            let body = Received::new(body, version, &parts.headers, &active.rest, drains);
             let request = Request::from_parts(parts, Body::new(body));
             async move {
                 if busy.0.has_given_way() {

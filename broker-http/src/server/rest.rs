@@ -1,9 +1,10 @@
 //! What an answer leaves of its request's body.
 //!
-//! An answer does not wait for a body that it does not need. Over HTTP/2 its stream is then reset without
-//! an error. Over HTTP/1.1 the body stands between the answer and the next request: it is read and dropped
-//! for a while, and where that is not worth it the connection is closed behind the answer, slowly
-//! (RFC 9112, section 9.6; see [`wire`](super::wire)).
+//! An answer does not wait for a body that it does not need. The body is read and dropped for a while, so that its sender
+//! gets to see the answer. Over HTTP/1.1 it stands between that and the next request: where it is not worth reading the
+//! connection is closed behind the answer, slowly (RFC 9112, section 9.6; see [`wire`](super::wire)). Over HTTP/2 its
+//! stream is reset without an error then (RFC 9113, section 8.1), and not before: there are clients, curl among them,
+//! that take that for an error and drop the answer.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -22,31 +23,64 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, timeout_at};
 
 use super::Shared;
+use super::activity::{Activity, Busy};
 use super::limits::Limits;
 use super::wire::Wire;
 
 /// The body of a request.
-pub(crate) struct Received<B> {
+pub(crate) struct Received<B: Unread> {
     /// `None` once it has ended.
     body: Option<B>,
     /// It is the last on its connection.
     last: bool,
     /// Its sender waits to be told to begin.
     asks_first: bool,
-    /// Where it goes if it is dropped before its end; over HTTP/2 nowhere.
-    rest: Option<Arc<Rest<B>>>,
+    /// What happens to it if it is dropped before its end.
+    then: Then<B>,
 }
 
-impl<B: http_body::Body<Data = Bytes> + Unpin> Received<B> {
-    pub(crate) fn new(body: B, version: Version, headers: &HeaderMap, rest: &Arc<Rest<B>>) -> Self {
+/// What happens to a body that is dropped before its end.
+enum Then<B: Unread> {
+    /// Over HTTP/1.1, where the connection goes on behind it: whoever has the answer sees to it.
+    Left(Arc<Rest<B>>),
+    /// Over HTTP/2, where it is in nobody's way.
+    Drained(Drains),
+    /// There is none.
+    Nothing,
+}
+
+/// A body that can be read on its own.
+pub(crate) trait Unread: http_body::Body<Data = Bytes> + Send + Unpin + 'static {}
+
+impl<B: http_body::Body<Data = Bytes> + Send + Unpin + 'static> Unread for B {}
+
+/// How bodies over HTTP/2 are read that nobody needs.
+#[derive(Clone)]
+pub(crate) struct Drains {
+    pub(crate) shared: Arc<Shared>,
+    /// Of a connection of ours, on which it is a request's work.
+    pub(crate) activity: Option<Arc<Activity>>,
+}
+
+impl Drains {
+    fn drain(self, body: impl Unread) {
+        let limits = self.shared.limits.load_full();
+        let work = self.activity.as_ref().map(Busy::begin);
+        tokio::spawn(async move {
+            drain(body, limits.refused_body_bytes, patience(&limits)).await;
+            drop(work);
+        });
+    }
+}
+
+impl<B: Unread> Received<B> {
+    pub(crate) fn new(body: B, version: Version, headers: &HeaderMap, rest: &Arc<Rest<B>>, drains: Drains) -> Self {
         if body.is_end_stream() {
-            return Self { body: None, last: false, asks_first: false, rest: None };
-        }
-        if version > Version::HTTP_11 {
-            return Self { body: Some(body), last: false, asks_first: false, rest: None };
+            return Self { body: None, last: false, asks_first: false, then: Then::Nothing };
         }
         let last = version < Version::HTTP_11 || is_last(headers);
-        Self { body: Some(body), last, asks_first: headers.contains_key(header::EXPECT), rest: Some(Arc::clone(rest)) }
+        let then = if version > Version::HTTP_11 { Then::Drained(drains) } else { Then::Left(Arc::clone(rest)) };
+        Self { body: Some(body), last, asks_first: headers.contains_key(header::EXPECT), then }
     }
 }
 
@@ -56,15 +90,19 @@ fn is_last(headers: &HeaderMap) -> bool {
     said.flat_map(|value| value.split(',')).any(|option| option.trim().eq_ignore_ascii_case("close"))
 }
 
-impl<B> Drop for Received<B> {
+impl<B: Unread> Drop for Received<B> {
     fn drop(&mut self) {
-        if let (Some(body), Some(rest)) = (self.body.take(), self.rest.take()) {
-            *rest.left.lock() = Some(Left { body, last: self.last || self.asks_first });
+        let Some(body) = self.body.take() else { return };
+        match std::mem::replace(&mut self.then, Then::Nothing) {
+            Then::Left(rest) => *rest.left.lock() = Some(Left { body, last: self.last || self.asks_first }),
+            // Whoever asked first does not begin.
+            Then::Drained(drains) if !self.asks_first => drains.drain(body),
+            Then::Drained(_) | Then::Nothing => {}
         }
     }
 }
 
-impl<B: http_body::Body<Data = Bytes> + Unpin> http_body::Body for Received<B> {
+impl<B: Unread> http_body::Body for Received<B> {
     type Data = Bytes;
     type Error = B::Error;
 
@@ -88,7 +126,7 @@ impl<B: http_body::Body<Data = Bytes> + Unpin> http_body::Body for Received<B> {
     }
 }
 
-/// Where the body of a connection's request is put that nobody reads to its end.
+/// Where the body of an HTTP/1.1 connection's request is put that nobody reads to its end.
 #[derive(Debug)]
 pub(crate) struct Rest<B> {
     left: Mutex<Option<Left<B>>>,
@@ -103,7 +141,7 @@ struct Left<B> {
     last: bool,
 }
 
-impl<B: http_body::Body<Data = Bytes> + Send + Unpin + 'static> Rest<B> {
+impl<B: Unread> Rest<B> {
     pub(crate) fn new(wire: Arc<Wire>) -> Self {
         Self { left: Mutex::new(None), wire }
     }
@@ -144,7 +182,7 @@ pub(crate) fn patience(limits: &Limits) -> Duration {
 }
 
 /// Reads and drops, up to so many bytes and so long; dropped before its end, the body ends its connection.
-async fn drain<B: http_body::Body<Data = Bytes> + Unpin>(mut body: B, most: u64, patience: Duration) {
+async fn drain(mut body: impl Unread, most: u64, patience: Duration) {
     let deadline = Instant::now() + patience;
     let mut dropped = 0;
     while let Ok(Some(Ok(frame))) = timeout_at(deadline, body.frame()).await {
@@ -159,7 +197,8 @@ async fn drain<B: http_body::Body<Data = Bytes> + Unpin>(mut body: B, most: u64,
 pub(crate) async fn elsewhere(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
     let rest = Arc::new(Rest::new(Arc::default()));
     let (parts, body) = request.into_parts();
-    let body = Received::new(body, parts.version, &parts.headers, &rest);
+    let drains = Drains { shared: Arc::clone(&shared), activity: None };
+    let body = Received::new(body, parts.version, &parts.headers, &rest, drains);
     let mut response = next.run(Request::from_parts(parts, Body::new(body))).await;
     rest.tend(response.headers_mut(), || shared.limits.load_full(), || ());
     response

@@ -144,16 +144,26 @@ async fn a_refused_sender_of_much_is_told_before_he_is_cut() {
     }
 }
 
+/// There are clients that take a reset for an error, and drop the answer.
 #[tokio::test]
-async fn over_http_2_a_refused_body_is_asked_to_stop() {
-    let running = Running::start().await;
+async fn over_http_2_a_refused_body_is_read_before_it_is_asked_to_stop() {
+    let running = limited(|limits| limits.refused_body_bytes = 100).await;
     let (send, connection) = h2::client::handshake(running.connect().await).await.unwrap();
     tokio::spawn(connection);
     let mut send = send.ready().await.unwrap();
     let request = Request::post("http://localhost/topics/a..b").body(()).unwrap();
     let (answer, mut body) = send.send_request(request, false).unwrap();
     body.send_data(Bytes::from_static(b"begun"), false).unwrap();
-    assert_eq!(soon(answer).await.unwrap().status(), 400);
+    let answer = soon(answer).await.unwrap();
+    assert_eq!(answer.status(), 400);
+    let mut told = answer.into_body();
+    assert!(soon(told.data()).await.unwrap().unwrap().ends_with(b"}"));
+    assert!(soon(told.data()).await.is_none(), "it has its end");
+    body.send_data(Bytes::from_static(b"goes on"), false).unwrap();
+    let reset = std::future::poll_fn(|cx| body.poll_reset(cx));
+    let early = tokio::time::timeout(Duration::from_millis(200), reset).await;
+    assert!(early.is_err(), "{early:?}");
+    body.send_data(vec![0; 100].into(), false).unwrap();
     let reset = soon(std::future::poll_fn(|cx| body.poll_reset(cx))).await.unwrap();
     assert_eq!(reset, h2::Reason::NO_ERROR);
 }

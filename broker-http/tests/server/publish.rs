@@ -207,7 +207,7 @@ async fn a_compressed_stream_of_lines_is_answered_as_it_is_flushed() {
     // A second member, and much in little: a line that is too long, far beyond what is held.
     let mut rest = encoder.finish().unwrap();
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
-    encoder.write_all(&vec![b' '; 64 << 20]).unwrap();
+    encoder.write_all(&vec![b' '; 24 << 20]).unwrap();
     encoder.write_all(b"x\n{\"payload\":1,\"id\":\"third\"}").unwrap();
     rest.extend(encoder.finish().unwrap());
     stream.write_all(&chunk(&rest)).await.unwrap();
@@ -322,6 +322,21 @@ async fn compressed_bodies_are_inflated_within_the_limit() {
     // A hundred megabytes of zeros in a hundred kilobytes.
     let bomb = gzip(&vec![0; 100 << 20]);
     running.send("POST /topics/a", &[("content-encoding", "gzip")], bomb).await.is_problem(413, "inflates");
+    // Lines have no end together, but what says nothing has: empty lines, and what follows of a line that is too long.
+    let mut limits = broker_http::Limits::default();
+    (limits.message_body_bytes, limits.batch_body_bytes) = (1_000, 10_000);
+    let running = Running::with(broker_http::ServerOptions::new().with_limits(limits)).await;
+    let headers =
+        [("content-encoding", "gzip"), ("content-type", "application/x-ndjson"), ("accept", "application/x-ndjson")];
+    for (nothing, told_of_its_length) in [(b'\n', 0), (b'x', 1)] {
+        for (bytes, too_many) in [(9_000, false), (20_000, true)] {
+            let body = gzip(&[b"{}\n", &vec![nothing; bytes][..], b"\n{}\n"].concat());
+            let answer = running.send("POST /topics/a", &headers, body).await.text();
+            let told: Vec<_> = answer.lines().collect();
+            let last = told.last().unwrap().contains("say nothing");
+            assert_eq!((told.len(), last), (2 + told_of_its_length, too_many), "{answer}");
+        }
+    }
 }
 
 #[tokio::test]
