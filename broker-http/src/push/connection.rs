@@ -254,6 +254,10 @@ impl Own {
         self.heard.forget();
         let mut headers = content.headers;
         headers.insert(http::header::HOST, target.authority.clone());
+        if content.method == Method::POST && content.body.is_empty() {
+            // hyper says nothing of it, and there are servers that ask for it (RFC 9110, section 8.6).
+            headers.insert(http::header::CONTENT_LENGTH, http::HeaderValue::from_static("0"));
+        }
         let mut request = Request::new(Full::new(content.body));
         *request.method_mut() = content.method;
         *request.uri_mut() = target.origin.clone();

@@ -49,6 +49,8 @@ pub(crate) struct Core {
     messages_in_flight: u64,
     /// Of messages in a parcel at most, unless it is one message.
     parcel_bytes: usize,
+    /// Messages in a parcel at most: as the batch is set, and fewer while the endpoint refuses such.
+    parcel_messages: usize,
     attempts: Attempts,
     last_error: Option<Arc<str>>,
     last_success: Option<Timestamp>,
@@ -111,6 +113,7 @@ impl Core {
             in_flight: 0,
             messages_in_flight: 0,
             parcel_bytes,
+            parcel_messages: largest(&spec),
             attempts: Attempts::default(),
             last_error: None,
             last_success: None,
@@ -235,7 +238,7 @@ impl Core {
     }
 
     fn parcel_size(&self) -> usize {
-        if self.spec.mode == Mode::Batch { self.spec.batch.max.get() as usize } else { 1 }
+        self.parcel_messages
     }
 
     fn gathering_time(&self) -> Duration {
@@ -343,11 +346,25 @@ impl Core {
         self.attempts.push(attempt);
     }
 
+    /// The endpoint refused a parcel of so many messages as a whole: for what one of them is, or because they are too
+    /// many for it. Whichever it is, halves tell.
+    pub(crate) fn refused(&mut self, messages: usize) {
+        self.parcel_messages = self.parcel_messages.min(messages / 2).max(1);
+    }
+
+    /// The endpoint took as many as a parcel may have: they may be more again, by a quarter. One message that was refused
+    /// is forgotten soon, and where there is a bound a try beyond it is one of several requests.
+    pub(crate) fn accepted(&mut self, messages: usize) {
+        if messages == self.parcel_messages {
+            self.parcel_messages = (messages + messages.div_ceil(4)).min(largest(&self.spec));
+        }
+    }
+
     /// A request is over and its messages are settled, but for those that stay in hand.
     pub(crate) fn settled(&mut self, messages: usize, kept: impl IntoIterator<Item = Delivery>) {
         self.in_flight -= 1;
         self.messages_in_flight -= messages as u64;
-        self.held.extend(kept);
+        self.held.splice(0..0, kept);
     }
 
     pub(crate) fn pause(&mut self) {
@@ -413,6 +430,11 @@ impl Core {
     pub(crate) fn attempts(&self) -> Vec<Attempt> {
         self.attempts.newest_first()
     }
+}
+
+/// Messages in a parcel at most.
+fn largest(spec: &SubscriptionSpec) -> usize {
+    if spec.mode == Mode::Batch { spec.batch.max.get() as usize } else { 1 }
 }
 
 #[cfg(test)]

@@ -158,9 +158,17 @@ async fn settle(
     let verdict = verdict::judge(&exchange.outcome, &engine.spec.verdicts, SystemTime::now);
     processing.judged(&verdict);
     let items = judge_items(engine, &parcel, &exchange.outcome, &verdict);
+    let messages = parcel.deliveries.len();
+    // None of them is dead for what another is, or for their number.
+    let divided = messages > 1 && verdict.decision == Decision::Reject && !verdict.is_asked_for();
     let disabled = {
         let mut state = engine.lock();
         let disabled = state.core.came_back(&parcel, &verdict, Instant::now());
+        match verdict.decision {
+            _ if divided => state.core.refused(messages),
+            Decision::Ack => state.core.accepted(messages),
+            _ => {}
+        }
         for (index, delivery) in parcel.deliveries.iter().enumerate() {
             let reason = items.as_ref().and_then(|items| items.get(index)).map_or(&*verdict.reason, |item| item.reason);
             state.core.log(Attempt {
@@ -183,13 +191,17 @@ async fn settle(
     if disabled {
         tracing::warn!(subscription = %engine.name, "the endpoint is gone; the subscription is disabled until it is resumed");
     }
-    let (count, now) = (parcel.deliveries.len(), Timestamp::now());
+    let now = Timestamp::now();
     let mut kept = Vec::new();
     let mut settling = SmallVec::new();
     for (index, delivery) in parcel.deliveries.into_iter().enumerate() {
         let item = items.as_ref().and_then(|items| items.get(index));
         let (decision, reason) =
             item.map_or((&verdict.decision, &*verdict.reason), |item| (&item.decision, item.reason));
+        if divided {
+            kept.push(delivery);
+            continue;
+        }
         match verdict::settlement(decision, verdict.status, reason, &engine.policy, delivery.attempt()) {
             Some(settlement) => {
                 if let (Some(observer), Decision::Ack) = (&engine.observer, decision) {
@@ -207,7 +219,7 @@ async fn settle(
     }
     processing.over();
     let mut state = engine.lock();
-    state.core.settled(count, kept);
+    state.core.settled(messages, kept);
     engine.next_for(id, state)
 }
 

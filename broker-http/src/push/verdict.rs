@@ -90,6 +90,13 @@ pub(crate) struct Verdict {
     pub(crate) reason: Cow<'static, str>,
 }
 
+impl Verdict {
+    /// Whether the body of a success asks for it, and so means all that it answers.
+    pub(crate) fn is_asked_for(&self) -> bool {
+        self.status.is_some_and(|status| (200..300).contains(&status))
+    }
+}
+
 /// The table. `now` is asked for a `Retry-After` that is a date.
 pub(crate) fn judge(outcome: &Outcome, own: &BTreeMap<u16, StatusVerdict>, now: fn() -> SystemTime) -> Verdict {
     let answer = match outcome {

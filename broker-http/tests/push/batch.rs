@@ -127,6 +127,41 @@ async fn a_batch_fails_as_a_whole() {
 }
 
 #[tokio::test]
+async fn a_batch_that_is_too_large_for_its_endpoint_is_sent_in_smaller_ones() {
+    let mut endpoint = Endpoint::new(|request| status(if ids(&request.body).len() > 7 { 413 } else { 200 })).await;
+    let fields = r#""mode":"batch","max_in_flight":1,"batch":{"max":100,"wait":"10ms"},"retry":{"max_attempts":1}"#;
+    let rig = Rig::new(&endpoint.url(), fields).await;
+    rig.push.pause();
+    rig.publish(numbered(200)).await;
+    rig.push.resume();
+    rig.drained().await;
+    assert!(rig.broker.dead_letters(&rig.group, 10).await.unwrap().is_empty());
+    let requests = endpoint.so_far();
+    let sizes: Vec<_> = requests.iter().map(|request| ids(&request.body).len()).collect();
+    assert_eq!(sizes[..5], [100, 50, 25, 12, 6]);
+    assert!(requests.iter().all(|request| String::from_utf8_lossy(&request.body).contains("\"brokerattempt\":1")));
+}
+
+#[tokio::test]
+async fn one_message_that_is_refused_takes_none_of_its_batch_along() {
+    for refusal in [400, 413, 415, 422] {
+        let endpoint = Endpoint::new(move |request| {
+            status(if ids(&request.body).iter().any(|id| id == "m33") { refusal } else { 200 })
+        })
+        .await;
+        let fields = r#""mode":"batch","batch":{"max":50,"wait":"10ms"},"retry":{"max_attempts":1}"#;
+        let rig = Rig::new(&endpoint.url(), fields).await;
+        rig.push.pause();
+        rig.publish(numbered(100)).await;
+        rig.push.resume();
+        rig.drained().await;
+        let dead = rig.broker.dead_letters(&rig.group, 100).await.unwrap();
+        let dead: Vec<_> = dead.iter().map(|dead| dead.message.id().to_string()).collect();
+        assert_eq!(dead, ["m33"], "{refusal}");
+    }
+}
+
+#[tokio::test]
 async fn a_signed_batch_resent_unchanged_has_its_id() {
     let mut endpoint = Endpoint::script([status(500), status(200)]).await;
     let signing = r#""signing":{"secret":"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"}"#;

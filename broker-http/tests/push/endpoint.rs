@@ -14,6 +14,16 @@ fn numbered(count: u32) -> impl Iterator<Item = Message> {
     (0..count).map(|number| Message::new(number.to_string()))
 }
 
+#[tokio::test]
+async fn an_empty_payload_has_its_length() {
+    let mut endpoint = Endpoint::always(status(200)).await;
+    let rig = Rig::new(&endpoint.url(), "").await;
+    for message in [Message::new(""), Message::tombstone()] {
+        rig.publish([message]).await;
+        assert_eq!(endpoint.next().await.headers["content-length"], "0");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn everything_arrives_once() {
     let mut endpoint = Endpoint::always(status(200)).await;
