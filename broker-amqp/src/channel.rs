@@ -2,10 +2,14 @@
 
 use std::ops::Deref;
 
-use lapin::Channel;
-use lapin::options::BasicQosOptions;
+use broker_core::Result;
+use lapin::options::{BasicConsumeOptions, BasicQosOptions};
+use lapin::types::{FieldTable, ShortString};
+use lapin::{Channel, Consumer};
+use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
+use crate::error::from_lapin;
 use crate::link::Live;
 
 /// A channel of one's own; dropped, it is closed when the server has answered all that was asked on it.
@@ -16,11 +20,23 @@ use crate::link::Live;
 pub(crate) struct OwnChannel {
     channel: Channel,
     live: Live,
+    /// They end with the channel: lapin cancels a consumer that is dropped, and the server would give the queue to the
+    /// next while this channel still holds some of its messages.
+    consumers: Mutex<Vec<Consumer>>,
 }
 
 impl OwnChannel {
     pub(crate) fn new(channel: Channel, live: Live) -> Self {
-        Self { channel, live }
+        Self { channel, live, consumers: Mutex::new(Vec::new()) }
+    }
+
+    /// Receives from a queue until it is cancelled, or the channel is closed.
+    pub(crate) async fn consume(&self, queue: &ShortString) -> Result<Consumer> {
+        let (tag, none) = (ShortString::default(), FieldTable::default());
+        let consuming = self.channel.basic_consume(queue.clone(), tag, BasicConsumeOptions::default(), none);
+        let consumer = consuming.await.map_err(from_lapin)?;
+        self.consumers.lock().push(consumer.clone());
+        Ok(consumer)
     }
 }
 
@@ -40,6 +56,7 @@ impl Drop for OwnChannel {
         // Without a runtime there is no server to wait for either.
         let Ok(runtime) = Handle::try_current() else { return };
         let (channel, live) = (self.channel.clone(), self.live.clone());
+        let consumers = std::mem::take(self.consumers.get_mut());
         runtime.spawn(async move {
             // It is answered after all that was asked before, unless one of those closes the channel.
             match channel.basic_qos(0, BasicQosOptions::default()).await {
@@ -48,6 +65,7 @@ impl Drop for OwnChannel {
                 Err(_) if live.is_up() => live.wear(),
                 Err(_) => {}
             }
+            drop(consumers);
         });
     }
 }

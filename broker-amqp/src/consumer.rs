@@ -9,11 +9,12 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 use futures_util::{FutureExt, StreamExt};
 use lapin::Channel;
-use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions};
-use lapin::types::{FieldTable, ShortString};
+use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicGetOptions, BasicNackOptions, BasicQosOptions};
+use lapin::types::ShortString;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::QueueType;
 use crate::acks::Said;
 use crate::channel::OwnChannel;
 use crate::error::{from_lapin, is_final};
@@ -172,10 +173,7 @@ async fn open(member: &Member, patient: bool) -> Result<Opened> {
             None => topology::declare_own(&channel, &member.filter, &shared.options).await?,
         };
         channel.basic_qos(member.prefetch, BasicQosOptions { global: false }).await.map_err(from_lapin)?;
-        let consumer = channel
-            .basic_consume(queue.clone(), ShortString::default(), BasicConsumeOptions::default(), FieldTable::default())
-            .await
-            .map_err(from_lapin)?;
+        let consumer = channel.consume(&queue).await?;
         Ok((channel, consumer, queue))
     };
     match timeout(shared.options.connect_timeout, opening).await {
@@ -196,7 +194,7 @@ enum Ended {
     Lost(Error),
 }
 
-async fn consume(member: &Arc<Member>, epoch: u64, channel: &Channel, consumer: &mut lapin::Consumer) -> Ended {
+async fn consume(member: &Arc<Member>, epoch: u64, channel: &OwnChannel, consumer: &mut lapin::Consumer) -> Ended {
     let telling = tell(member, channel);
     let receiving = async {
         tokio::select! {
@@ -208,7 +206,10 @@ async fn consume(member: &Arc<Member>, epoch: u64, channel: &Channel, consumer: 
             },
             () = member.stepped_back() => {
                 told(member).await;
-                return Ended::SteppedBack;
+                return match heard(member, channel).await {
+                    Ok(()) => Ended::SteppedBack,
+                    Err(error) => Ended::Lost(error),
+                };
             }
         }
         match leave(member, channel, consumer).await {
@@ -275,19 +276,16 @@ fn read(delivery: lapin::message::Delivery, go_micro: bool) -> (u64, Result<wire
     (tag, arrived.map_err(undecodable))
 }
 
-/// Stops consuming, gives back what was not handed out, and waits until the rest is settled.
-async fn leave(member: &Arc<Member>, channel: &Channel, consumer: &mut lapin::Consumer) -> Result<()> {
-    channel.basic_cancel(consumer.tag(), BasicCancelOptions::default()).await.map_err(from_lapin)?;
-    // What was on its way when the server heard of it; then the stream ends.
-    let options = &member.shared.options;
-    let mut renewed = Vec::new();
-    while let Some(delivery) = consumer.next().await {
-        let (tag, arrived) = read(delivery.map_err(from_lapin)?, options.go_micro);
-        renewed.extend(member.refuse(tag, arrived));
+/// Ends the subscription: hands out no more, and waits until what is in anybody's hands is settled.
+async fn leave(member: &Arc<Member>, channel: &OwnChannel, consumer: &mut lapin::Consumer) -> Result<()> {
+    if member.is_one_at_a_time() {
+        // The server lets the next member receive as soon as this one's consumer is cancelled, whatever this one still
+        // holds. So the consumer stays, and ends with the channel: what was not handed out goes back then, in
+        // its place, before anybody receives. (Cancelling can also end the process of a classic queue, RabbitMQ 3.10.)
+        member.pause();
+    } else {
+        give_back(member, channel, consumer).await?;
     }
-    renewed.extend(member.give_back_waiting());
-    // What is not sent anew by then goes back with the channel.
-    let _ = timeout(options.publish_timeout, join_all(renewed)).await;
     // The acks and nacks so far are told before anybody hears that this is over.
     told(member).await;
     member.end(Ok(()));
@@ -299,6 +297,44 @@ async fn leave(member: &Arc<Member>, channel: &Channel, consumer: &mut lapin::Co
         settled.await;
     }
     told(member).await;
+    heard(member, channel).await
+}
+
+/// Stops consuming, and gives back what was not handed out.
+async fn give_back(member: &Arc<Member>, channel: &Channel, consumer: &mut lapin::Consumer) -> Result<()> {
+    channel.basic_cancel(consumer.tag(), BasicCancelOptions::default()).await.map_err(from_lapin)?;
+    // What was on its way when the server heard of it; then the stream ends.
+    let options = &member.shared.options;
+    let mut renewed = Vec::new();
+    while let Some(delivery) = consumer.next().await {
+        let (tag, arrived) = read(delivery.map_err(from_lapin)?, options.go_micro);
+        renewed.extend(member.refuse(tag, arrived));
+    }
+    renewed.extend(member.give_back_waiting());
+    // What is not sent anew by then goes back with the channel.
+    let _ = timeout(options.publish_timeout, join_all(renewed)).await;
+    Ok(())
+}
+
+/// Waits until the queue has heard all that it was told, so that the channel can be closed.
+///
+/// A channel (RabbitMQ 3.10) has 32 commands under way to a quorum queue, keeps the rest until one of those is written, and
+/// forgets them when it is closed. What is answered only after it was written itself is answered after they were,
+/// and the second such answer comes when the rest is on its way.
+async fn heard(member: &Member, channel: &OwnChannel) -> Result<()> {
+    if member.group.is_none() || member.shared.options.queue_type != QueueType::Quorum || !member.has_told() {
+        return Ok(());
+    }
+    let queue = &member.queue;
+    for _ in 0..2 {
+        if member.is_one_at_a_time() {
+            // It stands by, behind the consumer that is there already, and receives nothing.
+            drop(channel.consume(queue).await?);
+        } else {
+            // What it may get goes back with the channel.
+            channel.basic_get(queue.clone(), BasicGetOptions::default()).await.map_err(from_lapin)?;
+        }
+    }
     Ok(())
 }
 

@@ -1,7 +1,12 @@
 //! Messages that are nobody's any more, on a real RabbitMQ: dead letters whose queue was deleted, groups that
 //! were half deleted, deliveries that were given back unread.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on has failed")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a test that cannot go on has failed"
+)]
 
 mod amqp_server;
 
@@ -17,9 +22,11 @@ use broker_amqp::lapin::options::{
 use broker_amqp::lapin::types::{AMQPValue, FieldTable};
 use broker_amqp::lapin::{BasicProperties, ExchangeKind};
 use broker_core::{
-    Broker, BrokerExt, DeadLetter, ErrorKind, Group, GroupOptions, Message, RetryPolicy, Subscribe, Subscription, Topic,
+    Broker, BrokerExt, DeadLetter, Delivery, ErrorKind, Group, GroupOptions, Message, PublisherOptions, RetryPolicy,
+    Subscribe, Subscription, Topic,
 };
 use broker_tests::{Fault, Proxy};
+use tokio::sync::Notify;
 use tokio::time::timeout;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -514,4 +521,114 @@ async fn retries_that_wait_are_purged_and_deleted_with_their_group() {
     ctl(&["set_permissions", "-p", &host, "guest", ".*", ".*", ".*"]);
     retries_that_wait(&format!("{}/{host}?queue_type=classic", server())).await;
     ctl(&["delete_vhost", &host]);
+}
+
+/// Of each kind of queue, brokers of that kind.
+fn of_each_kind() -> [Box<dyn Fn() -> Arc<dyn Broker>>; 2] {
+    ["quorum", "classic"].map(|kind| {
+        let url = format!("{}?queue_type={kind}", server());
+        Box::new(move || open(&url).unwrap()) as Box<dyn Fn() -> Arc<dyn Broker>>
+    })
+}
+
+async fn publish(broker: &dyn Broker, topic: &Topic, count: usize, keys: usize) {
+    let publisher = broker.publisher(topic, PublisherOptions::new()).unwrap();
+    let message = |n: usize| Message::new(n.to_string()).with_key((n % keys).to_string());
+    let published: Vec<_> = (0..count).map(|n| publisher.publish(message(n))).collect();
+    for one in published {
+        one.await.unwrap();
+    }
+}
+
+fn number(delivery: &Delivery) -> usize {
+    std::str::from_utf8(delivery.message().payload()).unwrap().parse().unwrap()
+}
+
+/// The next of an ordered group may go on only when the one that leaves holds nothing any more, and everything goes on
+/// in its order.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_leaves_an_ordered_group_has_its_turn_until_it_holds_nothing() {
+    let _turn = TURN.lock().await;
+    for (round, broker) in of_each_kind().iter().flat_map(|broker| (0..4).map(move |round| (round, broker))) {
+        let (leaving, staying) = (broker(), broker());
+        let (topic, group) = names("turn");
+        staying.create_group(&group, GroupOptions::new().with_ordered(true)).await.unwrap();
+        let window = || Subscribe::group(group.name.clone()).with_max_in_flight(8).unwrap();
+        let mut first = leaving.subscribe(&group.filter, window()).await.unwrap();
+        let mut second = staying.subscribe(&group.filter, window()).await.unwrap();
+        publish(&*staying, &topic, 20, 1).await;
+        let held = next(&mut first).await;
+        assert_eq!(number(&held), 0);
+        let settling = Arc::new(Notify::new());
+        let settled = Arc::clone(&settling);
+        let gone = tokio::spawn(async move {
+            match round % 3 {
+                0 => first.close().await.unwrap(),
+                1 => drop(first),
+                // The subscription ends with its broker.
+                _ => return leaving.close(PATIENCE).await.complete,
+            }
+            settled.notified().await;
+            leaving.close(PATIENCE).await.complete
+        });
+        let early = timeout(Duration::from_millis(500), second.next()).await;
+        assert!(early.is_err(), "round {round}: {early:?} came while one of its key was in somebody's hands");
+        held.ack().await.unwrap();
+        settling.notify_one();
+        for expected in 1..20 {
+            let delivery = next(&mut second).await;
+            assert_eq!(number(&delivery), expected, "round {round}");
+            delivery.ack().await.unwrap();
+        }
+        assert!(gone.await.unwrap());
+        drop(second);
+        clean(staying, &group).await;
+    }
+}
+
+/// What was acked does not come back, however much was given back beside it just before the end.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_acked_before_a_clean_close_does_not_come_back() {
+    const COUNT: usize = 400;
+    let _turn = TURN.lock().await;
+    for (ordered, broker) in of_each_kind().iter().flat_map(|broker| [false, true].map(|ordered| (ordered, broker))) {
+        let keeper = broker();
+        let (topic, group) = names("acked");
+        keeper.create_group(&group, GroupOptions::new().with_ordered(ordered)).await.unwrap();
+        publish(&*keeper, &topic, COUNT, COUNT).await;
+        let mut acked = vec![0_u32; COUNT];
+        for round in 0..6 {
+            let member = broker();
+            let window = Subscribe::group(group.name.clone()).with_max_in_flight(300).unwrap();
+            let mut subscription = member.subscribe(&group.filter, window).await.unwrap();
+            let mut held = Vec::new();
+            while held.len() < 50 {
+                held.push(next(&mut subscription).await);
+            }
+            // As handlers end: in no order, while the others are given back.
+            fastrand::shuffle(&mut held);
+            let closing = tokio::spawn(async move {
+                drop(subscription);
+                member.close(PATIENCE).await.complete
+            });
+            tokio::time::sleep(Duration::from_millis(round)).await;
+            for delivery in held {
+                let number = number(&delivery);
+                delivery.ack().await.unwrap();
+                acked[number] += 1;
+            }
+            assert!(closing.await.unwrap());
+        }
+        let mut rest = join(&*keeper, &group).await;
+        while acked.contains(&0) {
+            let delivery = next(&mut rest).await;
+            acked[number(&delivery)] += 1;
+            delivery.ack().await.unwrap();
+        }
+        // What came back would have come before the last.
+        let twice = acked.iter().filter(|times| **times > 1).count();
+        assert_eq!(twice, 0, "acked twice, ordered: {ordered}");
+        drop(rest);
+        clean(keeper, &group).await;
+    }
 }

@@ -89,6 +89,8 @@ pub(crate) struct State {
     kept: bool,
     /// Acks and nacks taken for the wire and not written yet.
     telling: bool,
+    /// Whether any were, on this channel.
+    has_told: bool,
     gap: Option<Gap>,
     pub(crate) waker: Option<Waker>,
     pub(crate) close_waker: Option<Waker>,
@@ -135,6 +137,7 @@ impl Member {
                 remembered: HashMap::new(),
                 kept: false,
                 telling: false,
+                has_told: false,
                 gap: None,
                 waker: None,
                 close_waker: None,
@@ -168,6 +171,7 @@ impl Member {
         state.handed = 0;
         state.kept = false;
         state.telling = false;
+        state.has_told = false;
         if self.group.is_none() && state.ended.is_none() {
             state.gap = Some(state.gap.map_or(Gap::Unknown, |gap| gap.and(Gap::Unknown)));
         }
@@ -200,6 +204,16 @@ impl Member {
     pub(crate) fn unacked(&self) -> u64 {
         let state = self.state.lock();
         (state.handed + state.lanes.len()) as u64
+    }
+
+    /// Whether one member of its queue receives at a time, as order asks for.
+    pub(crate) fn is_one_at_a_time(&self) -> bool {
+        self.group.is_some() && self.known.settings.ordered
+    }
+
+    /// Hands out nothing more on this channel.
+    pub(crate) fn pause(&self) {
+        self.state.lock().paused = true;
     }
 
     /// Whether it is the one that receives from its queue, as far as it can know.
@@ -355,8 +369,10 @@ impl Member {
     /// What is to be told to the server, in this order.
     pub(crate) fn to_tell(&self) -> Vec<Said> {
         let mut state = self.state.lock();
+        let told = state.acks.flush();
         state.telling = true;
-        state.acks.flush()
+        state.has_told |= !told.is_empty();
+        told
     }
 
     /// It is written.
@@ -367,6 +383,11 @@ impl Member {
     /// Whether something is being written.
     pub(crate) fn telling(&self) -> bool {
         self.state.lock().telling
+    }
+
+    /// Whether the server was told anything on this channel.
+    pub(crate) fn has_told(&self) -> bool {
+        self.state.lock().has_told
     }
 
     /// How many acks wait to be told, and whether anything else does.

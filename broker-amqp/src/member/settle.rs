@@ -82,9 +82,10 @@ impl Member {
                 return Operation::from(state.too_late());
             }
             state.handed = state.handed.saturating_sub(1);
-            if self.known.settings.ordered && !self.stop.is_cancelled() {
+            if self.known.settings.ordered {
                 // The queue would hand it to its active consumer, which is this: and what is on its way meanwhile would
-                // overtake it. Here it waits before all others of its key, and counts as no redelivery.
+                // overtake it. Here it waits before all others of its key, and counts as no redelivery; a member that leaves
+                // gives it back with its channel.
                 state.lanes.again(item.clone());
                 let next = state.waker.take();
                 drop(state);
