@@ -37,7 +37,8 @@ async fn what_is_not_verified_is_401_and_says_why() {
             (with(signed(SECRET, "1", 0, "42"), "webhook-id", "2"), "webhook-signature"),
             (with(signed(SECRET, "1", 0, "42"), "webhook-timestamp", "1"), "too old"),
             (signed(SECRET, "1", 302, "42"), "too old"),
-            (signed(SECRET, "1", -302, "42"), "future"),
+            // However long it is on its way here.
+            (signed(SECRET, "1", -360, "42"), "future"),
             (with(signed(SECRET, "1", 0, "42"), "webhook-timestamp", "99999999999999999999"), "webhook-timestamp"),
             (with(signed(SECRET, "1", 0, "42"), "webhook-timestamp", "-1"), "webhook-timestamp"),
             (with(signed(SECRET, "1", 0, "42"), "webhook-signature", "v1,"), "webhook-signature"),
@@ -56,7 +57,7 @@ async fn what_is_not_verified_is_401_and_says_why() {
         }
         // Nothing of that counts as seen.
         assert_eq!(send(service, signed(SECRET, "1", 0, "42")).await.status(), StatusCode::OK);
-        assert_eq!(send(service, signed(SECRET, "2", 299, "42")).await.status(), StatusCode::OK);
+        assert_eq!(send(service, signed(SECRET, "2", 240, "42")).await.status(), StatusCode::OK);
     }
 }
 
