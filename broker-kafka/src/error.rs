@@ -35,8 +35,8 @@ pub fn error_kind(code: i16) -> ErrorKind {
         // MESSAGE_TOO_LARGE, RECORD_LIST_TOO_LARGE
         10 | 18 => ErrorKind::TooLarge,
         // INVALID_TOPIC_EXCEPTION, INVALID_PARTITIONS, INVALID_REPLICATION_FACTOR,
-        // INVALID_REPLICA_ASSIGNMENT, INVALID_CONFIG, INVALID_RECORD
-        17 | 37..=40 | 87 => ErrorKind::Invalid,
+        // INVALID_REPLICA_ASSIGNMENT, INVALID_CONFIG, INVALID_RECORD, INVALID_TIMESTAMP
+        17 | 32 | 37..=40 | 87 => ErrorKind::Invalid,
         // TOPIC_, GROUP_ and CLUSTER_AUTHORIZATION_FAILED, UNSUPPORTED_SASL_MECHANISM,
         // ILLEGAL_SASL_STATE, TRANSACTIONAL_ID_AUTHORIZATION_FAILED, SASL_AUTHENTICATION_FAILED
         29..=31 | 33 | 34 | 53 | 58 => ErrorKind::Unauthorized,
@@ -106,7 +106,14 @@ pub(crate) fn fatal(code: RDKafkaErrorCode, why: &str) -> Error {
 
 /// An error code of librdkafka met while doing `what`.
 pub(crate) fn coded(what: impl std::fmt::Display, code: RDKafkaErrorCode) -> Error {
-    Error::new(code_kind(code), format!("{what}: {code}"))
+    let advice = match code {
+        RDKafkaErrorCode::InvalidTimestamp => {
+            "; the topic's message.timestamp.after.max.ms (an hour, unless it is set) and message.timestamp.before.max.ms say \
+             how far a message's time may be from the server's"
+        }
+        _ => "",
+    };
+    Error::new(code_kind(code), format!("{what}: {code}{advice}"))
 }
 
 #[cfg(test)]

@@ -28,6 +28,20 @@ async fn records_of_others_are_read() -> Result<()> {
     Ok(())
 }
 
+/// A server takes none from further ahead than an hour, unless its topic says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_time_that_the_server_does_not_take_is_told_with_its_settings() -> Result<()> {
+    let (broker, topic) = (broker("")?, topic("ahead")?);
+    let ahead =
+        |hours: u64| Message::new("x").with_timestamp(Timestamp::now().after(Duration::from_secs(hours * 3_600)));
+    let error = broker.publish(&topic, ahead(3)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+    assert!(error.message().contains("message.timestamp.after.max.ms"), "{error}");
+    broker.publish(&topic, ahead(0)).await?;
+    close(&broker).await;
+    Ok(())
+}
+
 /// More than librdkafka's queue holds: publishes wait in the order of the calls, and none fails.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_queue_waits_in_order() -> Result<()> {
