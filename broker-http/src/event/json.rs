@@ -19,8 +19,8 @@ use super::{Decoded, Envelope, Options, percent};
 /// Appends one event as a JSON object.
 ///
 /// A JSON payload stands in `data` as it is, byte for byte, unless white space around it or a
-/// carriage return in it would get lost on the way, or it is nested more than 120 deep, which parsers
-/// refuse; text stands in `data` as a string; everything
+/// carriage return in it would get lost on the way, or it is nested more than 120 deep or has a number
+/// that no double holds, which parsers refuse; text stands in `data` as a string; everything
 /// else is in `data_base64`. So the object has no carriage return, and has line feeds only where a
 /// JSON payload has them.
 ///
@@ -119,7 +119,8 @@ fn encode_payload(content_type: Option<&str>, payload: &[u8], object: &mut Membe
         Some(content_type) if is_json(content_type) => {
             let kept = serde_json::from_slice::<&RawValue>(payload)
                 .is_ok_and(|json| json.get().len() == payload.len() && !payload.contains(&b'\r'))
-                && !is_deep(payload);
+                && !is_deep(payload)
+                && !is_beyond_doubles(payload);
             if kept {
                 return object.raw("data", payload);
             }
@@ -162,6 +163,35 @@ fn is_deep(json: &[u8]) -> bool {
         }
     }
     false
+}
+
+/// Whether well-formed JSON has a number that is infinite as a double, as `1e999` is. There are readers that take nothing
+/// of an array in which there is one (Go's `encoding/json` among them).
+fn is_beyond_doubles(json: &[u8]) -> bool {
+    let digits = |some: &[u8]| some.iter().all(u8::is_ascii_digit);
+    let large = |at: usize| {
+        let exponent = json.get(at + 1..).unwrap_or_default();
+        exponent.strip_prefix(b"+").unwrap_or(exponent).first_chunk::<3>().is_some_and(|some| digits(some))
+    };
+    // Three hundred digits have half as many in their middle, wherever they begin.
+    let suspect = memchr::memchr2_iter(b'e', b'E', json).any(large) || json.chunks_exact(150).any(digits);
+    if !suspect {
+        return false;
+    }
+    // It may be text.
+    let (mut in_text, mut escaped) = (false, false);
+    let outside = |byte: &u8| {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = in_text,
+            b'"' => in_text = !in_text,
+            _ => {}
+        }
+        if in_text { b' ' } else { *byte }
+    };
+    let bare: Vec<u8> = json.iter().map(outside).collect();
+    let numbers = bare.split(|byte| !matches!(byte, b'0'..=b'9' | b'+' | b'-' | b'.' | b'e' | b'E'));
+    numbers.filter_map(|number| std::str::from_utf8(number).ok()?.parse::<f64>().ok()).any(f64::is_infinite)
 }
 
 /// A media type that is JSON: `*/json` or `*/*+json` (JSON event format, section 3.1.1).

@@ -386,6 +386,29 @@ fn lines_keep_json_as_it_is_written() {
 }
 
 #[test]
+fn a_number_that_no_double_holds_is_not_embedded() {
+    let topic = "orders".parse().unwrap();
+    let digits = "7".repeat(400);
+    for (payload, embedded) in [
+        ("1e999", false),
+        ("[1,-1E+400]", false),
+        (r#"{"a":1.5e308,"b":"1e999","\"":1e0001,"c":1e-999}"#, true),
+        (r#"{"a":"\"","b":12e3456}"#, false),
+        (r#"{"sha":"7e100e300"}"#, true),
+        (&digits, false),
+        (&format!("\"{digits}\""), true),
+        (&format!("0.{digits}"), true),
+    ] {
+        let message = Message::new(payload.to_owned()).with_content_type("application/json").unwrap();
+        let mut out = Vec::new();
+        json::encode(Envelope::new(&topic, &message), &mut out);
+        let text = String::from_utf8(out.clone()).unwrap();
+        assert_eq!(text.contains(r#""data":"#), embedded, "{text}");
+        assert_eq!(json::decode(&out, &Options::default(), None).unwrap().message.payload(), payload.as_bytes());
+    }
+}
+
+#[test]
 fn what_is_nested_too_deep_for_parsers_is_not_embedded() {
     let topic = Topic::new("a").unwrap();
     let nested = |depth: usize| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
