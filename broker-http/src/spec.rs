@@ -285,7 +285,8 @@ pub enum Mode {
     Raw,
 }
 
-/// How many messages one request has in batch mode: up to 8 MiB of them, or one that is larger.
+/// How many messages one request has in batch mode: up to 8 MiB of them, or one that is larger. While the endpoint refuses
+/// so many as a whole they are fewer, down to one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Batch {

@@ -125,8 +125,8 @@ impl KafkaBroker {
     /// [`Conflict`](broker_core::ErrorKind::Conflict) if another producer has taken the `transactional_id`;
     /// and what publishing says. After an error nothing of it has happened, and the deliveries come again; but one
     /// that says "whether the transaction was committed is not known" means that: the server did not answer in time
-    /// (`publish_timeout`, and `connect_timeout` more; [`Timeout`](broker_core::ErrorKind::Timeout)) or was another's by then. All of it has
-    /// happened or none, and the deliveries come again in both cases.
+    /// (`publish_timeout`, and `connect_timeout` more; [`Timeout`](broker_core::ErrorKind::Timeout)) or was another's
+    /// by then. All of it has happened or none, and the deliveries come again in both cases.
     pub fn transact(&self, transaction: Transaction) -> BoxFuture<'static, Result<Vec<Receipt>>> {
         self.blocking(|shared| shared.transact(transaction))
     }

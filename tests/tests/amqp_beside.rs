@@ -7,44 +7,20 @@ mod amqp_server;
 
 use std::time::Duration;
 
-use amqp_server::{TURN, address, at, ctl, open, open_as_it_is, ours, raw, server};
+use amqp_server::{TURN, address, at, ctl, join, names, next, open, open_as_it_is, ours, raw, server, unique, within};
 use broker_amqp::lapin::options::{ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions};
 use broker_amqp::lapin::types::{AMQPValue, FieldTable};
 use broker_core::{
     Broker, BrokerExt, Delivery, ErrorKind, Group, GroupOptions, Message, PublisherOptions, State, Subscribe,
-    Subscription, Timestamp, Topic,
+    Timestamp, Topic,
 };
 use tokio::time::timeout;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A name nobody else uses.
-fn unique(name: &str) -> String {
-    format!("{name}-{:08x}", fastrand::u32(..))
-}
-
-/// A topic nobody else uses, and a group of it.
-fn names(name: &str) -> (Topic, Group) {
-    let topic = Topic::new(format!("suite.{}", unique(name))).unwrap();
-    let group = Group::new(name.parse().unwrap(), (&topic).into());
-    (topic, group)
-}
-
-async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
-    timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("{what} hangs"))
-}
-
 /// Where its dead letters go.
 fn dead(group: &Group) -> Topic {
     Topic::new(format!("dead.{}", group.name)).unwrap()
-}
-
-async fn join(broker: &dyn Broker, group: &Group) -> Subscription {
-    broker.subscribe(&group.filter, Subscribe::group(group.name.clone())).await.unwrap()
-}
-
-async fn next(member: &mut Subscription) -> Delivery {
-    within("receiving", member.next()).await.unwrap().unwrap()
 }
 
 /// A virtual host of its own on our server, with a limit; the URL's end. Deleted by its name.

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use amqp_server::{TURN, address, at, ctl, open, open_as_it_is, ours, raw, server};
+use amqp_server::{TURN, address, at, ctl, join, names, next, open, open_as_it_is, ours, raw, server};
 use broker_amqp::lapin::options::{
     BasicPublishOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions,
     QueueDeleteOptions,
@@ -23,28 +23,13 @@ use broker_amqp::lapin::types::{AMQPValue, FieldTable};
 use broker_amqp::lapin::{BasicProperties, ExchangeKind};
 use broker_core::{
     Broker, BrokerExt, DeadLetter, Delivery, ErrorKind, Group, GroupOptions, Message, PublisherOptions, RetryPolicy,
-    Subscribe, Subscription, Topic,
+    Subscribe, Topic,
 };
 use broker_tests::{Fault, Proxy};
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
 const PATIENCE: Duration = Duration::from_secs(20);
-
-/// A topic nobody else uses, and a group of it.
-fn names(name: &str) -> (Topic, Group) {
-    let topic = Topic::new(format!("suite.{name}-{:08x}", fastrand::u32(..))).unwrap();
-    let group = Group::new(name.parse().unwrap(), (&topic).into());
-    (topic, group)
-}
-
-async fn join(broker: &dyn Broker, group: &Group) -> Subscription {
-    broker.subscribe(&group.filter, Subscribe::group(group.name.clone())).await.unwrap()
-}
-
-async fn next(member: &mut Subscription) -> broker_core::Delivery {
-    timeout(PATIENCE, member.next()).await.expect("nothing comes").unwrap().unwrap()
-}
 
 async fn letters(broker: &dyn Broker, group: &Group, count: usize) -> Vec<DeadLetter> {
     let there = async {

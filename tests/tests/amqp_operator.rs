@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use amqp_server::{TURN, address, at, ctl, fault, open, ours, printed, raw, server};
+use amqp_server::{TURN, address, at, ctl, fault, open, ours, printed, raw, server, unique, within};
 use broker_amqp::lapin::options::{
     BasicGetOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions,
     QueueDeleteOptions,
@@ -24,11 +24,6 @@ use broker_tests::{Fault, Proxy};
 use parking_lot::Mutex;
 use tokio::time::timeout;
 
-/// A name nobody else uses.
-fn unique(name: &str) -> String {
-    format!("{name}-{:08x}", fastrand::u32(..))
-}
-
 fn topic(name: &str) -> Topic {
     Topic::new(format!("suite.{}", unique(name))).unwrap()
 }
@@ -38,10 +33,6 @@ fn group(name: &str, topic: &Topic) -> Group {
 }
 
 const PATIENCE: Duration = Duration::from_secs(10);
-
-async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(30), future).await.unwrap_or_else(|_| panic!("{what} hangs"))
-}
 
 async fn declare(channel: &Channel, queue: &str, options: QueueDeclareOptions, arguments: &[(&str, AMQPValue)]) {
     let mut table = FieldTable::default();

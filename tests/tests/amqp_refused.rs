@@ -7,24 +7,13 @@ mod amqp_server;
 
 use std::time::Duration;
 
-use amqp_server::{TURN, address, ctl, open, ours, printed, raw, server};
+use amqp_server::{TURN, address, ctl, join, names, next, open, ours, printed, raw, server, unique, within};
 use broker_amqp::lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
 use broker_amqp::lapin::types::{AMQPValue, FieldTable};
 use broker_amqp::lapin::{Channel, Connection, ConnectionProperties};
-use broker_core::{
-    Broker, BrokerExt, Counts, Delivery, ErrorKind, Group, GroupOptions, Message, Subscribe, Subscription, Topic,
-};
+use broker_core::{Broker, BrokerExt, Counts, ErrorKind, Group, GroupOptions, Message, Subscribe, Topic};
 
 const PATIENCE: Duration = Duration::from_secs(10);
-
-/// A name nobody else uses.
-fn unique(name: &str) -> String {
-    format!("{name}-{:08x}", fastrand::u32(..))
-}
-
-async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(30), future).await.unwrap_or_else(|_| panic!("{what} hangs"))
-}
 
 /// Why a connection is refused, and what to do about it; of the password nothing.
 #[tokio::test(flavor = "multi_thread")]
@@ -108,23 +97,6 @@ async fn members_beyond_the_channels_of_a_connection_are_refused() {
     };
     members.push(within("joining", again).await);
     assert!(broker.close(PATIENCE).await.complete);
-}
-
-/// A topic nobody else uses, and a group of it.
-fn names(name: &str) -> (Topic, Group) {
-    let topic = Topic::new(format!("suite.{}", unique(name))).unwrap();
-    let group = Group::new(name.parse().unwrap(), (&topic).into());
-    (topic, group)
-}
-
-/// A member that has one message in its hands at most.
-async fn join(broker: &dyn Broker, group: &Group) -> Subscription {
-    let one = Subscribe::group(group.name.clone()).with_max_in_flight(1).unwrap();
-    broker.subscribe(&group.filter, one).await.unwrap()
-}
-
-async fn next(member: &mut Subscription) -> Delivery {
-    within("receiving", member.next()).await.unwrap().unwrap()
 }
 
 async fn counts(broker: &dyn Broker, group: &Group) -> Counts {

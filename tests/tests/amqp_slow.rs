@@ -9,32 +9,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use amqp_server::slow::Slow;
-use amqp_server::{TURN, address, at, ctl, open, open_as_it_is, ours, raw, server};
-use broker_core::{
-    Broker, BrokerExt, ErrorKind, Group, GroupOptions, Message, Subscribe, Subscription, Timestamp, Topic,
-};
+use amqp_server::{TURN, address, at, ctl, join, names, next, open, open_as_it_is, ours, raw, server, unique};
+use broker_core::{Broker, BrokerExt, ErrorKind, Group, GroupOptions, Message, Subscribe, Timestamp};
 use tokio::time::timeout;
 
 const PATIENCE: Duration = Duration::from_secs(20);
-
-/// A name nobody else uses.
-fn unique(name: &str) -> String {
-    format!("{name}-{:08x}", fastrand::u32(..))
-}
-
-fn names(name: &str) -> (Topic, Group) {
-    let topic = Topic::new(format!("suite.{}", unique(name))).unwrap();
-    let group = Group::new(name.parse().unwrap(), (&topic).into());
-    (topic, group)
-}
-
-async fn join(broker: &dyn Broker, group: &Group) -> Subscription {
-    broker.subscribe(&group.filter, Subscribe::group(group.name.clone())).await.unwrap()
-}
-
-async fn next(member: &mut Subscription) -> broker_core::Delivery {
-    timeout(PATIENCE, member.next()).await.expect("nothing comes").unwrap().unwrap()
-}
 
 /// A broker behind a proxy, with an exchange of its own, which has no delay queues yet. Nothing else is in a hurry.
 async fn slow() -> (Slow, Arc<dyn Broker>, String) {

@@ -10,6 +10,7 @@ use broker_core::{
     Counts, Deliveries, Delivery, Error, Failure, Gap, Group, GroupSettings, Message, MessageId, Result, Settle,
     Timestamp, Topic, TopicFilter,
 };
+use bytes::Bytes;
 use lapin::types::ShortString;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -447,6 +448,14 @@ impl State {
             return Ok(());
         }
         Err(Error::unavailable("the connection to RabbitMQ was lost before this was settled: the message comes back"))
+    }
+
+    /// A delivery goes back to the queue, and with it what waits here behind it, of this key, and would overtake it.
+    fn give_back(&mut self, tag: u64, key: Option<&Bytes>) {
+        let behind = self.lanes.give_back(key);
+        for tag in std::iter::once(tag).chain(behind.into_iter().map(|one| one.tag)) {
+            self.acks.give_back(tag);
+        }
     }
 
     /// A delivery that was handed out is. Whom to wake, if the next of its key may go now.

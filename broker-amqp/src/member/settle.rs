@@ -7,10 +7,11 @@ use std::time::Duration;
 use broker_core::{
     DeadLetter, Deliveries, Error, ErrorKind, Failure, Message, Operation, Result, Settle, Settlement, Timestamp, Topic,
 };
+use parking_lot::MutexGuard;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout_at};
 
-use super::{Inbound, Member, Remembered};
+use super::{Inbound, Member, Remembered, State};
 use crate::error::is_final;
 use crate::link::{Wait, closed};
 use crate::topology;
@@ -86,19 +87,21 @@ impl Member {
                 // The queue would hand it to its active consumer, which is this: and what is on its way meanwhile would
                 // overtake it. Here it waits before all others of its key, and counts as no redelivery; a member that leaves
                 // gives it back with its channel.
-                state.lanes.again(item.clone());
-                let next = state.waker.take();
-                drop(state);
-                self.tell(false, next);
+                self.again(state, item.clone());
                 return Settle::done();
             }
-            let behind = state.lanes.give_back(item.message.key());
-            for tag in std::iter::once(item.tag).chain(behind.into_iter().map(|one| one.tag)) {
-                state.acks.give_back(tag);
-            }
+            state.give_back(item.tag, item.message.key());
         }
         self.tell(true, None);
         Settle::done()
+    }
+
+    /// It waits here again, before all others of its key.
+    fn again(&self, mut state: MutexGuard<'_, State>, item: Inbound) {
+        state.lanes.again(item);
+        let next = state.waker.take();
+        drop(state);
+        self.tell(false, next);
     }
 
     /// Whether a message that is given back has been round so often that it is better sent anew. Order forbids
@@ -164,10 +167,7 @@ impl Member {
                     return;
                 }
                 if wait > MAX_HOLD {
-                    let behind = state.lanes.give_back(item.message.key());
-                    for tag in std::iter::once(item.tag).chain(behind.into_iter().map(|one| one.tag)) {
-                        state.acks.give_back(tag);
-                    }
+                    state.give_back(item.tag, item.message.key());
                 } else {
                     state.lanes.again(item);
                 }
@@ -398,20 +398,13 @@ impl Member {
             if !state.is(epoch) {
                 return;
             }
-            if self.known.settings.ordered && replaced.was_handed() && !self.stop.is_cancelled() {
-                // As with one that is released: it waits here, before all others of its key.
-                state.lanes.again(item);
-                let next = state.waker.take();
-                drop(state);
-                self.tell(false, next);
+            if self.known.settings.ordered && replaced.was_handed() {
+                // As with one that is released.
+                self.again(state, item);
                 return;
             }
             // One that was in nobody's hands holds up no others.
-            let key = item.message.key().filter(|_| replaced.was_handed());
-            let behind = state.lanes.give_back(key);
-            for tag in std::iter::once(item.tag).chain(behind.into_iter().map(|one| one.tag)) {
-                state.acks.give_back(tag);
-            }
+            state.give_back(item.tag, item.message.key().filter(|_| replaced.was_handed()));
         }
         self.tell(true, None);
     }

@@ -25,8 +25,9 @@ use crate::returns::Identity;
 use crate::wire::{self, Travel};
 use task::Task;
 
-/// Bytes that wait for their confirm at most, what is held beside each message among them; beyond, the caller has to await some.
+/// Bytes that wait for their confirm at most; beyond, the caller has to await some.
 const MAX_PENDING_BYTES: usize = 512 << 20;
+/// What is held beside each message, about; it counts among them.
 const BESIDE: usize = 512;
 /// What RabbitMQ negotiates unless it is told otherwise.
 const DEFAULT_FRAME_MAX: usize = 131_072;

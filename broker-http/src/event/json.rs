@@ -173,8 +173,9 @@ fn is_beyond_doubles(json: &[u8]) -> bool {
         let exponent = json.get(at + 1..).unwrap_or_default();
         exponent.strip_prefix(b"+").unwrap_or(exponent).first_chunk::<3>().is_some_and(|some| digits(some))
     };
-    // Three hundred digits have half as many in their middle, wherever they begin.
-    let suspect = memchr::memchr2_iter(b'e', b'E', json).any(large) || json.chunks_exact(150).any(digits);
+    // With two digits of exponent it takes two hundred before that, which have half as many in their middle, wherever they
+    // begin.
+    let suspect = memchr::memchr2_iter(b'e', b'E', json).any(large) || json.chunks_exact(100).any(digits);
     if !suspect {
         return false;
     }

@@ -396,6 +396,10 @@ fn a_number_that_no_double_holds_is_not_embedded() {
         (r#"{"a":"\"","b":12e3456}"#, false),
         (r#"{"sha":"7e100e300"}"#, true),
         (&digits, false),
+        // Wherever it begins.
+        (&format!("[{}e99]", "7".repeat(211)), false),
+        (&format!("[{}{}e99]", " ".repeat(99), "7".repeat(211)), false),
+        (&format!("[{}e99]", "7".repeat(209)), true),
         (&format!("\"{digits}\""), true),
         (&format!("0.{digits}"), true),
     ] {

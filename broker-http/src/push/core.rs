@@ -347,8 +347,11 @@ impl Core {
     }
 
     /// The endpoint refused a parcel of so many messages as a whole: for what one of them is, or because they are too
-    /// many for it. Whichever it is, halves tell.
+    /// many for it. Whichever it is, halves tell. They are sent again, which the rate counts.
     pub(crate) fn refused(&mut self, messages: usize) {
+        if let Some(rate) = &mut self.rate {
+            rate.take(messages);
+        }
         self.parcel_messages = self.parcel_messages.min(messages / 2).max(1);
     }
 

@@ -20,6 +20,7 @@ use http::{HeaderMap, HeaderValue, Version, header};
 use http_body::{Frame, SizeHint};
 use http_body_util::BodyExt;
 use parking_lot::Mutex;
+use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout_at};
 
 use super::Shared;
@@ -55,7 +56,6 @@ pub(crate) trait Unread: http_body::Body<Data = Bytes> + Send + Unpin + 'static 
 impl<B: http_body::Body<Data = Bytes> + Send + Unpin + 'static> Unread for B {}
 
 /// How bodies over HTTP/2 are read that nobody needs.
-#[derive(Clone)]
 pub(crate) struct Drains {
     pub(crate) shared: Arc<Shared>,
     /// Of a connection of ours, on which it is a request's work.
@@ -64,9 +64,11 @@ pub(crate) struct Drains {
 
 impl Drains {
     fn drain(self, body: impl Unread) {
+        // Without a runtime there is no sender to read from either.
+        let Ok(runtime) = Handle::try_current() else { return };
         let limits = self.shared.limits.load_full();
         let work = self.activity.as_ref().map(Busy::begin);
-        tokio::spawn(async move {
+        runtime.spawn(async move {
             drain(body, limits.refused_body_bytes, patience(&limits)).await;
             drop(work);
         });

@@ -10,9 +10,11 @@ pub(crate) mod stranger;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use broker_amqp::lapin::{Channel, Connection, ConnectionProperties};
-use broker_core::{Broker, Connectors, Result};
+use broker_core::{Broker, Connectors, Delivery, Group, Result, Subscribe, Subscription, Topic};
+use tokio::time::timeout;
 
 /// One test of a file at a time has the server.
 pub(crate) static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
@@ -94,4 +96,29 @@ pub(crate) async fn fault(what: &'static str) -> bool {
 pub(crate) fn ctl(arguments: &[&str]) -> String {
     let all = [&["ctl", server()], arguments].concat();
     script(&all).unwrap_or_else(|error| panic!("tests/servers {all:?}: {error}"))
+}
+
+/// A name nobody else uses.
+pub(crate) fn unique(name: &str) -> String {
+    format!("{name}-{:08x}", fastrand::u32(..))
+}
+
+/// A topic nobody else uses, and a group of it.
+pub(crate) fn names(name: &str) -> (Topic, Group) {
+    let topic = Topic::new(format!("suite.{}", unique(name))).unwrap();
+    let group = Group::new(name.parse().unwrap(), (&topic).into());
+    (topic, group)
+}
+
+/// What comes of it, unless it hangs.
+pub(crate) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
+    timeout(Duration::from_secs(30), future).await.unwrap_or_else(|_| panic!("{what} hangs"))
+}
+
+pub(crate) async fn join(broker: &dyn Broker, group: &Group) -> Subscription {
+    broker.subscribe(&group.filter, Subscribe::group(group.name.clone())).await.unwrap()
+}
+
+pub(crate) async fn next(member: &mut Subscription) -> Delivery {
+    within("receiving", member.next()).await.unwrap().unwrap()
 }

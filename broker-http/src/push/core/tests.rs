@@ -249,6 +249,32 @@ fn a_rate_counts_messages_and_tells_when() {
     assert_eq!(all(&mut core, now + Duration::from_millis(55)).0.remove(0).deliveries.len(), 5);
 }
 
+/// It is sent again in halves, first and before all else, and the rate counts what is sent again.
+#[test]
+fn a_batch_that_is_refused_is_divided_and_counts_again() {
+    let now = Instant::now();
+    let fields = r#""mode":"batch","max_in_flight":1,"batch":{"max":10,"wait":"0s"},"rate_limit":100"#;
+    let (mut core, broker) = core(fields, now);
+    broker.publish(12);
+    let Next::Send(parcel) = next(&mut core, now) else { panic!("it is to be sent") };
+    let payload = |parcel: &Parcel| parcel.deliveries[0].message().payload().clone();
+    assert_eq!((parcel.deliveries.len(), payload(&parcel)), (10, "0".into()));
+    core.refused(10);
+    core.settled(10, parcel.deliveries);
+    let mut sent = Vec::new();
+    while let Next::Send(parcel) = next(&mut core, now) {
+        sent.push((parcel.deliveries.len(), payload(&parcel)));
+        core.accepted(parcel.deliveries.len());
+        come_back(&mut core, parcel, Health::Well, now);
+    }
+    assert_eq!(sent, [(5, "0".into()), (5, "5".into())]);
+    // Ten were sent twice: the next two come a tenth of a second later.
+    let later = |millis| now + Duration::from_millis(millis);
+    assert!(matches!(next(&mut core, later(99)), Next::Wait(Some(_))));
+    let Next::Send(parcel) = next(&mut core, later(121)) else { panic!("it is to be sent") };
+    assert_eq!((parcel.deliveries.len(), payload(&parcel)), (2, "10".into()));
+}
+
 #[test]
 fn what_the_filters_do_not_want_is_acked() {
     let now = Instant::now();
