@@ -12,6 +12,7 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use super::attributes::{self, DEFAULT_SOURCE, Plan, as_partition_key, check_uri, is_uri};
 use super::draft::Draft;
 use super::format::Format;
+pub use super::trace::{take_trace_context, trace_context};
 use super::{Decoded, Envelope, Options, percent};
 
 /// How a message becomes headers.
@@ -40,8 +41,6 @@ const TOPIC: HeaderName = HeaderName::from_static("broker-topic");
 const SUBSCRIPTION: HeaderName = HeaderName::from_static("broker-subscription");
 const ATTEMPT: HeaderName = HeaderName::from_static("broker-attempt");
 const KEY: HeaderName = HeaderName::from_static("broker-key");
-const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
-const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
 /// Headers a message may take for [`fits`]; servers take a hundred or so in all.
 const MAX_FIELDS: usize = 48;
@@ -239,46 +238,4 @@ fn read_attribute<'a>(name: &str, value: &'a HeaderValue) -> Result<Cow<'a, str>
         return as_sent.map_or(decoded, |text| Ok(Cow::Borrowed(text)));
     }
     decoded
-}
-
-/// The headers of a message that are HTTP headers as well, where they are well formed (W3C Trace
-/// Context): a receiver need not know us to go on with the trace.
-pub fn trace_context(message: &Message) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
-    let parent = message.headers().get_str("traceparent").filter(|text| is_traceparent(text));
-    let state = parent.and_then(|_| message.headers().get_str("tracestate")).filter(|text| is_tracestate(text));
-    [(TRACEPARENT, parent), (TRACESTATE, state)]
-        .into_iter()
-        .filter_map(|(name, value)| Some((name, HeaderValue::from_str(value?).ok()?)))
-}
-
-/// Takes the request's trace context as message headers, unless the message brings its own. What is
-/// malformed is no context, as the standard asks.
-pub fn take_trace_context(headers: &HeaderMap, message: &mut Message) -> Result<()> {
-    let read = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
-    let Some(parent) = read(TRACEPARENT).filter(|text| is_traceparent(text)) else { return Ok(()) };
-    if message.headers().get("traceparent").is_some() {
-        return Ok(());
-    }
-    message.headers_mut().append("traceparent", parent.to_owned())?;
-    if let Some(state) = read(TRACESTATE).filter(|text| is_tracestate(text))
-        && message.headers().get("tracestate").is_none()
-    {
-        message.headers_mut().append("tracestate", state.to_owned())?;
-    }
-    Ok(())
-}
-
-pub(crate) fn is_traceparent(text: &str) -> bool {
-    let hex = |text: &str| text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
-    let mut parts = text.split('-');
-    let mut part = |length: usize| parts.next().is_some_and(|part| part.len() == length && hex(part));
-    // Later versions may add parts.
-    text.len() <= 255 && part(2) && part(32) && part(16) && part(2)
-}
-
-pub(crate) fn is_tracestate(text: &str) -> bool {
-    !text.is_empty()
-        && text.len() <= 512
-        && text.bytes().all(|byte| (b' '..=b'~').contains(&byte))
-        && text.trim() == text
 }

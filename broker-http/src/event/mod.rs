@@ -34,6 +34,7 @@ pub mod json;
 pub mod ndjson;
 mod options;
 pub(crate) mod percent;
+pub(crate) mod trace;
 
 pub(crate) use attributes::time_as_written;
 

@@ -79,9 +79,24 @@ async fn the_trace_goes_on() {
         let headers = event["brokerheaders"].as_str().unwrap();
         assert_eq!(headers, format!("traceparent={PARENT}&tracestate=acme%3D1"), "{event}");
     }
+    // Several of one list are one.
+    let many = [trace[0], ("tracestate", "acme=1, b=2"), ("tracestate", "c=3")];
+    assert_eq!(running.send("POST /topics/a", &many, "x").await.status, 202);
+    let headers = arrives(&running).await["brokerheaders"].as_str().unwrap().to_owned();
+    assert_eq!(headers, format!("traceparent={PARENT}&tracestate=acme%3D1%2Cb%3D2%2Cc%3D3"));
     // What is malformed is no context.
-    assert_eq!(running.send("POST /topics/a", &[("traceparent", "00-xyz")], "x").await.status, 202);
-    assert_eq!(arrives(&running).await.get("brokerheaders"), None);
+    let zeros = "0".repeat(32);
+    for malformed in [
+        "00-xyz".to_owned(),
+        format!("ff{}", &PARENT[2..]),
+        format!("{PARENT}-and-more"),
+        PARENT.replace("4bf92f3577b34da6a3ce929d0e0e4736", &zeros),
+        PARENT.replace("00f067aa0ba902b7", &zeros[16..]),
+    ] {
+        let headers = [("traceparent", malformed.as_str()), trace[1]];
+        assert_eq!(running.send("POST /topics/a", &headers, "x").await.status, 202);
+        assert_eq!(arrives(&running).await.get("brokerheaders"), None, "{malformed}");
+    }
 }
 
 #[tokio::test]
