@@ -50,7 +50,8 @@ const MAX_BYTES: usize = 6 << 10;
 /// Writes the headers of a request; its body is what is returned, the payload, not copied.
 ///
 /// The W3C trace context, if the message has one, is also written as `traceparent` and
-/// `tracestate`.
+/// `tracestate`. Whoever reads this takes a payload that is itself of a CloudEvents type (`application/cloudevents…`) for
+/// the event, so that such a message goes as [JSON](super::json); see [`fits`].
 pub fn encode(envelope: Envelope<'_>, mode: Mode, headers: &mut HeaderMap) -> Bytes {
     let Envelope { topic, message, .. } = envelope;
     let plan = (mode == Mode::Binary).then(|| Plan::of(topic, message));

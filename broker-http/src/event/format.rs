@@ -72,7 +72,7 @@ impl Format {
 }
 
 /// Whether this is a CloudEvents format, known or not.
-fn is_event(content_type: &str) -> bool {
+pub(crate) fn is_event(content_type: &str) -> bool {
     const EVENTS: &str = "application/cloudevents";
     essence(content_type).get(..EVENTS.len()).is_some_and(|text| text.eq_ignore_ascii_case(EVENTS))
 }

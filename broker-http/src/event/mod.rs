@@ -46,6 +46,7 @@ mod tests;
 use broker_core::{Message, Topic};
 
 pub use format::Format;
+pub(crate) use format::is_event;
 pub use options::Options;
 
 /// The media type of one structured CloudEvent.

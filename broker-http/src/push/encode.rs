@@ -54,11 +54,9 @@ impl Encoder {
             value.set_sensitive(true);
             base.insert(parsed, value);
         }
-        match spec.mode {
-            Mode::Structured => base.insert(CONTENT_TYPE, HeaderValue::from_static(EVENT_TYPE)),
-            Mode::Batch => base.insert(CONTENT_TYPE, HeaderValue::from_static(BATCH_TYPE)),
-            Mode::Binary | Mode::Raw => None,
-        };
+        if spec.mode == Mode::Batch {
+            base.insert(CONTENT_TYPE, HeaderValue::from_static(BATCH_TYPE));
+        }
         let signer = spec.signing.as_ref().map(Signer::new).transpose()?;
         Ok(Self { base, mode: spec.mode, signer, outgoing: outgoing.clone(), part: Part::default() })
     }
@@ -72,12 +70,17 @@ impl Encoder {
     /// Waits until a request for these messages may be encoded. What is sent as it is held, as binary mode does, waits for
     /// nothing.
     pub(crate) async fn turn(&self, messages: impl Iterator<Item = &Message>) -> Option<Turn> {
+        let in_json = messages.filter(|message| matches!(self.mode_of(message), Mode::Structured | Mode::Batch));
+        let about: u64 = in_json.map(json::about).sum();
+        if about == 0 { None } else { Some(self.outgoing.turn(&self.part, about..=about).await) }
+    }
+
+    /// How this message becomes a request. A receiver knows structured mode by its content type alone, so that a payload
+    /// which is itself of such a type goes in it (HTTP binding, section 3.1).
+    fn mode_of(&self, message: &Message) -> Mode {
         match self.mode {
-            Mode::Structured | Mode::Batch => {
-                let about = messages.map(json::about).sum();
-                Some(self.outgoing.turn(&self.part, about..=about).await)
-            }
-            Mode::Binary | Mode::Raw => None,
+            Mode::Binary if message.content_type().is_some_and(event::is_event) => Mode::Structured,
+            mode => mode,
         }
     }
 
@@ -101,11 +104,12 @@ impl Encoder {
             return self.batch(headers, envelopes);
         }
         let Some(envelope) = envelopes.next() else { return post(headers, Bytes::new()) };
-        let body = match self.mode {
+        let body = match self.mode_of(envelope.message) {
             Mode::Raw => binary::encode(envelope, binary::Mode::Raw, &mut headers),
             Mode::Structured => {
                 let mut body = Vec::with_capacity(512 + envelope.message.payload().len());
                 json::encode(envelope, &mut body);
+                headers.insert(CONTENT_TYPE, HeaderValue::from_static(EVENT_TYPE));
                 binary::describe(envelope, &mut headers);
                 self.outgoing.carry(&self.part, body)
             }
@@ -235,6 +239,35 @@ mod tests {
         assert_eq!(text(&content, "content-type"), Some("application/cloudevents-batch+json"));
         let body: serde_json::Value = serde_json::from_slice(&content.body).unwrap();
         assert_eq!((&body[0]["id"], &body[1]["brokerattempt"]), (&"a".into(), &3.into()));
+    }
+
+    /// In binary mode it would be taken for the event that it holds.
+    #[test]
+    fn a_payload_that_is_an_event_itself_goes_within_one() {
+        let inner = r#"{"specversion":"1.0","id":"inner","source":"/x","type":"t"}"#;
+        for content_type in ["application/cloudevents+json", "Application/CloudEvents-Batch+JSON; charset=utf-8"] {
+            let message =
+                Message::new(inner).with_id("outer".parse().unwrap()).with_content_type(content_type).unwrap();
+            let message = message.with_key("k").with_header("a", "1").unwrap();
+            let content = encode(&encoder(r#""mode":"binary""#), std::slice::from_ref(&message));
+            assert_eq!(text(&content, "content-type"), Some("application/cloudevents+json"));
+            assert_eq!((text(&content, "ce-id"), text(&content, "broker-header-a")), (None, Some("1")));
+            let read = json::decode(&content.body, &event::Options::default(), None).unwrap();
+            assert_eq!((read.message, read.attempt), (message.clone(), Some(3)));
+            // What is raw is as it is, whatever it is.
+            let content = encode(&encoder(r#""mode":"raw""#), &[message]);
+            assert_eq!((text(&content, "content-type"), content.body.as_ref()), (Some(content_type), inner.as_bytes()));
+        }
+        let other = message("a").with_content_type("application/x-avro").unwrap();
+        assert_eq!(text(&encode(&encoder(r#""mode":"binary""#), &[other]), "ce-id"), Some("a"));
+        // An avro event is none of ours to read, and bytes.
+        let avro = Message::new(vec![0, 255]).with_content_type("application/cloudevents+avro").unwrap();
+        let content = encode(&encoder(r#""mode":"binary""#), &[avro]);
+        let body: serde_json::Value = serde_json::from_slice(&content.body).unwrap();
+        assert_eq!(
+            (&body["datacontenttype"], &body["data_base64"]),
+            (&"application/cloudevents+avro".into(), &"AP8=".into())
+        );
     }
 
     /// A receiver looks there for what he is sent.

@@ -105,8 +105,11 @@ async fn read(body: Body) -> Result<Bytes, Refused> {
 
 fn decode(headers: &HeaderMap, body: Bytes) -> Result<Vec<Decoded>, Refused> {
     let options = Options::parse(None, headers)?;
-    match Format::of(headers)? {
-        Format::Single => one(headers, binary::decode(headers, &options, body, None)?),
+    // In raw mode a payload is nothing but one, whatever its type.
+    let format = if headers.contains_key("broker-id") { Format::Single } else { Format::of(headers)? };
+    match format {
+        // Lines are a form of publishes; a push of such is a message that has them as its payload.
+        Format::Single | Format::Lines => one(headers, binary::decode(headers, &options, body, None)?),
         Format::Structured => {
             let mut decoded = json::decode(&body, &options, None)?;
             binary::take_trace_context(headers, &mut decoded.message)?;
@@ -116,7 +119,6 @@ fn decode(headers: &HeaderMap, body: Bytes) -> Result<Vec<Decoded>, Refused> {
             let events = json::decode_batch(&body, &options, None)?;
             Ok(events.into_iter().collect::<broker_core::Result<_>>()?)
         }
-        Format::Lines => Err(Refused::malformed("a push is one message or a batch of CloudEvents, and this is lines")),
     }
 }
 

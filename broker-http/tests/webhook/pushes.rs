@@ -65,6 +65,33 @@ async fn every_mode_arrives_as_it_was_published() {
     }
 }
 
+/// A payload that looks like one of the forms of a push, or of a publish, is still a payload.
+#[tokio::test]
+async fn a_payload_that_is_an_event_or_lines_arrives_as_it_was_published() {
+    let (app, mut pushes) = receiver(Verifier::new(SECRET).unwrap());
+    let service = serve(app).await;
+    let running = Running::start(ServerOptions::new()).await;
+    let event = r#"{"specversion":"1.0","id":"inner","source":"/x","type":"t"}"#;
+    for mode in ["binary", "structured", "raw"] {
+        let spec = json!({
+            "filter": "orders.>", "endpoint": format!("http://{service}/hook"), "mode": mode,
+            "signing": {"secret": SECRET}, "retry": {"max_attempts": 1},
+        });
+        assert_eq!(running.put(mode, spec).await.0, 201);
+        for (content_type, payload) in [
+            ("application/cloudevents+json", event),
+            ("application/cloudevents-batch+json", "[]"),
+            ("application/cloudevents+avro", "avro"),
+            ("application/x-ndjson", "{\"payload\":1}\n"),
+        ] {
+            let message = Message::new(payload).with_content_type(content_type).unwrap();
+            running.broker.publish(&Topic::new("orders.created").unwrap(), message.clone()).await.unwrap();
+            assert_eq!(soon(pushes.recv()).await.unwrap().message, message, "{mode} {content_type}");
+        }
+        assert_eq!(running.send(Method::DELETE, &format!("/subscriptions/{mode}"), json!("")).await.0, 204);
+    }
+}
+
 #[tokio::test]
 async fn keys_rotate_without_a_push_lost() {
     let ed25519 = ed25519_dalek::SigningKey::from_bytes(&[7; 32]);
