@@ -1,12 +1,11 @@
 //! Filters on the attributes of an event: the dialects of the CloudEvents Subscriptions API.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use broker_core::{Error, Message, Result, Topic};
 use serde::{Deserialize, Serialize};
 
-use crate::event::time_as_written;
+use crate::event::attribute_value;
 use crate::once;
 
 /// Dialects one inside another at most; a request must not make us recurse further.
@@ -18,7 +17,10 @@ const MAX_DIALECTS: usize = 256;
 /// Which events a subscription wants, by their attributes: one dialect of the CloudEvents
 /// Subscriptions API 1.0 (section 3.2.4.1), in its JSON form.
 ///
-/// An attribute an event does not have equals nothing, begins with nothing and ends with nothing.
+/// An attribute an event does not have equals nothing, begins with nothing and ends with nothing. An event has those that a
+/// structured push of it shows, as text, but `brokersubscription` and `brokerattempt`, which are its delivery's. A message
+/// header that is called like an attribute and is none (it repeats, is no text, is a `ce-source` that is no URI) is none here
+/// either.
 ///
 /// ```
 /// use broker_core::{Message, Topic};
@@ -52,7 +54,9 @@ impl AttributeFilter {
     /// Whether a message on `topic` is wanted.
     pub fn matches(&self, topic: &Topic, message: &Message) -> bool {
         let every = |wanted: &BTreeMap<String, String>, test: fn(&str, &str) -> bool| {
-            wanted.iter().all(|(name, value)| attribute(topic, message, name).is_some_and(|have| test(&have, value)))
+            wanted
+                .iter()
+                .all(|(name, value)| attribute_value(topic, message, name).is_some_and(|have| test(&have, value)))
         };
         match self {
             Self::Exact(wanted) => every(wanted, |have, value| have == value),
@@ -115,28 +119,6 @@ fn check_attributes(dialect: &str, wanted: &BTreeMap<String, String>) -> Result<
     Ok(())
 }
 
-/// The value of a CloudEvents attribute of the event that a message is pushed as.
-fn attribute<'a>(topic: &'a Topic, message: &'a Message, name: &str) -> Option<Cow<'a, str>> {
-    match name {
-        "specversion" => return Some("1.0".into()),
-        "id" => return Some(message.id().to_string().into()),
-        "time" => {
-            let written = time_as_written(message).map(Cow::Borrowed);
-            return written.or_else(|| Some(message.timestamp().to_string().into()));
-        }
-        "datacontenttype" => return message.content_type().map(Cow::Borrowed),
-        "partitionkey" => return message.key().and_then(|key| std::str::from_utf8(key).ok()).map(Cow::Borrowed),
-        _ => {}
-    }
-    let given = message.headers().iter().find(|(have, _)| have.as_str().strip_prefix("ce-") == Some(name));
-    match (given, name) {
-        (Some((_, value)), _) => std::str::from_utf8(value).ok().map(Cow::Borrowed),
-        (None, "type") => Some(topic.as_str().into()),
-        (None, "source") => Some(format!("/topics/{topic}").into()),
-        (None, _) => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -161,6 +143,34 @@ mod tests {
             (r#"{"not":{"suffix":{"missing":"x"}}}"#, true),
             (r#"{"all":[{"exact":{"specversion":"1.0"}},{"suffix":{"subject":".gif"}}]}"#, false),
             (r#"{"any":[{"exact":{"specversion":"1.0"}},{"suffix":{"subject":".gif"}}]}"#, true),
+        ] {
+            assert_eq!(filter(json).matches(&topic, &message), expected, "{json}");
+        }
+    }
+
+    /// A header that only looks like an attribute is pushed as a header.
+    #[test]
+    fn what_is_no_attribute_of_the_event_is_none_to_a_filter() {
+        let topic = Topic::new("orders").unwrap();
+        let message = Message::new("").with_key("\u{1}").with_header("ce-data", "x").unwrap();
+        let message = message.with_header("ce-twice", "x").unwrap().with_header("ce-twice", "x").unwrap();
+        let message = message.with_header("ce-source", "no URI").unwrap().with_header("ce-subject", "").unwrap();
+        let message = message.with_header("ce-bell", "\u{7}").unwrap().with_header("ce-brokerdedup", "x").unwrap();
+        let message = message.with_header(format!("ce-{}", "a".repeat(252)), "x").unwrap();
+        let long = format!(r#"{{"exact":{{"{}":"x"}}}}"#, "a".repeat(252));
+        for (json, expected) in [
+            (r#"{"exact":{"data":"x"}}"#, false),
+            (r#"{"exact":{"twice":"x"}}"#, false),
+            (r#"{"exact":{"source":"no URI"}}"#, false),
+            (r#"{"exact":{"source":"/topics/orders"}}"#, true),
+            (r#"{"prefix":{"subject":"a"}}"#, false),
+            (r#"{"exact":{"bell":"\u0007"}}"#, false),
+            (r#"{"exact":{"brokerdedup":"x"}}"#, false),
+            (r#"{"exact":{"partitionkey":"\u0001"}}"#, false),
+            (r#"{"exact":{"brokerkey":"AQ=="}}"#, true),
+            (r#"{"exact":{"brokertopic":"orders"}}"#, true),
+            (r#"{"prefix":{"brokerheaders":"ce-data=x&ce-twice=x"}}"#, true),
+            (&long, false),
         ] {
             assert_eq!(filter(json).matches(&topic, &message), expected, "{json}");
         }

@@ -1,8 +1,17 @@
 //! CloudEvents attributes and the message headers they are.
 
+use std::borrow::Cow;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use broker_core::{HeaderName, Message, Timestamp, Topic};
 use bytes::Bytes;
 use smallvec::SmallVec;
+
+use super::percent;
+
+/// Letters of an attribute's name, so that it is a header's name with what stands before it.
+const MAX_NAME: usize = 250;
 
 /// Attributes an event has at most, so that comparing each with each stays cheap; headers beyond
 /// travel as headers.
@@ -84,6 +93,52 @@ impl<'a> Plan<'a> {
     pub(super) fn has(&self, name: &str) -> bool {
         self.attributes.iter().any(|(have, _)| *have == name)
     }
+
+    /// The list as `brokerheaders` has it, if there is one.
+    pub(super) fn form(&self) -> Option<String> {
+        let mut form = String::new();
+        for (name, value) in &self.listed {
+            percent::push_pair(&mut form, name.as_str().as_bytes(), value);
+        }
+        (!self.listed.is_empty()).then_some(form)
+    }
+}
+
+/// What attribute `name` is of the event that a message on `topic` is: the same as a structured push shows, but what that
+/// says of the delivery (`brokersubscription`, `brokerattempt`).
+pub(crate) fn value<'a>(topic: &'a Topic, message: &'a Message, name: &str) -> Option<Cow<'a, str>> {
+    Some(match name {
+        "specversion" => Cow::Borrowed("1.0"),
+        "id" => message.id().to_string().into(),
+        "datacontenttype" => message.content_type()?.into(),
+        "partitionkey" => message.key().and_then(as_partition_key)?.into(),
+        "brokertopic" => topic.as_str().into(),
+        "brokerkey" => {
+            let key = message.key().filter(|key| as_partition_key(key).is_none())?;
+            STANDARD.encode(key).into()
+        }
+        "brokerheaders" => Plan::of(topic, message).form()?.into(),
+        "brokerdelay" => message.deliver_at()?.to_string().into(),
+        "brokerttl" => message.expires_at()?.to_string().into(),
+        "brokerdedup" => message.dedup_key()?.into(),
+        "brokertombstone" if message.is_tombstone() => Cow::Borrowed("true"),
+        _ => match (given(message, name), name) {
+            (Some(text), _) => text.into(),
+            (None, TIME) => message.timestamp().to_string().into(),
+            (None, "type") => topic.as_str().into(),
+            (None, "source") => default_source(topic).into(),
+            (None, _) => return None,
+        },
+    })
+}
+
+/// The value of the header that is attribute `name`, if that is one.
+fn given<'a>(message: &'a Message, name: &str) -> Option<&'a str> {
+    let candidates = message.headers().iter().filter(|(header, _)| header.as_str().starts_with(PREFIX));
+    let (header, value) = candidates
+        .take(MAX_ATTRIBUTES)
+        .find(|(header, _)| header.as_str().strip_prefix(PREFIX).is_some_and(|have| have == name))?;
+    as_attribute(message, header, header.as_str().strip_prefix(PREFIX)?, value).map(|(_, text)| text)
 }
 
 /// Whether this is what an event on `topic` says that says nothing itself.
@@ -107,13 +162,6 @@ fn as_attribute<'a>(
     let empty = text.is_empty() && NEVER_EMPTY.contains(&name);
     let fits = is_name(name) && !own && !empty && check_uri(name, text).is_ok();
     (fits && once).then_some((name, text))
-}
-
-/// The `time` of a message as its publisher wrote it, where that is not how we write it.
-pub(crate) fn time_as_written(message: &Message) -> Option<&str> {
-    let mut given = message.headers().get_all("ce-time");
-    let text = given.next().filter(|_| given.next().is_none())?;
-    std::str::from_utf8(text).ok().filter(|text| says(text, message.timestamp()))
 }
 
 /// Whether this text is RFC 3339 for a time, to the millisecond, and not what we would write.
@@ -148,7 +196,7 @@ fn is_rfc_3339(text: &str) -> bool {
 
 /// An attribute's name: lower-case letters and digits ("Naming Conventions" of the specification).
 pub(super) fn is_name(name: &str) -> bool {
-    !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit())
+    (1..=MAX_NAME).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit())
 }
 
 /// A `String` of the CloudEvents type system: no control characters and no noncharacters.

@@ -79,7 +79,7 @@ impl<'a> Draft<'a> {
     }
 
     fn extend(&mut self, name: &str, value: Cow<'a, str>) -> Result<()> {
-        if !is_name(name) || name.len() > 250 {
+        if !is_name(name) {
             return Err(Error::invalid("an attribute's name is lower-case letters and digits, 250 at most"));
         }
         if self.attributes.iter().any(|(have, _)| have == name) {

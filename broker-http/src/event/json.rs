@@ -14,7 +14,7 @@ use serde_json::value::RawValue;
 use super::attributes::{Plan, TIME, as_partition_key, default_source};
 use super::draft::{Draft, read_base64};
 use super::format::{charset, essence};
-use super::{Decoded, Envelope, Options, percent};
+use super::{Decoded, Envelope, Options};
 
 /// Appends one event as a JSON object.
 ///
@@ -71,11 +71,7 @@ pub fn encode(envelope: Envelope<'_>, out: &mut Vec<u8>) {
         // An integer of CloudEvents has 31 bits.
         object.value("brokerattempt", &attempt.min(i32::MAX.unsigned_abs()));
     }
-    if !plan.listed.is_empty() {
-        let mut form = String::new();
-        for (name, value) in &plan.listed {
-            percent::push_pair(&mut form, name.as_str().as_bytes(), value);
-        }
+    if let Some(form) = plan.form() {
         object.value("brokerheaders", &form);
     }
     if let Some(time) = message.deliver_at() {

@@ -36,7 +36,7 @@ mod options;
 pub(crate) mod percent;
 pub(crate) mod trace;
 
-pub(crate) use attributes::time_as_written;
+pub(crate) use attributes::value as attribute_value;
 
 #[cfg(test)]
 pub(crate) mod arbitrary;

@@ -41,6 +41,24 @@ proptest! {
     }
 
     #[test]
+    fn a_filter_sees_what_a_structured_push_shows(topic in topic(), message in message()) {
+        let mut out = Vec::new();
+        json::encode(Envelope::new(&topic, &message), &mut out);
+        let event: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&out).unwrap();
+        let shown = event.iter().filter(|(name, _)| !["data", "data_base64"].contains(&name.as_str()));
+        for (name, value) in shown {
+            let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+            let seen = attribute_value(&topic, &message, name);
+            prop_assert_eq!(seen.as_deref(), Some(&*text), "{}", name);
+        }
+        let called = message.headers().iter().filter_map(|(name, _)| name.as_str().strip_prefix("ce-"));
+        for name in called.chain(["data", "brokertombstone", "brokerkey", "brokerheaders", "partitionkey"]) {
+            let is_shown = name != "data" && event.contains_key(name);
+            prop_assert_eq!(attribute_value(&topic, &message, name).is_some(), is_shown, "{}", name);
+        }
+    }
+
+    #[test]
     fn batches_carry_every_message(topic in topic(), messages in proptest::collection::vec(message(), 0..4)) {
         let mut out = Vec::new();
         json::encode_batch(messages.iter().map(|message| Envelope::new(&topic, message)), &mut out);

@@ -133,7 +133,7 @@ mod tests {
         let (long, short) = (format!("l={}", "x".repeat(220)), format!("s={}", "x".repeat(100)));
         assert_eq!(together(&[&long, &long]), Some(format!("{long},{long}")));
         assert_eq!(together(&[&short, &long, &short, &short]), Some([&*short; 3].join(",")));
-        assert_eq!(together(&[&short; 9]), Some([&*short; 4].join(",")));
+        assert_eq!(together(&[&*short; 9]), Some([&*short; 4].join(",")));
         assert_eq!(together(&["a=1"; 100]), Some(["a=1"; 32].join(",")));
     }
 
