@@ -63,7 +63,8 @@ pub struct Limits {
     pub json_body_bytes: usize,
     /// Bytes of a refused body that are read and dropped, so that its sender sees the answer.
     pub refused_body_bytes: u64,
-    /// Subscriptions.
+    /// Subscriptions. One identity makes no further one while it owns as many as are free; those it made or changed last are
+    /// its own.
     pub subscriptions: usize,
     /// Topics in use: those whose messages are held somewhere, and those lately published to.
     /// At it those are forgotten that hold nothing, or nothing but what is only retained. One identity is given no further

@@ -135,13 +135,7 @@ impl Registry {
         mut spec: SubscriptionSpec,
         (owner, permission): (Option<GroupName>, Option<Permission>),
     ) -> Answer<Arc<Subscribed>> {
-        let max = shared.limits().subscriptions;
-        if self.len() >= max {
-            return Err(Problem::too_many(format!(
-                "there are {max} subscriptions, which is the most; delete one first"
-            ))
-            .counted(Refusal::Subscriptions));
-        }
+        self.check_room(shared.limits().subscriptions, owner.as_ref())?;
         limit(&mut spec, permission.as_ref());
         self.groups.join(&*shared.broker, &group, &spec).await?;
         let inherited = Inherited { owner, permission, ..Inherited::default() };
@@ -154,6 +148,23 @@ impl Registry {
                 Err(error.into())
             }
         }
+    }
+
+    /// Refuses one more than `max`, and to an identity another while it has as many as are free.
+    fn check_room(&self, max: usize, owner: Option<&GroupName>) -> Answer<()> {
+        let table = self.table.read();
+        let free = max.saturating_sub(table.len());
+        let count = |owner| table.values().filter(|one| one.owner.read().as_ref() == Some(owner)).count();
+        // While more are free than there are nobody has as many.
+        let own = owner.filter(|_| table.len() >= free).map(|owner| (owner, count(owner)));
+        let why = match own {
+            _ if free == 0 => format!("there are {max} subscriptions, which is the most"),
+            Some((owner, own)) if own > 0 && own >= free => format!(
+                "{owner} has {own} of the {max} subscriptions, and no more than that are left, which are for others"
+            ),
+            _ => return Ok(()),
+        };
+        Err(Problem::too_many(format!("{why}; delete one first")).counted(Refusal::Subscriptions))
     }
 
     /// Where the work of a group's members is counted: with the subscription that is pulled from it, if there is one.

@@ -10,7 +10,7 @@ use tokio_tungstenite::connect_async;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 
-use crate::support::{Reply, Running, read_until, soon};
+use crate::support::{PATIENCE, Reply, Running, read_until, soon};
 
 fn identity(name: &str) -> Identity {
     Identity::new(name).unwrap().with_token(TokenHash::of(name))
@@ -404,6 +404,40 @@ async fn one_identity_leaves_topics_for_others() {
     // What is taken out makes room for whoever comes.
     assert_eq!(ask(&running, "ops", "DELETE /subscriptions/q/backlog", "").await.status, 200);
     assert_eq!(publish("greedy", "held.e").await.status, 202);
+}
+
+#[tokio::test]
+async fn one_identity_leaves_subscriptions_for_others() {
+    let makes = |name| identity(name).allowing([Action::Subscribe, Action::Settle], [">".parse().unwrap()]);
+    let access = Access::new([makes("greedy"), makes("late"), makes("last")]).unwrap();
+    let mut limits = broker_http::Limits::default();
+    limits.subscriptions = 4;
+    let folder = tempfile::tempdir().unwrap();
+    let state = folder.path().join("state.json");
+    let options = ServerOptions::new().with_access(access).with_limits(limits).with_state(&state);
+    let running = Running::with(options.clone()).await;
+    let made = async |running: &Running, who, name: &str| {
+        ask(running, who, &format!("PUT /subscriptions/{name}"), r#"{"filter":"a"}"#).await
+    };
+    assert_eq!(made(&running, "greedy", "a").await.status, 201);
+    assert_eq!(made(&running, "greedy", "b").await.status, 201);
+    made(&running, "greedy", "c").await.is_problem(429, "greedy has 2 of the 4 subscriptions");
+    assert_eq!(made(&running, "greedy", "b").await.status, 200, "it is there");
+    // One made for a stream is one as well.
+    ask(&running, "greedy", "GET /topics/a/stream?group=c", "").await.is_problem(429, "greedy has 2 of the 4");
+    // Over a restart they are whose they were.
+    assert!(running.server.drain(PATIENCE).await.complete);
+    let running = Running::with(options).await;
+    made(&running, "greedy", "c").await.is_problem(429, "greedy has 2 of the 4 subscriptions");
+    assert_eq!(made(&running, "late", "c").await.status, 201);
+    made(&running, "late", "d").await.is_problem(429, "late has 1 of the 4 subscriptions");
+    assert_eq!(made(&running, "last", "d").await.status, 201);
+    for who in ["greedy", "late", "last"] {
+        made(&running, who, "e").await.is_problem(429, "there are 4 subscriptions, which is the most");
+    }
+    assert_eq!(ask(&running, "greedy", "DELETE /subscriptions/d", "").await.status, 204);
+    assert_eq!(ask(&running, "greedy", "DELETE /subscriptions/b", "").await.status, 204);
+    assert_eq!(made(&running, "greedy", "e").await.status, 201);
 }
 
 #[tokio::test]

@@ -58,7 +58,7 @@ limits! {
         json_body_bytes: usize = "bytes of the JSON of a subscription or a settlement; more are answered 413",
         answer_bytes_per_second: u64 = "bytes a second at which a whole answer with messages in it is to be taken at least, beside body_timeout; then the connection is cut",
         refused_body_bytes: u64 = "bytes of a refused body that are read and dropped, so that its sender sees the answer",
-        subscriptions: usize = "subscriptions; one more is answered 429",
+        subscriptions: usize = "subscriptions, of which one identity may own half; one more is answered 429",
         topics: usize = "topics in use, of which one identity may have filled half; one more is answered 429",
         memory_bytes: u64 = "bytes that messages and bodies may hold; at it history is forgotten, then publishers are answered 503",
         topic_memory_bytes: u64 = "bytes that one topic's messages may hold; at it its publishers are answered 429",
