@@ -38,6 +38,34 @@ impl Daemon {
     }
 }
 
+/// As over TCP.
+#[cfg(unix)]
+#[tokio::test]
+async fn a_token_is_shown_over_a_unix_socket() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = write(&folder.path().join("broker.toml"), &operator());
+    let listen = format!("unix:{}", folder.path().join("broker.sock").display());
+    let mut daemon = command(&["--listen", &listen, "--config", &config]).spawn().unwrap();
+    let (mut stderr, mut line) = (tokio::io::BufReader::new(daemon.stderr.take().unwrap()), String::new());
+    soon(stderr.read_line(&mut line)).await.unwrap();
+    assert!(line.contains("broker.sock"), "{line}");
+    let publish = async |more: &[&str]| run(&[&["pub", "a", "x", "--broker", &listen], more].concat()).await;
+    for more in [&[][..], &["--token", "wrong"]] {
+        let (code, said) = publish(more).await;
+        assert!(code == Some(1) && said.contains("unauthorized"), "{more:?} {code:?}: {said}");
+    }
+    let mut sub = command(&["sub", "a", "--max", "1", "--broker", &listen, "--token", "secret"]).spawn().unwrap();
+    let ended = soon(async {
+        loop {
+            assert_eq!(publish(&["--token", "secret"]).await.0, Some(0));
+            if let Some(ended) = sub.try_wait().unwrap() {
+                return ended;
+            }
+        }
+    });
+    assert!(ended.await.success());
+}
+
 #[tokio::test]
 async fn beyond_this_machine_it_takes_identities_or_insecure() {
     let (code, said) = run(&["--listen", "0.0.0.0:0"]).await;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use broker_core::{Broker, Error, ErrorKind, Result};
+use broker_core::{Broker, BrokerUrl, Error, ErrorKind, Result};
 use broker_http::client::{HttpBroker, HttpOptions};
 use tokio::io::AsyncReadExt;
 
@@ -57,7 +57,8 @@ pub(crate) struct Common {
 
 /// Opens the broker and connects, so that what is wrong is told at once.
 pub(crate) async fn open(common: &Common) -> Result<Arc<dyn Broker>, ExitCode> {
-    let is_daemon = ["http:", "https:"].iter().any(|scheme| common.broker.starts_with(scheme));
+    let scheme = BrokerUrl::parse(&common.broker).map_err(|error| fail(&error))?.scheme().to_owned();
+    let is_daemon = ["http", "https", "unix"].contains(&scheme.as_str());
     let opened = match common.token.as_deref().filter(|_| is_daemon) {
         Some(token) => HttpOptions::from_url(&common.broker)
             .and_then(|options| options.with_token(token))
@@ -67,7 +68,7 @@ pub(crate) async fn open(common: &Common) -> Result<Arc<dyn Broker>, ExitCode> {
     let broker = opened.map_err(|error| fail(&error))?;
     broker.connect().await.map_err(|error| {
         let code = fail(&error);
-        if error.kind() == ErrorKind::Unavailable && broker.name().starts_with("http:") {
+        if error.kind() == ErrorKind::Unavailable && is_daemon {
             say!("is the daemon running? `broker-http` starts it; --broker says where it is");
         }
         code
