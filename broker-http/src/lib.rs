@@ -17,6 +17,7 @@ pub mod files;
 pub mod client;
 mod outgoing;
 pub mod push;
+mod retry_after;
 mod server;
 mod tls;
 mod tokens;

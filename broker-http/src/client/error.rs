@@ -1,14 +1,12 @@
 //! From what the daemon answers to the contract's errors.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use broker_core::{Error, ErrorKind};
-use http::header::RETRY_AFTER;
 use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 
-/// A wait the daemon asks for is believed up to here.
-pub(super) const MAX_RETRY_AFTER: Duration = Duration::from_secs(3600);
+use crate::retry_after::{MAX_RETRY_AFTER, retry_after};
 
 /// Problem details (RFC 9457), as far as we read them.
 #[derive(Debug, Default, Deserialize)]
@@ -48,8 +46,7 @@ impl Problem {
 pub(super) fn refused(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Error {
     // What is no problem document still has its status.
     let problem = serde_json::from_slice::<Problem>(body).unwrap_or_default();
-    let seconds = headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()).and_then(|text| text.parse().ok());
-    problem.error(status, seconds.map(Duration::from_secs))
+    problem.error(status, retry_after(headers, SystemTime::now))
 }
 
 /// The table of the HTTP interface, read backwards.
@@ -91,6 +88,8 @@ fn kind_called(name: &str) -> Option<ErrorKind> {
 
 #[cfg(test)]
 mod tests {
+    use http::header::RETRY_AFTER;
+
     use super::*;
 
     fn error(status: u16, retry_after: Option<&str>, body: &str) -> Error {
@@ -106,6 +105,10 @@ mod tests {
         let full = error(503, Some("7"), r#"{"status":503,"kind":"unavailable","detail":"group a@b is full","x":1}"#);
         assert_eq!((full.kind(), full.message()), (ErrorKind::Unavailable, "group a@b is full"));
         assert_eq!(full.retry_after(), Some(Duration::from_secs(7)));
+        // A gateway in between may say it by a date: this one has passed, and that one is far away.
+        for (date, wait) in [("Sun, 06 Nov 1994 08:49:37 GMT", 0), ("Sat, 06 Nov 2094 08:49:37 GMT", 3600)] {
+            assert_eq!(error(503, Some(date), "<html>").retry_after(), Some(Duration::from_secs(wait)), "{date}");
+        }
         assert_eq!(error(400, None, r#"{"kind":"codec","detail":"x"}"#).kind(), ErrorKind::Codec);
         assert_eq!(error(503, None, r#"{"kind":"closed","detail":"x"}"#).kind(), ErrorKind::Unavailable);
     }

@@ -9,11 +9,12 @@ use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 
 use super::able::{MAX_IN_FLIGHT, Ready};
-use super::error::{MAX_RETRY_AFTER, refused};
+use super::error::refused;
 use super::keeping::Body;
 use super::lane::Unsettled;
 use super::wire::{Accepted, Dead, Letter, Outcome, Page, Pulled, Purged, Redriven, Results, Settled, View, read};
 use crate::event::{Options, json};
+use crate::retry_after::MAX_RETRY_AFTER;
 use crate::server::problem::Problem;
 use crate::server::publish::write_receipt;
 use crate::server::pull::Settlements;

@@ -11,7 +11,8 @@ use http::{HeaderMap, HeaderValue};
 use serde_json::Value;
 
 use super::consent;
-use super::verdict::{Answer, Decision, Health, MAX_RETRY_AFTER, Outcome, judge, judge_items, settlement};
+use super::verdict::{Answer, Decision, Health, Outcome, judge, judge_items, settlement};
+use crate::retry_after::MAX_RETRY_AFTER;
 
 /// The whole of an answer to a push.
 pub fn push_answer(status: u16, headers: &HeaderMap, body: &[u8]) {
