@@ -348,7 +348,7 @@ impl FromStr for Endpoint {
         if !matches!(url.scheme(), "http" | "https") {
             return Err(invalid("its scheme is neither http nor https"));
         }
-        if !url.username().is_empty() || url.password().is_some() {
+        if has_user_information(text) {
             return Err(invalid("user information in it would be shown to everybody; use headers"));
         }
         if url.fragment().is_some() {
@@ -359,6 +359,14 @@ impl FromStr for Endpoint {
         }
         Ok(Self(url))
     }
+}
+
+/// Whether an `http` or `https` URL has user information, were it empty: the parser drops such an `@`. It passes over tabs
+/// and line ends, and takes any number of slashes of either kind before the authority (WHATWG URL, section 4.4).
+fn has_user_information(url: &str) -> bool {
+    let url: String = url.chars().filter(|letter| !matches!(letter, '\t' | '\n' | '\r')).collect();
+    let after_scheme = url.split_once(':').map_or("", |(_, rest)| rest).trim_start_matches(['/', '\\']);
+    after_scheme.split(['/', '\\', '?', '#']).next().is_some_and(|authority| authority.contains('@'))
 }
 
 impl fmt::Display for Endpoint {
@@ -537,6 +545,30 @@ mod tests {
         // A kept one is read again at the next start, encoded.
         assert!(long("ü", 400).unwrap_err().message().contains("once it is encoded"));
         assert!(long("x", 2_100).is_err());
+    }
+
+    #[test]
+    fn an_endpoint_has_no_user_information_not_even_an_empty_one() {
+        for url in [
+            "http://u:p@x/",
+            "http://u@x/",
+            "http://@x/",
+            "http://:@x/",
+            "http://:p@x",
+            "http:@x",
+            "http:/@x/",
+            "http:\\\\@x/",
+            "http:///@x/",
+            " https://a@@x/",
+            "http:/\t/@x/",
+            "htt\np://@x/",
+        ] {
+            let error = url.parse::<Endpoint>().unwrap_err();
+            assert!(error.message().contains("user information"), "{url:?}: {error}");
+        }
+        for url in ["http://x/@", "http://x?@", "http://x/a:@b/c@d", "http:\\\\x\\@"] {
+            assert!(url.parse::<Endpoint>().is_ok(), "{url:?}");
+        }
     }
 
     #[test]
