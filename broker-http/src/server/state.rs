@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use broker_core::{Error, GroupName, Result};
 use serde::Deserialize;
+use serde_json::value::RawValue;
 
 use super::consent::Permission;
 use crate::SubscriptionSpec;
@@ -20,10 +21,15 @@ const MAX_BYTES: u64 = 1 << 30;
 /// The file's content. [`Writer`] writes it.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Saved {
+struct Saved<'a> {
     version: u32,
-    subscriptions: Vec<Kept>,
+    /// Each is read by itself, so that all that is wrong is told at once.
+    #[serde(borrow)]
+    subscriptions: Vec<&'a RawValue>,
 }
+
+/// Subscriptions that are no good and are told of by name.
+const MAX_TOLD: usize = 10;
 
 /// One subscription as it is kept.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -134,7 +140,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
 fn read(path: &Path) -> Result<Vec<Kept>> {
     let fails = |why: &dyn std::fmt::Display| {
         Error::invalid(format!(
-            "state file {}: {why}; repair it, or move it away to begin without subscriptions",
+            "state file {}: {why}; repair it (each subscription is a line), or move it away to begin without subscriptions",
             path.display()
         ))
     };
@@ -149,19 +155,49 @@ fn read(path: &Path) -> Result<Vec<Kept>> {
     parse(&text).map_err(|why| fails(&why))
 }
 
-/// The subscriptions of a file's text; what is wrong with it otherwise.
+/// The subscriptions of a file's text; what is wrong with it otherwise, of every subscription that is no good.
 pub(crate) fn parse(text: &[u8]) -> Result<Vec<Kept>, String> {
-    let mut reader = serde_json::Deserializer::from_slice(text);
-    let saved: Saved = serde_path_to_error::deserialize(&mut reader)
-        .map_err(|error| format!("at {}: {}", error.path(), error.inner()))?;
-    reader.end().map_err(|error| error.to_string())?;
+    let saved: Saved<'_> = serde_json::from_slice(text).map_err(|error| error.to_string())?;
     if saved.version != 1 {
         return Err(format!("version {} is unknown, 1 is expected", saved.version));
     }
-    for kept in &saved.subscriptions {
-        kept.spec.check().map_err(|error| format!("subscription {}: {}", kept.name, error.message()))?;
+    let (mut kept, mut wrong) = (Vec::with_capacity(saved.subscriptions.len()), Vec::new());
+    for (index, json) in saved.subscriptions.into_iter().enumerate() {
+        match read_one(json) {
+            Ok(one) => kept.push(one),
+            Err(why) => wrong.push(format!("{}: {why}", called(index, json))),
+        }
     }
-    Ok(saved.subscriptions)
+    if wrong.is_empty() {
+        return Ok(kept);
+    }
+    let more = wrong.len().saturating_sub(MAX_TOLD);
+    wrong.truncate(MAX_TOLD);
+    let more = if more > 0 { format!("; and {more} more are no good") } else { String::new() };
+    Err(format!("{}{more}", wrong.join("; ")))
+}
+
+/// One of them; what is wrong with it otherwise, by its field. It may have been good when it was kept, by the rules of
+/// then.
+fn read_one(json: &RawValue) -> Result<Kept, String> {
+    let mut reader = serde_json::Deserializer::from_str(json.get());
+    let kept: Kept = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+        let why = error.inner().to_string();
+        // Where in its own text, which is not where in the file.
+        let why = why.rsplit_once(" at line ").map_or(why.as_str(), |(why, _)| why);
+        format!("{}: {why}", error.path())
+    })?;
+    kept.spec.check().map_err(|error| format!("spec.{}", error.message()))?;
+    Ok(kept)
+}
+
+fn called(index: usize, json: &RawValue) -> String {
+    #[derive(Deserialize)]
+    struct Named {
+        name: GroupName,
+    }
+    let named = serde_json::from_str::<Named>(json.get());
+    named.map_or_else(|_| format!("subscription number {}", index + 1), |Named { name }| format!("subscription {name}"))
 }
 
 fn write(path: &Path, text: &[u8]) -> io::Result<()> {
@@ -239,12 +275,13 @@ mod tests {
             ("{\"version\":2,\"subscriptions\":[]}", "version 2"),
             (
                 "{\"version\":1,\"subscriptions\":[{\"name\":\"a\",\"spec\":{\"filter\":\"a..b\"}}]}",
-                "subscriptions[0].spec.filter",
+                "subscription a: spec.filter: ",
             ),
             (
                 "{\"version\":1,\"subscriptions\":[{\"name\":\"a\",\"spec\":{\"filter\":\"a\",\"timeout\":\"0s\"}}]}",
-                "timeout",
+                "subscription a: spec.timeout: ",
             ),
+            ("{\"version\":1,\"subscriptions\":[{\"name\":\"a b\"}]}", "subscription number 1: name: "),
             ("{\"version\":1,\"subscriptions\":[]}x", "trailing"),
         ] {
             std::fs::write(&path, text).unwrap();
@@ -252,6 +289,22 @@ mod tests {
             assert!(error.message().contains(named) && error.message().contains("state.json"), "{error}");
             assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
         }
+    }
+
+    /// A daemon that is newer than its file has rules that the file was written without.
+    #[test]
+    fn all_that_is_no_good_any_more_is_told_at_once() {
+        let one =
+            |name: &str, headers: &str| format!(r#"{{"name":"{name}","spec":{{"filter":"a","headers":{headers}}}}}"#);
+        let file = |all: &[String]| format!(r#"{{"version":1,"subscriptions":[{}]}}"#, all.join(",\n"));
+        let (bad, twice) = (r#"{"x-key":"Bearer é"}"#, r#"{"X-Key":"s3cret","x-key":"s3cret"}"#);
+        let why = parse(file(&[one("a", bad), one("b", "{}"), one("c", twice)]).as_bytes()).unwrap_err();
+        assert!(why.starts_with("subscription a: spec.headers.x-key: ") && !why.contains("at line"), "{why}");
+        assert!(why.contains("; subscription c: spec.headers.") && !why.contains("subscription b"), "{why}");
+        assert!(!why.contains("s3cret") && !why.contains("Bearer"), "{why}");
+        let many: Vec<_> = (0..25).map(|number| one(&format!("s{number}"), bad)).collect();
+        let why = parse(file(&many).as_bytes()).unwrap_err();
+        assert!(why.ends_with("; and 15 more are no good") && why.matches("x-key").count() == 10, "{why}");
     }
 
     #[tokio::test]
