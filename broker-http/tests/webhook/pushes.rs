@@ -92,6 +92,27 @@ async fn a_payload_that_is_an_event_or_lines_arrives_as_it_was_published() {
     }
 }
 
+/// More than a server takes of headers.
+#[tokio::test]
+async fn a_message_of_many_headers_arrives_in_json() {
+    let (app, mut pushes) = receiver(Verifier::new(SECRET).unwrap());
+    let service = serve(app).await;
+    let running = Running::start(ServerOptions::new()).await;
+    for (mode, path) in [("structured", "hook"), ("batch", "batch")] {
+        let spec = json!({
+            "filter": "orders.>", "endpoint": format!("http://{service}/{path}"), "mode": mode,
+            "signing": {"secret": SECRET},
+        });
+        assert_eq!(running.put(mode, spec).await.0, 201);
+        let headers = (0..120).map(|number| (format!("x-{number}"), "v"));
+        let message =
+            headers.fold(Message::new("1"), |message, (name, value)| message.with_header(name, value).unwrap());
+        running.broker.publish(&Topic::new("orders.created").unwrap(), message.clone()).await.unwrap();
+        assert_eq!(soon(pushes.recv()).await.unwrap().message, message, "{mode}");
+        assert_eq!(running.send(Method::DELETE, &format!("/subscriptions/{mode}"), json!("")).await.0, 204);
+    }
+}
+
 #[tokio::test]
 async fn keys_rotate_without_a_push_lost() {
     let ed25519 = ed25519_dalek::SigningKey::from_bytes(&[7; 32]);
