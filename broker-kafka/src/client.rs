@@ -18,6 +18,11 @@ use crate::{KafkaConfig, error};
 /// Bytes of a request or a record: a message of 1 MiB, what we add, and room for header lengths.
 pub(crate) const MAX_RECORD_BYTES: &str = "2097152";
 
+/// How long a producer takes it that a server which does not know a topic has not heard of it yet, from when it began to know
+/// the topic: so long a publish to one that was deleted may wait for its error. Where topics are looked up before they are
+/// published to, librdkafka's 30 s help nobody.
+pub(crate) const PROPAGATION_MILLIS: &str = "5000";
+
 /// The settings all clients share; those of the URL come last.
 pub(crate) fn settings(config: &KafkaConfig, own: &[(&str, &str)]) -> ClientConfig {
     let mut settings = ClientConfig::new();

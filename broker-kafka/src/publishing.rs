@@ -12,11 +12,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
-use broker_core::{Error, Message, Operation, Publish, Result, Topic};
-use parking_lot::{Mutex, RwLock};
+use broker_core::{Error, ErrorKind, Message, Operation, Publish, Result, Topic};
+use parking_lot::{Mutex, MutexGuard, RwLock};
 use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::OwnedHeaders;
+use rdkafka::metadata::Metadata;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer as _, PurgeConfig};
 use rustc_hash::FxHashMap;
 
@@ -163,7 +164,7 @@ impl Publishing {
         if direct {
             match self.send(&topic.topic, &message, travel.as_ref(), ticket) {
                 Ok(()) => return publish,
-                Err(Refused::Later) => {}
+                Err(Refused::Later | Refused::Missing(_)) => {}
                 Err(Refused::Failed(error)) => {
                     self.tickets.complete(ticket, Err(error));
                     return publish;
@@ -180,14 +181,17 @@ impl Publishing {
         topic.direct.store(false, Ordering::Release);
         waiting.messages.push_back(queued);
         self.queued.fetch_add(1, Ordering::AcqRel);
-        match waiting.state {
-            Lookup::Done => self.drain(topic, &mut waiting),
-            Lookup::Running => {}
-            Lookup::Needed => {
-                waiting.state = Lookup::Running;
-                drop(waiting);
-                self.look_up(topic.topic.clone());
-            }
+        if matches!(waiting.state, Lookup::Done) {
+            self.drain(topic, &mut waiting);
+        }
+        self.look_up_if_needed(topic, waiting);
+    }
+
+    fn look_up_if_needed(&self, topic: &TopicQueue, mut waiting: MutexGuard<'_, Waiting>) {
+        if matches!(waiting.state, Lookup::Needed) && !waiting.messages.is_empty() {
+            waiting.state = Lookup::Running;
+            drop(waiting);
+            self.look_up(topic.topic.clone());
         }
     }
 
@@ -199,6 +203,11 @@ impl Publishing {
         let looking = move || {
             let Some(publishing) = this.upgrade() else { return };
             let found = publishing.admin.ensure_topic(&topic);
+            if found.is_ok()
+                && let Some(client) = publishing.client.load_full()
+            {
+                acquaint(&client, &topic, publishing.config.connect_timeout);
+            }
             publishing.looked_up(&topic, found);
         };
         let spawned = thread::Builder::new().name("broker-kafka-topic".to_owned()).spawn(looking);
@@ -214,6 +223,7 @@ impl Publishing {
             Ok(()) => {
                 waiting.state = Lookup::Done;
                 self.drain(&queue, &mut waiting);
+                self.look_up_if_needed(&queue, waiting);
             }
             Err(error) => {
                 // The next publish tries again.
@@ -227,7 +237,7 @@ impl Publishing {
         }
     }
 
-    /// The topic was deleted: the next publish looks it up again.
+    /// The topic was deleted: what waits looks it up again, or else the next publish.
     pub(crate) fn not_there(&self, topic: &str) {
         if let Some(queue) = Topic::new(topic).ok().and_then(|topic| self.topics.read().get(&topic).cloned()) {
             let mut waiting = queue.waiting.lock();
@@ -235,27 +245,36 @@ impl Publishing {
                 waiting.state = Lookup::Needed;
                 queue.direct.store(false, Ordering::Release);
             }
+            self.look_up_if_needed(&queue, waiting);
         }
     }
 
-    /// Gives librdkafka what waits, in order, as far as there is room.
+    /// Gives librdkafka what waits, in order, as far as there is room. Where it has heard that the topic was deleted,
+    /// looking it up is needed again: what is still refused then is told so.
     fn drain(&self, topic: &TopicQueue, waiting: &mut Waiting) {
         while let Some(queued) = waiting.messages.pop_front() {
             if self.tickets.take(queued.ticket) {
                 let travel = queued.travel.as_ref();
                 match self.send(&topic.topic, &queued.message, travel, queued.ticket) {
-                    Ok(()) => {}
-                    Err(Refused::Later) => {
-                        self.tickets.queued(queued.ticket);
-                        waiting.messages.push_front(queued);
-                        return;
+                    Ok(()) => waiting.sought = false,
+                    Err(Refused::Missing(_)) if !waiting.sought => {
+                        (waiting.sought, waiting.state) = (true, Lookup::Needed);
+                        return self.put_back(waiting, queued);
                     }
-                    Err(Refused::Failed(error)) => self.tickets.complete(queued.ticket, Err(error)),
+                    Err(Refused::Later) => return self.put_back(waiting, queued),
+                    Err(Refused::Missing(error) | Refused::Failed(error)) => {
+                        self.tickets.complete(queued.ticket, Err(error));
+                    }
                 }
             }
             self.queued.fetch_sub(1, Ordering::AcqRel);
         }
         topic.direct.store(true, Ordering::Release);
+    }
+
+    fn put_back(&self, waiting: &mut Waiting, queued: Queued) {
+        self.tickets.queued(queued.ticket);
+        waiting.messages.push_front(queued);
     }
 
     fn send(
@@ -278,7 +297,14 @@ impl Publishing {
             Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull | RDKafkaErrorCode::Fatal), _)) => {
                 Err(Refused::Later)
             }
-            Err((error, _)) => Err(Refused::Failed(error::failed(format_args!("publish to {topic}"), &error))),
+            Err((error, _)) => {
+                let failed = error::failed(format_args!("publish to {topic}"), &error);
+                Err(if failed.kind() == ErrorKind::NotFound {
+                    Refused::Missing(failed)
+                } else {
+                    Refused::Failed(failed)
+                })
+            }
         }
     }
 
@@ -289,6 +315,7 @@ impl Publishing {
             let mut waiting = topic.waiting.lock();
             if matches!(waiting.state, Lookup::Done) && !waiting.messages.is_empty() {
                 self.drain(&topic, &mut waiting);
+                self.look_up_if_needed(&topic, waiting);
             }
         }
     }
@@ -322,6 +349,7 @@ impl Publishing {
                 ("linger.ms", "0"),
                 ("compression.type", config.compression.as_str()),
                 ("message.timeout.ms", &millis(config.publish_timeout)),
+                ("topic.metadata.propagation.max.ms", client::PROPAGATION_MILLIS),
                 // Where Java's own client puts a key.
                 ("partitioner", "murmur2_random"),
                 ("queue.buffering.max.kbytes", "262144"),
@@ -379,6 +407,24 @@ impl Publishing {
     /// Takes no more.
     pub(crate) fn stop_intake(&self) {
         self.closed.store(true, Ordering::Release);
+    }
+}
+
+/// Has librdkafka hear that `topic` is there. One that it heard was deleted it refuses until then; and of several
+/// servers the one that it asks may hear of a new topic a little later.
+fn acquaint(client: &RawProducer, topic: &Topic, patience: Duration) {
+    let deadline = Instant::now() + patience;
+    let hears = |metadata: &Metadata| {
+        let mut topics = metadata.topics().iter();
+        topics.any(|one| one.name() == topic.as_str() && one.error().is_none() && !one.partitions().is_empty())
+    };
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let heard = client.client().fetch_metadata(Some(topic.as_str()), left).is_ok_and(|metadata| hears(&metadata));
+        if heard || Instant::now() >= deadline {
+            return;
+        }
+        rest(Duration::from_millis(20));
     }
 }
 

@@ -21,6 +21,8 @@ pub(crate) struct TopicQueue {
 pub(crate) struct Waiting {
     pub(crate) state: Lookup,
     pub(crate) messages: VecDeque<Queued>,
+    /// It was looked up again because librdkafka missed it, and nothing was taken since.
+    pub(crate) sought: bool,
 }
 
 #[derive(Debug, Default)]
@@ -41,5 +43,7 @@ pub(crate) struct Queued {
 pub(crate) enum Refused {
     /// Librdkafka's queue is full, or the client is being replaced.
     Later,
+    /// Librdkafka has heard that there is no such topic.
+    Missing(Error),
     Failed(Error),
 }

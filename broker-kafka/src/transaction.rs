@@ -166,6 +166,8 @@ struct Aborted {
     cause: Error,
     /// Why each record failed, of those that did so by themselves.
     own: Vec<Option<Error>>,
+    /// A topic that was known is not there any more.
+    deleted: bool,
 }
 
 impl Aborted {
@@ -317,9 +319,21 @@ impl Worker {
         messages: &[(&Topic, &Message)],
         offsets: &[Offsets],
     ) -> std::result::Result<Vec<Place>, Aborted> {
+        match self.attempt(messages, offsets) {
+            // It is looked up again, and made where that is allowed.
+            Err(aborted) if aborted.deleted => self.attempt(messages, offsets),
+            ended => ended,
+        }
+    }
+
+    fn attempt(
+        &mut self,
+        messages: &[(&Topic, &Message)],
+        offsets: &[Offsets],
+    ) -> std::result::Result<Vec<Place>, Aborted> {
         self.find(messages)?;
         self.outcomes.lock().begin(messages.len());
-        let none = |cause| Aborted { cause, own: vec![None; messages.len()] };
+        let none = |cause| Aborted { cause, own: vec![None; messages.len()], deleted: false };
         let client = self.client().map_err(none)?;
         let begun = Instant::now();
         let started = client.begin_transaction().map_err(|error| error::failed("begin a transaction", &error));
@@ -347,13 +361,13 @@ impl Worker {
             // What failed by itself says how; what was purged, or had been written, failed with it.
             let own = |outcome: Option<Outcome>| outcome?.err().filter(|own| own.kind() != ErrorKind::Closed);
             let own: Vec<_> = outcomes.into_iter().map(own).collect();
+            let mut deleted = false;
             for ((topic, _), own) in messages.iter().zip(&own) {
-                // It was deleted: the next to publish there looks for it again.
                 if own.as_ref().is_some_and(|own| own.kind() == ErrorKind::NotFound) {
-                    self.known.remove(*topic);
+                    deleted |= self.known.remove(*topic);
                 }
             }
-            Aborted { cause, own }
+            Aborted { cause, own, deleted }
         })
     }
 
@@ -372,7 +386,7 @@ impl Worker {
         let own: Vec<_> = messages.iter().map(|(topic, _)| missing.get(topic).cloned()).collect();
         match own.iter().flatten().next().cloned() {
             None => Ok(()),
-            Some(cause) => Err(Aborted { cause, own }),
+            Some(cause) => Err(Aborted { cause, own, deleted: false }),
         }
     }
 
@@ -516,6 +530,7 @@ impl Worker {
                 ("compression.type", config.compression.as_str()),
                 ("message.timeout.ms", &millis(timeout)),
                 ("transaction.timeout.ms", &millis(self.open())),
+                ("topic.metadata.propagation.max.ms", client::PROPAGATION_MILLIS),
                 ("partitioner", "murmur2_random"),
             ],
         );

@@ -89,11 +89,9 @@ async fn names_that_kafka_confuses_are_refused_and_topics_that_must_exist_are_no
 /// nobody from the others.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pattern_is_not_held_up_by_a_topic_that_is_none_of_ours() -> Result<()> {
-    use broker_kafka::rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+    use broker_kafka::rdkafka::admin::{AdminOptions, NewTopic, TopicReplication};
     let (broker, topic) = (broker("&metadata_refresh=1s")?, topic("strange")?);
-    let mut settings = rdkafka::ClientConfig::new();
-    settings.set("bootstrap.servers", server().url.trim_start_matches("kafka://"));
-    let admin: AdminClient<rdkafka::client::DefaultClientContext> = settings.create().unwrap();
+    let admin = admin();
     let strange = [format!("{topic}..x"), format!("{topic}.x.")];
     let new = strange.each_ref().map(|name| NewTopic::new(name, 1, TopicReplication::Fixed(1)));
     admin.create_topics(&new, &AdminOptions::new()).await.unwrap().into_iter().for_each(|made| drop(made.unwrap()));

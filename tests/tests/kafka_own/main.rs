@@ -17,6 +17,7 @@ mod records;
 mod retries;
 mod secure;
 mod soak;
+mod topics;
 mod transactions;
 
 use std::io::Write as _;
@@ -75,6 +76,13 @@ fn no_control(why: &str) -> Result<()> {
 
 fn payload(delivery: &Delivery) -> String {
     String::from_utf8_lossy(delivery.message().payload()).into_owned()
+}
+
+/// Who makes and deletes topics beside us.
+fn admin() -> rdkafka::admin::AdminClient<rdkafka::client::DefaultClientContext> {
+    let mut settings = rdkafka::ClientConfig::new();
+    settings.set("bootstrap.servers", server().url.trim_start_matches("kafka://"));
+    settings.create().unwrap()
 }
 
 /// A raw client, and where it is.

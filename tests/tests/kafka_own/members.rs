@@ -247,10 +247,8 @@ async fn status_tells_lag_flight_assignment_and_the_last_error() -> Result<()> {
 
 /// Deletes a topic and makes it again, with nothing in it.
 async fn make_again(topic: &Topic) {
-    use broker_kafka::rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-    let mut settings = rdkafka::ClientConfig::new();
-    settings.set("bootstrap.servers", server().url.trim_start_matches("kafka://"));
-    let admin: AdminClient<rdkafka::client::DefaultClientContext> = settings.create().unwrap();
+    use broker_kafka::rdkafka::admin::{AdminOptions, NewTopic, TopicReplication};
+    let admin = admin();
     admin.delete_topics(&[topic.as_str()], &AdminOptions::new()).await.unwrap().remove(0).unwrap();
     let new = NewTopic::new(topic.as_str(), 1, TopicReplication::Fixed(1));
     while admin.create_topics([&new], &AdminOptions::new()).await.unwrap().remove(0).is_err() {

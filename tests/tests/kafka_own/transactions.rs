@@ -2,8 +2,7 @@
 
 use broker_core::Broker as _;
 use broker_kafka::rdkafka::Message as _;
-use broker_kafka::rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use broker_kafka::rdkafka::client::DefaultClientContext;
+use broker_kafka::rdkafka::admin::{AdminOptions, NewTopic, TopicReplication};
 use broker_kafka::rdkafka::consumer::{BaseConsumer, Consumer as _};
 
 use super::*;
@@ -15,9 +14,7 @@ fn transactional(parameters: &str) -> Result<KafkaBroker> {
 
 /// A topic whose records the server refuses from 2,000 bytes on: nobody but the server knows.
 async fn small(topic: &Topic) {
-    let mut settings = rdkafka::ClientConfig::new();
-    settings.set("bootstrap.servers", server().url.trim_start_matches("kafka://"));
-    let admin: AdminClient<DefaultClientContext> = settings.create().unwrap();
+    let admin = admin();
     let new = NewTopic::new(topic.as_str(), 1, TopicReplication::Fixed(1)).set("max.message.bytes", "2000");
     admin.create_topics([&new], &AdminOptions::new()).await.unwrap().remove(0).unwrap();
 }
