@@ -26,6 +26,22 @@ use crate::record::{Copies, Format};
 use crate::stored::Stored;
 use crate::{error, wire};
 
+/// Where a letter goes, and the one reader that it is for there; `None` if there is nowhere to send it, or it is there.
+///
+/// One that fails again is kept, not sent round. So it is written for its group's list alone, which shows every letter of
+/// the group; whoever reads the topic passes over it. A group that reads its own dead-letter topic has it in its list.
+pub(crate) fn burial(letter: &DeadLetter, topic: Option<&Topic>) -> Option<(Topic, Option<String>)> {
+    let topic = topic?;
+    if !DeadLetter::is_dead(&letter.message) && *topic != letter.topic {
+        return Some((topic.clone(), None));
+    }
+    let group = letter.group.as_ref()?;
+    let is_its_own = |before: DeadLetter| before.group.as_ref() == Some(group);
+    let is_listed = *topic == letter.topic && DeadLetter::from_message(letter.message.clone()).is_ok_and(is_its_own);
+    // No group has a name like that.
+    (!is_listed).then(|| (topic.clone(), Some(format!("dead-letters:{group}"))))
+}
+
 /// Where a group's dead letters are.
 pub(crate) struct Grave {
     admin: Arc<Admin>,
@@ -256,5 +272,50 @@ impl Grave {
         client::hand_on(&mut settings, self.admin.config(), Role::Consumer);
         let consumer = BaseConsumer::from_config_and_context(&settings, self.admin.context());
         consumer.map_err(|error| client::not_made(&error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use broker_core::{Failure, Message, Timestamp};
+
+    use super::*;
+
+    #[test]
+    fn a_letter_is_sent_to_its_topic_once_and_kept_there_if_it_fails_again() {
+        let letter = |group: Option<&str>, topic: &str, message: Message| DeadLetter {
+            message,
+            topic: topic.parse().unwrap(),
+            group: group.map(|group| group.parse().unwrap()),
+            failure: Failure::new("no"),
+            attempts: 1,
+            first: Timestamp::from_millis(1),
+            last: Timestamp::from_millis(2),
+        };
+        let (billing, ops) = (Some("billing@>"), Some("ops@dead.billing"));
+        let plain = || Message::new("1");
+        let dead = || letter(billing, "orders", plain()).into_message();
+        let marked = || plain().with_header("broker-dead-reason", "elsewhere").unwrap();
+        let (of_billing, of_ops) = (Some("dead-letters:billing@>"), Some("dead-letters:ops@dead.billing"));
+        for (letter, topic, expected) in [
+            (letter(billing, "orders", plain()), "dead.billing", Some(None)),
+            (letter(None, "orders", plain()), "dead.billing", Some(None)),
+            // Of another group, or marked by nobody we know: it is not in the list.
+            (letter(ops, "dead.billing", dead()), "dead.ops", Some(of_ops)),
+            (letter(billing, "orders", marked()), "dead.billing", Some(of_billing)),
+            (letter(billing, "dead.billing", marked()), "dead.billing", Some(of_billing)),
+            (letter(billing, "dead.billing", plain()), "dead.billing", Some(of_billing)),
+            (letter(ops, "dead.billing", dead()), "dead.billing", Some(of_ops)),
+            // It is.
+            (letter(billing, "dead.billing", dead()), "dead.billing", None),
+            // Nobody could list it.
+            (letter(None, "dead.billing", dead()), "dead.ops", None),
+        ] {
+            let topic: Topic = topic.parse().unwrap();
+            let burial = burial(&letter, Some(&topic));
+            let expected = expected.map(|to: Option<&str>| (topic.clone(), to.map(str::to_owned)));
+            assert_eq!(burial, expected, "{letter:?}");
+        }
+        assert_eq!(burial(&letter(billing, "orders", plain()), None), None);
     }
 }

@@ -16,6 +16,7 @@ use tokio::sync::oneshot;
 
 use crate::admin::Partition;
 use crate::consumer::Client;
+use crate::dead::burial;
 use crate::lot::Entry;
 use crate::progress::Progress;
 use crate::record::{Retried, Travel};
@@ -198,7 +199,8 @@ impl Member {
         };
         let kind = TransferKind::Retry(Box::new(retried));
         let (message, copy, seq) = (entry.message.clone(), entry.message, entry.seq);
-        self.transfer(state, Transfer { place: item.place, seq, message, unreadable: false, topic, copy, kind });
+        let (place, kept_for) = (item.place, None);
+        self.transfer(state, Transfer { place, seq, message, unreadable: false, topic, copy, kept_for, kind });
     }
 
     /// A message goes to another topic; the polling thread publishes it.
@@ -231,7 +233,7 @@ impl Member {
         }
     }
 
-    /// False if there is nowhere to send it: then its record is settled.
+    /// False if it is not to be sent anywhere: then its record is settled.
     fn bury_letter(
         &self,
         state: &mut State,
@@ -243,18 +245,14 @@ impl Member {
     ) -> bool {
         let Some(lot) = state.lot(place) else { return false };
         let message = letter.message.clone();
-        let topic = settings.dead_letter.clone().filter(|topic| {
-            // One that fails again is kept where it is, not sent round.
-            !(DeadLetter::is_dead(&message) || *topic == letter.topic)
-        });
-        let Some(topic) = topic else {
+        let Some((topic, kept_for)) = burial(&letter, settings.dead_letter.as_ref()) else {
             match origin {
                 Origin::Delivery(_) => lot.finish(seq, &message),
                 Origin::Unreadable => lot.finish_apart(seq, &message),
             }
             self.entry.counts.dead_lettered.fetch_add(1, Ordering::Relaxed);
             let reason = letter.failure.reason();
-            tracing::warn!(topic = %letter.topic, id = %message.id(), reason, "a message failed for good and is discarded");
+            tracing::warn!(topic = %letter.topic, id = %message.id(), reason, "a message failed for good and is written nowhere");
             return false;
         };
         let copy = letter.into_message();
@@ -263,7 +261,7 @@ impl Member {
             Origin::Unreadable => (true, None),
         };
         let kind = TransferKind::Dead(reply);
-        self.transfer(state, Transfer { place, seq, message, unreadable, topic, copy, kind });
+        self.transfer(state, Transfer { place, seq, message, unreadable, topic, copy, kept_for, kind });
         true
     }
 

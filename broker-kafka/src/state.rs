@@ -100,6 +100,8 @@ pub(crate) struct Transfer {
     pub(crate) topic: Topic,
     /// What arrives there.
     pub(crate) copy: Message,
+    /// The one reader that it is for there.
+    pub(crate) kept_for: Option<String>,
     pub(crate) kind: TransferKind,
 }
 

@@ -19,10 +19,11 @@ impl Poller {
         }
         for transfer in fresh {
             let topic = self.publishing.topic(&transfer.topic);
-            let travel = match &transfer.kind {
-                TransferKind::Dead(_) => Travel::default(),
-                TransferKind::Retry(retried) => Travel { for_group: None, retried: Some(retried.clone()) },
+            let retried = match &transfer.kind {
+                TransferKind::Dead(_) => None,
+                TransferKind::Retry(retried) => Some(retried.clone()),
             };
+            let travel = Travel { for_group: transfer.kept_for.clone(), retried };
             let publish = self.publishing.publish_late(&topic, transfer.copy.clone(), travel);
             self.moving.push((transfer, publish));
         }

@@ -8,6 +8,7 @@
     reason = "a test that cannot go on panics"
 )]
 
+mod dead_letters;
 mod groups;
 #[path = "../kafka_server/mod.rs"]
 mod kafka_server;
