@@ -7,9 +7,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use broker_core::{
-    BoxFuture, Broker, BrokerUrl, Capabilities, Connector, DeadLetter, DrainReport, Error, Group, GroupOptions,
-    GroupSettings, GroupStatus, Publisher, PublisherOptions, Receipt, Result, State, Status, Subscribe, Subscription,
-    SubscriptionStatus, Topic, TopicFilter,
+    BoxFuture, Broker, BrokerUrl, Capabilities, Connector, DeadLetter, DrainReport, Error, ErrorKind, Group,
+    GroupOptions, GroupSettings, GroupStatus, Publisher, PublisherOptions, Receipt, Result, State, Status, Subscribe,
+    Subscription, SubscriptionStatus, Topic, TopicFilter,
 };
 use tokio::sync::{OnceCell, oneshot};
 
@@ -394,6 +394,11 @@ fn answered<T>(status: &mut Status, answer: Result<T>) -> Result<Option<T>> {
         Ok(answer) => Ok(Some(answer)),
         Err(error) if error.is_retryable() => {
             status.state = State::Connecting;
+            status.last_error = Some(error.to_string());
+            Ok(None)
+        }
+        // It does not say everything to everybody.
+        Err(error) if error.kind() == ErrorKind::Unauthorized => {
             status.last_error = Some(error.to_string());
             Ok(None)
         }

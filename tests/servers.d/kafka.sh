@@ -11,6 +11,11 @@
 #
 # Three more listeners want TLS, a password, or both: KAFKA_TLS, KAFKA_SASL, KAFKA_SASL_TLS, each HOST:PORT. KAFKA_CA
 # is the certificate to trust, KAFKA_LOGIN=USER:PASSWORD who is let in, by PLAIN and by SCRAM.
+#
+# KAFKA_SASL_LINK=ADVERTISED:LISTENING:SHUT are two listeners for PLAIN that tell their clients the same port to come back
+# to. The second knows another password: a test that puts a proxy on the port has whoever was let in refused, and let in.
+#
+# Rights count where somebody has given some: who comes without a user may do everything, and give them.
 
 KAFKA_VERSION=4.3.0
 KAFKA_HOME_DIR="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/.servers/kafka"
@@ -62,16 +67,19 @@ _kafka_prepare() {
     mkdir -p "$KAFKA_HOME_DIR"
     local ports=() port links="" advertised="" listeners="" protocols="" n
     # Free ports that stay ours: bound to be known, all at once so that they differ.
-    read -r -a ports < <(_kafka_free_ports $((5 + 2 * KAFKA_LINK_COUNT)))
-    [ "${#ports[@]}" -eq $((5 + 2 * KAFKA_LINK_COUNT)) ] || { echo "kafka: no free ports" >&2; return 1; }
+    read -r -a ports < <(_kafka_free_ports $((8 + 2 * KAFKA_LINK_COUNT)))
+    [ "${#ports[@]}" -eq $((8 + 2 * KAFKA_LINK_COUNT)) ] || { echo "kafka: no free ports" >&2; return 1; }
     local secure=("TLS:SSL:${ports[2]}" "SASL:SASL_PLAINTEXT:${ports[3]}" "SASLTLS:SASL_SSL:${ports[4]}")
     for n in "${secure[@]}"; do
         listeners+=",${n%%:*}://127.0.0.1:${n##*:}"
         advertised+=",${n%%:*}://127.0.0.1:${n##*:}"
         protocols+=",${n%:*}"
     done
+    listeners+=",SASLLINK://127.0.0.1:${ports[6]},SASLSHUT://127.0.0.1:${ports[7]}"
+    advertised+=",SASLLINK://127.0.0.1:${ports[5]},SASLSHUT://127.0.0.1:${ports[5]}"
+    protocols+=",SASLLINK:SASL_PLAINTEXT,SASLSHUT:SASL_PLAINTEXT"
     for ((n = 0; n < KAFKA_LINK_COUNT; n++)); do
-        local told=${ports[5 + 2 * n]} listening=${ports[6 + 2 * n]}
+        local told=${ports[8 + 2 * n]} listening=${ports[9 + 2 * n]}
         listeners+=",LINK$n://127.0.0.1:$listening"
         advertised+=",LINK$n://127.0.0.1:$told"
         protocols+=",LINK$n:PLAINTEXT"
@@ -101,11 +109,16 @@ _kafka_prepare() {
 		ssl.keystore.type=PKCS12
 		ssl.keystore.password=$KAFKA_LOGIN_PASSWORD
 		sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512
+		authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+		super.users=User:ANONYMOUS
+		allow.everyone.if.no.acl.found=true
 	PROPERTIES
     _kafka_certify || return
-    local listener mechanism module
-    for listener in sasl sasltls; do
-        module="org.apache.kafka.common.security.plain.PlainLoginModule required user_$KAFKA_LOGIN_USER=\"$KAFKA_LOGIN_PASSWORD\";"
+    local listener mechanism module password
+    for listener in sasl sasltls sasllink saslshut; do
+        password=$KAFKA_LOGIN_PASSWORD
+        [ "$listener" != saslshut ] || password+=-of-another
+        module="org.apache.kafka.common.security.plain.PlainLoginModule required user_$KAFKA_LOGIN_USER=\"$password\";"
         echo "listener.name.$listener.plain.sasl.jaas.config=$module"
         for mechanism in scram-sha-256 scram-sha-512; do
             module="org.apache.kafka.common.security.scram.ScramLoginModule required;"
@@ -126,6 +139,7 @@ _kafka_prepare() {
 		KAFKA_TLS=127.0.0.1:${ports[2]}
 		KAFKA_SASL=127.0.0.1:${ports[3]}
 		KAFKA_SASL_TLS=127.0.0.1:${ports[4]}
+		KAFKA_SASL_LINK=${ports[5]}:${ports[6]}:${ports[7]}
 		KAFKA_CA=$KAFKA_HOME_DIR/ca.pem
 		KAFKA_LOGIN=$KAFKA_LOGIN_USER:$KAFKA_LOGIN_PASSWORD
 	ENVIRONMENT

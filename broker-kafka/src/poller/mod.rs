@@ -66,6 +66,9 @@ pub(crate) struct Poller {
     /// Records on their way from a queue to the member: empty between turns.
     arrivals: Vec<Arrival>,
     copies: Copies,
+    /// When it began, and whether anything was read since.
+    began: Instant,
+    has_read: bool,
     roused: Receiver<()>,
     rouse: Sender<()>,
     /// Partitions whose committed offsets could not be read yet.
@@ -110,6 +113,8 @@ pub(crate) fn start(
         places: FxHashMap::default(),
         arrivals: Vec::with_capacity(BATCH),
         copies: Copies::default(),
+        began: now,
+        has_read: false,
         roused,
         rouse,
         assigning: Vec::new(),
@@ -216,11 +221,17 @@ impl Poller {
         self.member.entry.failed(error.message());
         if fatal {
             self.member.end_lost(error);
-        } else if error.kind() == ErrorKind::Unauthorized {
+        } else if error.kind() == ErrorKind::Unauthorized && !self.stood() {
             self.member.end(Instant::now() + self.admin.config().drain_timeout, Some(error));
         } else {
             self.admin.health().failed(error);
         }
+    }
+
+    /// Whether the server has let it read, as far as is known. Who may not any more may be allowed to again; who never might
+    /// is told so.
+    fn stood(&self) -> bool {
+        self.has_read || self.began.elapsed() > self.admin.config().connect_timeout
     }
 
     fn rebalance(&mut self, what: RDKafkaRespErr, partitions: TopicPartitionList) {

@@ -41,6 +41,7 @@ impl Poller {
             });
             busy |= read == BATCH;
             if !arrivals.is_empty() {
+                self.has_read = true;
                 let end = self.member.admit(*place, arrivals.drain(..));
                 cut.extend(end.map(|end| (*place, end)));
             }

@@ -15,6 +15,7 @@ mod kafka_server;
 mod members;
 mod mock;
 mod records;
+mod refused;
 mod retries;
 mod secure;
 mod soak;
