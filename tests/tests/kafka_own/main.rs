@@ -100,6 +100,20 @@ fn raw_consumer(topic: &Topic) -> rdkafka::consumer::BaseConsumer {
     consumer
 }
 
+/// Reads `count` records of the topic's first partition as anybody would.
+async fn raw_records(topic: &Topic, count: usize) -> Vec<rdkafka::message::OwnedMessage> {
+    let consumer = raw_consumer(topic);
+    let read = tokio::task::spawn_blocking(move || {
+        let mut records = Vec::new();
+        while records.len() < count {
+            let record = consumer.poll(Duration::from_secs(20)).expect("a record within 20 s");
+            records.push(record.unwrap().detach());
+        }
+        records
+    });
+    read.await.unwrap()
+}
+
 /// A record of somebody else's.
 async fn produce(broker: &KafkaBroker, record: rdkafka::producer::BaseRecord<'_, [u8], [u8], usize>) {
     use rdkafka::producer::Producer as _;

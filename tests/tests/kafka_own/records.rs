@@ -63,20 +63,6 @@ async fn a_full_queue_waits_in_order() -> Result<()> {
     Ok(())
 }
 
-/// Reads `count` records of the topic's first partition as anybody would.
-async fn raw_records(topic: &Topic, count: usize) -> Vec<OwnedMessage> {
-    let consumer = raw_consumer(topic);
-    let read = tokio::task::spawn_blocking(move || {
-        let mut records = Vec::new();
-        while records.len() < count {
-            let record = consumer.poll(Duration::from_secs(20)).expect("a record within 20 s");
-            records.push(record.unwrap().detach());
-        }
-        records
-    });
-    read.await.unwrap()
-}
-
 fn fields(record: &OwnedMessage) -> Vec<(&str, &[u8])> {
     let headers = record.headers().into_iter().flat_map(|headers| headers.iter());
     headers.map(|header| (header.key, header.value.unwrap_or(b"null"))).collect()
