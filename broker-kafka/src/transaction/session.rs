@@ -1,144 +1,32 @@
-//! Publishing in transactions, where a `transactional_id` asks for it.
-//!
-//! One thread has the transactional producer, which can be in one transaction at a time. Publishes that
-//! wait share the next one; a batch, and a [`Transaction`], has one of its own. So the order of the calls
-//! stays, and the cost of a commit is shared where nothing asks for its own.
+//! The transactional producer: one transaction after another, and a client made anew where one has ended badly.
 
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use broker_core::{Delivery, Error, ErrorKind, Message, Receipt, Result, Topic};
-use crossbeam_channel::{Receiver, Sender};
+use broker_core::{Error, ErrorKind, Message, Result, Topic};
 use parking_lot::Mutex;
-use rdkafka::TopicPartitionList;
-use rdkafka::client::ClientContext;
-use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
-use rdkafka::consumer::ConsumerGroupMetadata;
+use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::message::{DeliveryResult, Message as _, OwnedHeaders};
-use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProducer};
+use rdkafka::message::OwnedHeaders;
+use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
 use rustc_hash::{FxHashMap, FxHashSet};
-use tokio::sync::oneshot;
 
+use super::Offsets;
+use super::outcome::{Aborted, Ended, Outcome, Outcomes, Place, Round, not_known, unknown};
 use crate::admin::Admin;
 use crate::client::{self, Role, millis, rest};
-use crate::health::Health;
-use crate::process::Process;
-use crate::tickets::Tickets;
 use crate::wire::Written;
 use crate::{KafkaConfig, error, record};
-
-/// What is to happen wholly or not at all: messages published, deliveries acked. For
-/// [`KafkaBroker::transact`](crate::KafkaBroker::transact).
-///
-/// ```
-/// use broker_core::{Message, Topic};
-/// use broker_kafka::Transaction;
-///
-/// let invoice = Topic::new("invoices.written")?;
-/// let transaction = Transaction::new().publish(invoice, Message::new("42"));
-/// assert_eq!(transaction.messages().len(), 1);
-/// # Ok::<(), broker_core::Error>(())
-/// ```
-#[derive(Debug, Default)]
-#[must_use = "hand it to KafkaBroker::transact"]
-pub struct Transaction {
-    messages: Vec<(Topic, Message)>,
-    deliveries: Vec<Delivery>,
-}
-
-impl Transaction {
-    /// Nothing yet.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Publishes `message` to `topic`.
-    pub fn publish(mut self, topic: Topic, message: Message) -> Self {
-        self.messages.push((topic, message));
-        self
-    }
-
-    /// Acks `delivery`, which came to a group's member of the same broker. If the transaction fails it is
-    /// given back untried, and comes again.
-    pub fn ack(mut self, delivery: Delivery) -> Self {
-        self.deliveries.push(delivery);
-        self
-    }
-
-    /// The messages to be published.
-    pub fn messages(&self) -> &[(Topic, Message)] {
-        &self.messages
-    }
-
-    pub(crate) fn into_parts(self) -> (Vec<(Topic, Message)>, Vec<Delivery>) {
-        (self.messages, self.deliveries)
-    }
-}
-
-/// Messages that share a transaction at most, where nothing asks for one of its own.
-const TOGETHER: usize = 1_000;
 
 /// The longest that the server lets a transaction be open by default (`transaction.max.timeout.ms`).
 const MAX_TRANSACTION: Duration = Duration::from_secs(15 * 60);
 
-/// The way to the thread.
-pub(crate) struct Transactions {
-    jobs: Sender<Job>,
-}
-
-/// A message on its way.
-pub(crate) struct Outgoing {
-    pub(crate) ticket: usize,
-    pub(crate) topic: Topic,
-    pub(crate) message: Message,
-}
-
-/// What a transaction says of a group: offsets, and who says so.
-pub(crate) type Offsets = (TopicPartitionList, ConsumerGroupMetadata);
-
-enum Job {
-    Together(Outgoing),
-    Alone(Vec<Outgoing>),
-    Process(Process, oneshot::Sender<Result<Vec<Receipt>>>),
-}
-
-impl Transactions {
-    /// Starts the thread, which ends with the last of what holds this.
-    pub(crate) fn start(config: &Arc<KafkaConfig>, admin: &Arc<Admin>, tickets: &Arc<Tickets>) -> Result<Self> {
-        let (jobs, received) = crossbeam_channel::unbounded();
-        let worker = Worker::new(config, admin, tickets);
-        let spawned =
-            thread::Builder::new().name("broker-kafka-transact".to_owned()).spawn(move || worker.run(&received));
-        spawned.map_err(|error| Error::backend("start a thread").with_source(error))?;
-        Ok(Self { jobs })
-    }
-
-    /// Publishes; whoever holds the tickets hears of it. With `alone` they are one transaction.
-    pub(crate) fn publish(&self, messages: Vec<Outgoing>, alone: bool) {
-        // The thread lives as long as this does.
-        if alone {
-            let _ = self.jobs.send(Job::Alone(messages));
-        } else {
-            messages.into_iter().for_each(|message| drop(self.jobs.send(Job::Together(message))));
-        }
-    }
-
-    /// Publishes, and commits offsets with it.
-    pub(crate) fn process(&self, process: Process) -> oneshot::Receiver<Result<Vec<Receipt>>> {
-        let (reply, outcome) = oneshot::channel();
-        let _ = self.jobs.send(Job::Process(process, reply));
-        outcome
-    }
-}
-
 type Client = ThreadedProducer<Outcomes>;
 
-struct Worker {
+pub(super) struct Session {
     config: Arc<KafkaConfig>,
     admin: Arc<Admin>,
-    tickets: Arc<Tickets>,
     outcomes: Arc<Mutex<Round>>,
     client: Option<Client>,
     /// Another producer has taken the transactional id: this one is out for good.
@@ -147,75 +35,11 @@ struct Worker {
     known: FxHashSet<Topic>,
 }
 
-/// Partition and offset of a record.
-type Place = (i32, i64);
-
-/// Where a record is, or why it is nowhere.
-type Outcome = Result<Place>;
-
-/// How a transaction ended that was not committed.
-enum Ended {
-    /// There is nothing of it.
-    Aborted(Error),
-    /// The server was asked to commit it, and what came of that is not known.
-    Unknown(Error),
-}
-
-/// A transaction that came to nothing, or is not known to have come to anything.
-struct Aborted {
-    cause: Error,
-    /// Why each record failed, of those that did so by themselves.
-    own: Vec<Option<Error>>,
-    /// A topic that was known is not there any more.
-    deleted: bool,
-}
-
-impl Aborted {
-    /// The error of each record.
-    fn each(self) -> impl Iterator<Item = Error> {
-        let others = self.own.iter().flatten().next().map_or(self.cause, with_others);
-        self.own.into_iter().map(move |own| own.unwrap_or_else(|| others.clone()))
-    }
-
-    fn first(self) -> Error {
-        self.own.into_iter().flatten().next().unwrap_or(self.cause)
-    }
-}
-
-/// What became of the records of one transaction.
-#[derive(Default)]
-struct Round {
-    /// Told apart from the rounds before: a record that was purged may be heard of late.
-    number: u32,
-    outcomes: Vec<Option<Outcome>>,
-}
-
-impl Round {
-    fn begin(&mut self, records: usize) {
-        self.number = self.number.wrapping_add(1);
-        self.outcomes = vec![None; records];
-    }
-
-    /// What a record takes along, to be known by.
-    fn ticket(&self, index: usize) -> usize {
-        (self.number as usize) << 32 | index
-    }
-
-    fn set(&mut self, ticket: usize, outcome: Outcome) {
-        if ticket >> 32 == self.number as usize
-            && let Some(slot) = self.outcomes.get_mut(ticket & 0xffff_ffff)
-        {
-            *slot = Some(outcome);
-        }
-    }
-}
-
-impl Worker {
-    fn new(config: &Arc<KafkaConfig>, admin: &Arc<Admin>, tickets: &Arc<Tickets>) -> Self {
+impl Session {
+    pub(super) fn new(config: &Arc<KafkaConfig>, admin: &Arc<Admin>) -> Self {
         Self {
             config: Arc::clone(config),
             admin: Arc::clone(admin),
-            tickets: Arc::clone(tickets),
             outcomes: Arc::default(),
             client: None,
             fenced: None,
@@ -223,98 +47,9 @@ impl Worker {
         }
     }
 
-    fn run(mut self, jobs: &Receiver<Job>) {
-        let mut next = None;
-        while let Some(job) = next.take().or_else(|| jobs.recv().ok()) {
-            match job {
-                Job::Together(first) => {
-                    let mut together = vec![first];
-                    while together.len() < TOGETHER {
-                        match jobs.try_recv() {
-                            Ok(Job::Together(message)) => together.push(message),
-                            Ok(other) => {
-                                next = Some(other);
-                                break;
-                            }
-                            Err(_) => break,
-                        }
-                    }
-                    together.retain(|message| self.tickets.take(message.ticket));
-                    self.publish_together(together);
-                }
-                Job::Alone(batch) => {
-                    // Whoever dropped the batch dropped all of it, the first message first.
-                    if batch.first().is_none_or(|first| self.tickets.take(first.ticket)) {
-                        self.publish_alone(&batch);
-                    } else {
-                        let withdrawn = Error::closed("the batch was withdrawn");
-                        batch.iter().skip(1).for_each(|one| self.tickets.complete(one.ticket, Err(withdrawn.clone())));
-                    }
-                }
-                Job::Process(process, reply) => {
-                    let _ = reply.send(self.process(process));
-                }
-            }
-        }
-    }
-
-    /// What waited together. One that is refused for what it is fails alone: the others go on without it.
-    fn publish_together(&mut self, mut messages: Vec<Outgoing>) {
-        while let Err(aborted) = self.publish(&messages) {
-            let refused = |own: &Option<Error>| own.as_ref().is_some_and(|own| !own.is_retryable());
-            let all_alone = aborted.own.iter().flatten().all(|own| !own.is_retryable());
-            if !all_alone || !aborted.own.iter().any(refused) {
-                return self.fail(&messages, aborted);
-            }
-            let mut own = aborted.own.into_iter();
-            messages.retain(|message| match own.next().flatten() {
-                Some(error) => {
-                    self.tickets.complete(message.ticket, Err(error));
-                    false
-                }
-                None => true,
-            });
-        }
-    }
-
-    fn publish_alone(&mut self, messages: &[Outgoing]) {
-        if let Err(aborted) = self.publish(messages) {
-            self.fail(messages, aborted);
-        }
-    }
-
-    fn fail(&self, messages: &[Outgoing], aborted: Aborted) {
-        messages.iter().zip(aborted.each()).for_each(|(one, error)| self.tickets.complete(one.ticket, Err(error)));
-    }
-
-    fn publish(&mut self, messages: &[Outgoing]) -> std::result::Result<(), Aborted> {
-        if messages.is_empty() {
-            return Ok(());
-        }
-        let borrowed: Vec<_> = messages.iter().map(|outgoing| (&outgoing.topic, &outgoing.message)).collect();
-        let placed = self.transact(&borrowed, &[])?;
-        messages.iter().zip(placed).for_each(|(message, place)| self.tickets.complete(message.ticket, Ok(place)));
-        Ok(())
-    }
-
-    fn process(&mut self, mut process: Process) -> Result<Vec<Receipt>> {
-        let offsets = process.begin(self.config.publish_timeout)?;
-        let borrowed: Vec<_> = process.messages.iter().map(|(topic, message)| (topic, message)).collect();
-        let placed = self.transact(&borrowed, &offsets).map_err(Aborted::first)?;
-        let receipt = |((_, message), (partition, offset)): (&(Topic, Message), Place)| {
-            let mut receipt = Receipt::new(message.id().clone());
-            receipt.partition = Some(partition);
-            receipt.offset = Some(offset).filter(|offset| *offset >= 0);
-            receipt
-        };
-        let receipts = process.messages.iter().zip(placed).map(receipt).collect();
-        process.committed();
-        Ok(receipts)
-    }
-
     /// One transaction: where each record is. If it is aborted there is none of them; only where nothing is known of its
     /// commit, there may be all.
-    fn transact(
+    pub(super) fn transact(
         &mut self,
         messages: &[(&Topic, &Message)],
         offsets: &[Offsets],
@@ -548,52 +283,6 @@ fn may_be_retried(error: &KafkaError) -> bool {
     matches!(error, KafkaError::Transaction(error) if error.is_retriable())
 }
 
-/// The error of what failed because something else did.
-pub(crate) fn with_others(cause: &Error) -> Error {
-    Error::new(cause.kind(), format!("the transaction was aborted: {}", cause.message()))
-}
-
-/// The error of a commit that may have come to pass.
-fn not_known(failed: &Error) -> Error {
-    let kind = match failed.kind() {
-        ErrorKind::Backend | ErrorKind::Unavailable => ErrorKind::Timeout,
-        kind => kind,
-    };
-    Error::new(kind, format!("whether the transaction was committed is not known: {}", failed.message()))
-}
-
-fn unknown() -> Error {
-    Error::unavailable("the transaction was aborted")
-}
-
-/// Takes down what became of each record.
-struct Outcomes {
-    outcomes: Arc<Mutex<Round>>,
-    health: Arc<Health>,
-}
-
-impl ClientContext for Outcomes {
-    fn log(&self, level: RDKafkaLogLevel, facility: &str, line: &str) {
-        client::log(level, facility, line);
-    }
-
-    fn error(&self, error: KafkaError, reason: &str) {
-        self.health.told(&error, reason);
-    }
-}
-
-impl ProducerContext for Outcomes {
-    type DeliveryOpaque = usize;
-
-    fn delivery(&self, result: &DeliveryResult<'_>, ticket: usize) {
-        let outcome = match result {
-            Ok(record) => Ok((record.partition(), record.offset())),
-            Err((error, record)) => Err(error::failed(format_args!("publish to {}", record.topic()), error)),
-        };
-        self.outcomes.lock().set(ticket, outcome);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use broker_core::BrokerUrl;
@@ -611,12 +300,12 @@ mod tests {
         let url = format!("kafka://{}?transactional_id=idle", cluster.bootstrap_servers());
         let config = Arc::new(KafkaConfig::from_url(BrokerUrl::parse(&url).unwrap()).unwrap());
         let admin = Arc::new(Admin::new(Arc::clone(&config)));
-        let mut worker = Worker::new(&config, &admin, &Arc::default());
+        let mut session = Session::new(&config, &admin);
         let (topic, message) = (Topic::new("orders").unwrap(), Message::new("1"));
         for round in 0..3 {
-            let placed = worker.transact(&[(&topic, &message), (&topic, &message)], &[]);
+            let placed = session.transact(&[(&topic, &message), (&topic, &message)], &[]);
             assert_eq!(placed.map_err(Aborted::first).unwrap().len(), 2, "{round}");
-            let idle = worker.client.as_ref().unwrap().client();
+            let idle = session.client.as_ref().unwrap().client();
             let code = RDKafkaRespErr::RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER;
             // SAFETY: the client lives, and the reason is a string that ends; librdkafka copies it.
             unsafe { rd_kafka_test_fatal_error(idle.native_ptr(), code, c"a test".as_ptr()) };
