@@ -71,6 +71,23 @@ impl DeadLetter {
         Self::is_dead(message) && message.headers().get_str(TOPIC) == Some(topic.as_str())
     }
 
+    /// Whether `message` is a dead letter of `group`. Where the group reads its own dead-letter topic and fails again at one,
+    /// it is in the group's list already.
+    ///
+    /// ```
+    /// use broker_core::{DeadLetter, Message};
+    ///
+    /// let message = Message::new("42")
+    ///     .with_header("broker-dead-reason", "no such customer")?
+    ///     .with_header("broker-dead-group", "billing@>")?;
+    /// assert!(DeadLetter::is_of(&message, &"billing@>".parse()?));
+    /// assert!(!DeadLetter::is_of(&message, &"ops@>".parse()?));
+    /// # Ok::<(), broker_core::Error>(())
+    /// ```
+    pub fn is_of(message: &Message, group: &Group) -> bool {
+        Self::is_dead(message) && message.headers().get_str(GROUP) == Some(group.to_string().as_str())
+    }
+
     /// The message to publish to the dead-letter topic: the original with the story in its
     /// headers. Its delivery time and expiry are over; neither must keep it from being read.
     pub fn into_message(self) -> Message {

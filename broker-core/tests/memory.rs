@@ -380,3 +380,23 @@ async fn a_member_of_a_deleted_group_is_told_of_no_gap() {
     }
     assert_eq!(member.gap(), None);
 }
+
+/// A group that reads everything reads its own dead letters, and may fail again: each is kept once, and once redriven.
+#[tokio::test]
+async fn a_group_that_reads_its_own_dead_letters_has_each_of_them_once() {
+    let broker = MemoryBroker::new();
+    let group: Group = "all@>".parse().unwrap();
+    let mut member = broker.subscribe(&group.filter, Subscribe::group(group.name.clone())).await.unwrap();
+    broker.publish(&Topic::new("orders").unwrap(), Message::new("1")).await.unwrap();
+    for (topic, reason) in [("orders", "first"), ("dead.all", "second")] {
+        let delivery = soon(member.next()).await.unwrap().unwrap();
+        assert_eq!(delivery.topic().as_str(), topic);
+        delivery.reject(reason).await.unwrap();
+    }
+    let letters = broker.dead_letters(&group, 10).await.unwrap();
+    let told: Vec<_> = letters.iter().map(|letter| (letter.topic.as_str(), letter.failure.reason())).collect();
+    assert_eq!(told, [("orders", "first")]);
+    assert_eq!(broker.redrive(&group, 10).await.unwrap(), 1);
+    let again = soon(member.next()).await.unwrap().unwrap();
+    assert_eq!((again.topic().as_str(), again.attempt()), ("orders", 1));
+}

@@ -617,3 +617,32 @@ async fn what_was_acked_before_a_clean_close_does_not_come_back() {
         clean(keeper, &group).await;
     }
 }
+
+/// A group that reads everything reads its own dead letters, and may fail again: each is kept once, and once redriven. It was
+/// twice as many with each redrive.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_that_reads_its_own_dead_letters_has_each_of_them_once() {
+    let _turn = TURN.lock().await;
+    let (topic, group) = names("own");
+    let group = Group::new(group.name, format!("{topic}.>").parse().unwrap());
+    let (orders, dead) = (Topic::new(format!("{topic}.orders")).unwrap(), Topic::new(format!("{topic}.dead")).unwrap());
+    let broker = open(server()).unwrap();
+    let options = GroupOptions::new().with_dead_letter(dead.clone());
+    let options = Subscribe::group(group.name.clone()).with_options(options);
+    let mut member = broker.subscribe(&group.filter, options).await.unwrap();
+    broker.publish(&orders, Message::new("1")).await.unwrap();
+    for round in 0..2 {
+        for (from, reason) in [(&orders, "first"), (&dead, "second")] {
+            let delivery = next(&mut member).await;
+            assert_eq!(delivery.topic(), from);
+            delivery.reject(reason).await.unwrap();
+        }
+        let kept = letters(broker.as_ref(), &group, 1).await;
+        let told: Vec<_> = kept.iter().map(|letter| (&letter.topic, letter.failure.reason())).collect();
+        assert_eq!(told, [(&orders, "first")], "{round}");
+        assert_eq!(broker.redrive(&group, 10).await.unwrap(), 1);
+    }
+    next(&mut member).await.ack().await.unwrap();
+    drop(member);
+    clean(broker, &group).await;
+}

@@ -219,7 +219,7 @@ impl Member {
     }
 
     /// Sends the message to the dead-letter topic, then acks it. What is a dead letter already goes to
-    /// the keeping queue alone; what has no dead-letter topic is discarded.
+    /// the keeping queue alone, or is there; what has no dead-letter topic is discarded.
     pub(super) fn bury(self: &Arc<Self>, epoch: u64, item: Inbound, failure: Failure, handed: Handed) -> Settle {
         let replaced = Replaced::Buried(handed);
         let names = &self.known.names;
@@ -234,6 +234,10 @@ impl Member {
             last: Timestamp::now(),
         };
         let route = match (&self.known.settings.dead_letter, &self.group) {
+            (Some(topic), Some(group)) if *topic == item.topic && DeadLetter::is_of(&item.message, group) => {
+                tracing::warn!(topic = %item.topic, id = %item.message.id(), reason = letter.failure.reason(), "a group failed at its own dead letter, which is kept");
+                return self.replace(epoch, item, None, replaced);
+            }
             (_, Some(_)) if dead => Route::Queue(names.dead.clone()),
             (Some(topic), Some(_)) => Route::Dead { keeping: names.dead.clone(), topic: topic.clone() },
             (Some(topic), None) if !dead => Route::Topic(topic.clone()),

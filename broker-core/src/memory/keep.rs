@@ -5,7 +5,7 @@ use std::collections::{HashMap, VecDeque};
 
 use parking_lot::Mutex;
 
-use crate::{DeadLetter, Group};
+use crate::{DeadLetter, Group, MessageId};
 
 /// What every group gave up on.
 pub(super) struct Keeps {
@@ -94,6 +94,12 @@ impl Keeps {
             kept.groups.remove(group);
         }
         letters
+    }
+
+    /// Whether a letter of this message is kept for the group.
+    pub(super) fn holds(&self, group: &Group, message: &MessageId) -> bool {
+        let kept = self.kept.lock();
+        kept.groups.get(group).is_some_and(|keep| keep.letters.iter().any(|letter| letter.message.id() == message))
     }
 
     pub(super) fn count(&self, group: &Group) -> u64 {

@@ -54,7 +54,7 @@ use self::keep::Keeps;
 use self::log::Log;
 use self::registry::Registry;
 use self::trie::Trie;
-use crate::{DeadLetter, DrainReport, Message, Timestamp, Topic};
+use crate::{DeadLetter, DrainReport, Group as GroupId, Message, Timestamp, Topic};
 
 /// What every handle, publisher and subscription of one broker shares.
 struct Shared {
@@ -140,7 +140,11 @@ impl Shared {
         };
         tracing::info!(topic = %letter.topic, %id, reason, dead_letter = %topic, "a message was given up");
         let dead_before = DeadLetter::is_dead(&letter.message);
-        if let Some(group) = &letter.group {
+        // A group that reads its own dead-letter topic may fail at what is kept for it already.
+        let is_kept = |group: &&GroupId| {
+            letter.topic == *topic && DeadLetter::is_of(&letter.message, group) && self.keeps.holds(group, &id)
+        };
+        if let Some(group) = letter.group.as_ref().filter(|group| !is_kept(group)) {
             self.keeps.push(group, letter.clone().undated());
             // It may have been deleted meanwhile.
             if self.find_group(group).is_err() {
