@@ -30,7 +30,7 @@ pub mod webhook;
 pub mod fuzzing {
     pub use crate::client::fuzzing::daemon_answer;
     pub use crate::push::fuzzing::{consent_answer, push_answer};
-    pub use crate::server::fuzzing::{connection, frame, pull, redrive, settlements, state};
+    pub use crate::server::fuzzing::{body, connection, frame, pull, redrive, request_headers, settlements, state};
 }
 
 pub use attributes::AttributeFilter;

@@ -4,16 +4,25 @@
 use std::time::Duration;
 
 use broker_core::Settlement;
-use http::Uri;
+use bytes::Bytes;
+use futures_util::FutureExt as _;
+use http::{HeaderMap, HeaderValue, Request, Uri, header};
 use serde_json::Value;
 
 use super::body::read_json;
 use super::frames::{Frames, Heard};
+use super::idempotency::{Fingerprint, Key};
+use super::inflate::{Encoding, Inflating, inflate};
 use super::leases::LeaseId;
+use super::memory::Ledger;
 use super::pull::{MAX_HOLD, MAX_PULL, MAX_WAIT, Plan, Settlements, Wanted};
 use super::socket::Told;
 use super::state::{Kept, Writer, parse};
+use super::stream::last_seen;
 use super::subscriptions::Redrive;
+use super::upgrade::Upgrade;
+use super::{acceptable, codings, item};
+use crate::event::{LINES_TYPE, percent};
 
 /// The body of `/settle`: every lease that is named is planned for once, in the order of the fields and
 /// their entries, and no wait is beyond its bound.
@@ -148,4 +157,100 @@ pub fn state(text: &[u8]) {
         writer.push(name, [*paused, *disabled, *declared], owner.as_ref(), consent.as_ref(), &spec);
     }
     assert_eq!(parse(&writer.finish()).expect("our own file"), kept);
+}
+
+/// A compressed body: what comes of it is bounded, counted, and the same whatever pieces it arrives in. The first byte says
+/// how it is compressed and how much memory there is, the second how it is cut.
+pub fn body(input: &[u8]) {
+    const LIMIT: usize = 1 << 20;
+    let Some(([kind, size], packed)) = input.split_first_chunk() else { return };
+    let encoding = if kind & 1 == 0 { Encoding::Gzip } else { Encoding::Zstd };
+    let room = if kind & 2 == 0 { u64::MAX } else { 512 << 10 };
+    let ledger = Ledger::new(room, room);
+    let mut reservation = ledger.room();
+    if reservation.grow(packed.len() as u64).is_err() {
+        return;
+    }
+    let whole = inflate(encoding, Bytes::copy_from_slice(packed), LIMIT, reservation);
+    let whole = whole.now_or_never().expect("one that is small is inflated at once");
+    let whole = match whole {
+        Ok((inflated, reservation)) => {
+            assert!(inflated.len() <= LIMIT && inflated.len() as u64 <= room);
+            assert_eq!((reservation.bytes(), ledger.held()), (inflated.len() as u64, inflated.len() as u64));
+            Some(inflated)
+        }
+        Err(problem) => {
+            assert!(matches!(problem.status().as_u16(), 400 | 413 | 503), "{problem:?}");
+            // With memory enough it may be good.
+            if room < u64::MAX && problem.status() != 400 {
+                return;
+            }
+            None
+        }
+    };
+    assert_eq!(ledger.held(), 0);
+    assert_eq!(in_pieces(encoding, packed, usize::from(*size) + 1, LIMIT), whole);
+}
+
+/// What comes of a body that arrives in pieces of so many bytes, unless it is broken or more than `limit`.
+fn in_pieces(encoding: Encoding, packed: &[u8], size: usize, limit: usize) -> Option<Bytes> {
+    let mut inflating = Inflating::new(encoding);
+    let mut inflated = Vec::new();
+    for arrived in packed.chunks(size) {
+        inflating.feed(Bytes::copy_from_slice(arrived));
+        while let Some(piece) = inflating.next() {
+            let piece = piece.ok()?;
+            // A kibibyte of gzip is a mebibyte at most, and a block of zstd is less.
+            assert!(piece.len() <= 2 << 20);
+            inflated.extend_from_slice(&piece);
+            if inflated.len() > limit {
+                return None;
+            }
+        }
+    }
+    inflated.extend_from_slice(&inflating.finish().ok()?);
+    (inflated.len() <= limit).then(|| inflated.into())
+}
+
+/// The headers of a request, as far as somebody reads more of them than a name.
+pub fn request_headers(query: Option<&str>, headers: &HeaderMap) {
+    let refused = |problem: super::problem::Problem, allowed: &[u16]| {
+        assert!(allowed.contains(&problem.status().as_u16()), "{problem:?}");
+    };
+    let of = |headers: &HeaderMap| Key::of(headers, "orders.created", None);
+    match of(headers) {
+        Ok(key) => {
+            assert_eq!(key.is_some(), headers.contains_key("idempotency-key"));
+            if let Some(value) = headers.get("idempotency-key") {
+                // In quotes it is the same key.
+                let text = value.to_str().ok().and_then(item::read).expect("it was read");
+                let quoted = format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""));
+                let mut again = HeaderMap::new();
+                again.insert("idempotency-key", quoted.parse().expect("visible ASCII"));
+                assert!(of(&again).is_ok_and(|again| again == key), "{quoted}");
+            }
+        }
+        Err(problem) => refused(problem, &[400]),
+    }
+    assert_eq!(Fingerprint::of(query, headers, b"x"), Fingerprint::of(query, &headers.clone(), b"x"));
+    for media_type in [LINES_TYPE, "text/event-stream"] {
+        assert!(!(acceptable::names(headers, media_type) && acceptable::refuses(headers, media_type)), "{media_type}");
+    }
+    if let Some(id) = headers.get("last-event-id").and_then(last_seen) {
+        // What a reader was given it brings back, and names the same.
+        let given = percent::encode_field(&id.to_string()).into_owned();
+        let given = HeaderValue::from_bytes(given.as_bytes()).expect("an id has no control characters");
+        assert_eq!(last_seen(&given), Some(id));
+    }
+    match Encoding::of(headers) {
+        Ok(encoding) => assert!(encoding.is_none() || headers.contains_key(header::CONTENT_ENCODING)),
+        Err(problem) => refused(problem, &[415]),
+    }
+    codings::check(headers).unwrap_or_else(|problem| refused(problem, &[400, 501]));
+    let mut request = Request::new(());
+    *request.headers_mut() = headers.clone();
+    match Upgrade::of(&mut request.into_parts().0) {
+        Ok(upgrade) => assert!(upgrade.is_none(), "there is no connection to take over"),
+        Err(problem) => refused(problem, &[400]),
+    }
 }

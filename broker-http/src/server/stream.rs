@@ -161,11 +161,8 @@ pub(crate) async fn copy(shared: &Shared, filter: &TopicFilter, start: StartAt) 
 /// A copy that begins after the event the reader saw last, if that is still retained. A broker that keeps its messages
 /// retains them without a bound of ours, so that nothing is sought there: it would be read from its beginning.
 async fn resume(shared: &Shared, filter: &TopicFilter, last: &HeaderValue) -> Answer<(Subscription, Seeking)> {
-    // Browsers send back in UTF-8 what they were given.
-    let id = std::str::from_utf8(last.as_bytes()).ok();
-    let id = id.and_then(|text| percent::decode_field(text).parse::<MessageId>().ok());
     let can = shared.broker.capabilities();
-    if let Some(id) = id
+    if let Some(id) = last_seen(last)
         && can.start_earliest.is_some()
         && !can.durable
     {
@@ -181,6 +178,13 @@ async fn resume(shared: &Shared, filter: &TopicFilter, last: &HeaderValue) -> An
         }
     }
     Ok((copy(shared, filter, StartAt::New).await?, Seeking::Missed))
+}
+
+/// The event that `Last-Event-ID` names, if it can name one.
+pub(super) fn last_seen(last: &HeaderValue) -> Option<MessageId> {
+    // Browsers send back in UTF-8 what they were given.
+    let text = std::str::from_utf8(last.as_bytes()).ok()?;
+    percent::decode_field(text).parse().ok()
 }
 
 /// A reader that stands still loses the oldest and is told; it holds up no publisher.
