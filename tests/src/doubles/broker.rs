@@ -225,7 +225,7 @@ impl Consumer for FlawedConsumer {
 impl FlawedConsumer {
     fn leave(&mut self) {
         if let (Some(inner), Some(hook)) = (self.inner.take(), &self.defect.leave) {
-            hook(Arc::clone(&self.broker), self.group.take(), inner);
+            hook(&self.defect.trail, Arc::clone(&self.broker), self.group.take(), inner);
         }
     }
 }

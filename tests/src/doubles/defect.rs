@@ -104,7 +104,7 @@ hooks! {
     /// Telling a gap.
     silent: dyn Fn() -> bool + Send + Sync;
     /// Unsubscribing: what becomes of the subscription.
-    leave: dyn Fn(Arc<dyn Broker>, Option<Group>, Subscription) + Send + Sync;
+    leave: dyn Fn(&Trail, Arc<dyn Broker>, Option<Group>, Subscription) + Send + Sync;
     /// The status.
     status: dyn Fn(&mut Status) + Send + Sync;
     /// Closing.

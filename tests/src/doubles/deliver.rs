@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use broker_core::{
-    Backlog, Broker, DeadLetter, Error, Group, GroupName, Headers, Message, MessageId, Overflow, Subscribe,
-    Subscription, Timestamp, TopicFilter,
+    Backlog, Broker, BrokerExt, DeadLetter, Error, Group, GroupName, Headers, Message, MessageId, Overflow, Settlement,
+    Subscribe, Subscription, Timestamp, TopicFilter,
 };
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -263,7 +263,7 @@ pub(super) const DOUBLES: &[Double] = &[
                     }
                     subscribe(broker, filter, options)
                 }))
-                .leave(Box::new(move |_, _, subscription| {
+                .leave(Box::new(move |_, _, _, subscription| {
                     gone.fetch_sub(1, Ordering::SeqCst);
                     drop(subscription);
                 }))
@@ -352,6 +352,23 @@ pub(super) const DOUBLES: &[Double] = &[
         ],
         || Defect::default().settings(Box::new(|settings| settings.ordered = None)),
     ),
+    Double::new("puts what is given back behind all others", &[("D7", "overtook")], || {
+        let broker = Arc::<Mutex<Option<Arc<dyn Broker>>>>::default();
+        let seen = Arc::clone(&broker);
+        Defect::default()
+            .subscribe(Box::new(move |broker, filter, options| {
+                *seen.lock() = Some(Arc::clone(&broker));
+                subscribe(broker, filter, options)
+            }))
+            .settle(Box::new(move |_, _, delivery, settlement| match &*broker.lock() {
+                Some(broker) if settlement == Settlement::Release => {
+                    // The in-process broker has it at once.
+                    drop(broker.publish(delivery.topic(), delivery.message().clone()));
+                    delivery.ack()
+                }
+                _ => delivery.settle(settlement),
+            }))
+    }),
     Double::new("counts nothing in flight", &[("D3", "unsettled: an unexpected delivery: message")], || {
         Defect::default()
             .subscribe(Box::new(|broker, filter, options| subscribe(broker, filter, refitted(options, 256))))

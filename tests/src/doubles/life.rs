@@ -67,7 +67,7 @@ pub(super) const DOUBLES: &[Double] = &[
         ],
         || {
             // The task of a subscription that was dropped goes on receiving.
-            Defect::default().leave(Box::new(|_, _, mut subscription| {
+            Defect::default().leave(Box::new(|_, _, _, mut subscription| {
                 tokio::spawn(async move {
                     let mut kept = Vec::new();
                     while let Ok(Some(delivery)) = subscription.next().await {
@@ -81,12 +81,23 @@ pub(super) const DOUBLES: &[Double] = &[
         "ends a group with its last member",
         &[("E4", "received: no delivery within"), ("E13", "received: no delivery within")],
         || {
-            Defect::default().leave(Box::new(|broker, group, subscription| {
+            Defect::default().leave(Box::new(|_, broker, group, subscription| {
                 drop(subscription);
                 if let Some(group) = group {
                     // The in-process broker answers at once.
                     let _ = futures_util::FutureExt::now_or_never(broker.delete_group(&group));
                 }
+            }))
+        },
+    ),
+    Double::new(
+        "lets go of what a member that leaves holds",
+        &[("D7", "holds the first of each key: an unexpected delivery: message")],
+        || {
+            Defect::default().leave(Box::new(|trail, _, _, subscription| {
+                drop(subscription);
+                // Whoever holds one does not hear of it.
+                trail.take_before(usize::MAX).into_iter().for_each(|delivery| drop(delivery.ack()));
             }))
         },
     ),

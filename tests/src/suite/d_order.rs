@@ -344,3 +344,51 @@ async fn drops(broker: &dyn Broker, scene: &Scene, topic: &Topic, group: &Group)
     ensure!(member.subscription().gap().is_none(), "a gap was told twice");
     Ok(())
 }
+
+/// What a member holds when it leaves, in somebody's hands or unread, is in its place until it is settled.
+pub(super) async fn leaving_keeps_order(broker: &dyn Broker, scene: &Scene) -> Verdict {
+    const OF_A_KEY: usize = 10;
+    let topic = scene.topic("leaving").await?;
+    let group = scene.group("leaving", &topic)?;
+    let Some(mut leaving) = ordered(broker, scene, &group, 16).await? else { return not_ordered() };
+    let messages: Vec<_> = (0..OF_A_KEY).flat_map(|n| ["a", "b"].map(|key| keyed(key, &format!("{key}{n}")))).collect();
+    scene.publish(broker, &topic, &messages).await?;
+    let mut held = leaving.take(2).await?;
+    // What else comes to it is there by then.
+    scene.pause().await;
+    let elsewhere = scene.open().await?;
+    let Some(mut staying) = ordered(&*elsewhere, scene, &group, 16).await? else { return not_ordered() };
+    let after = async {
+        let first_of_each = "while the member that leaves holds the first of each key";
+        staying.quiet().await.map_err(|failed| failed.context(first_of_each))?;
+        // One is done with, the other somebody else's to begin.
+        let given_back = held.pop().ok_or_else(|| Failed("two were taken".to_owned()))?;
+        let mut expected = BTreeMap::from([("a", 0), ("b", 0)].map(|(key, n)| (key.to_owned(), n)));
+        let key_of = |received: &broker_core::Received| {
+            String::from_utf8_lossy(received.message().key().map_or(&[], |key| &key[..])).into_owned()
+        };
+        let mut left = messages.len();
+        for acked in held.drain(..) {
+            expected.insert(key_of(acked.received()), 1);
+            left -= 1;
+            scene.done("acking what the member held that left", acked.ack()).await?;
+        }
+        scene.done("giving back what the member held that left", given_back.release()).await?;
+        for _ in 0..left {
+            let received = staying.acked().await.map_err(|failed| failed.context("after the member left"))?;
+            let key = key_of(&received);
+            let next = expected.entry(key.clone()).or_default();
+            ensure!(
+                received.message().payload() == format!("{key}{next}").as_bytes(),
+                "{} overtook {key}{next}, which a member held that left",
+                shown(received.message())
+            );
+            *next += 1;
+        }
+        staying.quiet().await
+    };
+    let (closed, after) = futures_util::future::join(leaving.close(), after).await;
+    after?;
+    closed?;
+    PASSED
+}
