@@ -53,10 +53,26 @@ const MAX_BYTES: usize = 6 << 10;
 /// `tracestate`. Whoever reads this takes a payload that is itself of a CloudEvents type (`application/cloudevents…`) for
 /// the event, so that such a message goes as [JSON](super::json); see [`fits`].
 pub fn encode(envelope: Envelope<'_>, mode: Mode, headers: &mut HeaderMap) -> Bytes {
+    encode_route(envelope.topic, envelope.subscription, mode, headers);
+    encode_message(envelope, mode, headers)
+}
+
+/// Writes what [`encode`] does for every message of `topic` that goes to `subscription`.
+pub(crate) fn encode_route(topic: &Topic, subscription: Option<&str>, mode: Mode, headers: &mut HeaderMap) {
+    if mode == Mode::Binary {
+        headers.insert(CE_SPECVERSION, HeaderValue::from_static("1.0"));
+        headers.insert(CE_SOURCE, text(format_args!("{DEFAULT_SOURCE}{topic}")));
+        headers.insert(CE_TYPE, percent::encode_value(topic.as_str().as_bytes()));
+    }
+    describe_route(topic, subscription, headers);
+}
+
+/// Writes the rest of what [`encode`] does, over the headers of its route.
+pub(crate) fn encode_message(envelope: Envelope<'_>, mode: Mode, headers: &mut HeaderMap) -> Bytes {
     let Envelope { topic, message, .. } = envelope;
     let plan = (mode == Mode::Binary).then(|| Plan::of(topic, message));
     match &plan {
-        Some(plan) => encode_event(topic, message, plan, headers),
+        Some(plan) => encode_event(message, plan, headers),
         None => {
             headers.insert(ID, text(message.id()));
             headers.insert(TIME, text(message.timestamp()));
@@ -88,15 +104,8 @@ pub fn encode(envelope: Envelope<'_>, mode: Mode, headers: &mut HeaderMap) -> By
     Bytes::clone(message.payload())
 }
 
-fn encode_event(topic: &Topic, message: &Message, plan: &Plan<'_>, headers: &mut HeaderMap) {
-    headers.insert(CE_SPECVERSION, HeaderValue::from_static("1.0"));
+fn encode_event(message: &Message, plan: &Plan<'_>, headers: &mut HeaderMap) {
     headers.insert(CE_ID, text(message.id()));
-    if !plan.has("source") {
-        headers.insert(CE_SOURCE, text(format_args!("{DEFAULT_SOURCE}{topic}")));
-    }
-    if !plan.has("type") {
-        headers.insert(CE_TYPE, percent::encode_value(topic.as_str().as_bytes()));
-    }
     if !plan.has(attributes::TIME) {
         headers.insert(CE_TIME, text(message.timestamp()));
     }
@@ -114,6 +123,7 @@ fn encode_event(topic: &Topic, message: &Message, plan: &Plan<'_>, headers: &mut
 /// and message headers. The event itself says all of it, so that message headers are left out where
 /// they are too many or too long for a server.
 pub fn describe(envelope: Envelope<'_>, headers: &mut HeaderMap) {
+    describe_route(envelope.topic, envelope.subscription, headers);
     describe_delivery(envelope, headers);
     if fits_headers(envelope.message) {
         envelope.message.headers().iter().for_each(|(name, value)| push_header(headers, name, value));
@@ -123,11 +133,14 @@ pub fn describe(envelope: Envelope<'_>, headers: &mut HeaderMap) {
     }
 }
 
-fn describe_delivery(envelope: Envelope<'_>, headers: &mut HeaderMap) {
-    headers.insert(TOPIC, percent::encode_value(envelope.topic.as_str().as_bytes()));
-    if let Some(subscription) = envelope.subscription {
+fn describe_route(topic: &Topic, subscription: Option<&str>, headers: &mut HeaderMap) {
+    headers.insert(TOPIC, percent::encode_value(topic.as_str().as_bytes()));
+    if let Some(subscription) = subscription {
         headers.insert(SUBSCRIPTION, percent::encode_value(subscription.as_bytes()));
     }
+}
+
+fn describe_delivery(envelope: Envelope<'_>, headers: &mut HeaderMap) {
     if let Some(attempt) = envelope.attempt {
         headers.insert(ATTEMPT, if attempt == 1 { HeaderValue::from_static("1") } else { HeaderValue::from(attempt) });
     }

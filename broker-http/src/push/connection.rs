@@ -24,6 +24,7 @@ use super::dial::{Heard, Stream, describe, dial};
 use super::shared::Shared;
 use super::target::Target;
 use super::verdict::Answer;
+use super::wakers::Wakers;
 
 /// Bytes of an answer's body that are read.
 pub(crate) const ANSWER_BYTES: usize = 64 << 10;
@@ -169,7 +170,7 @@ impl Route {
             .handshake(TokioIo::new(dialled.stream))
             .await
             .map_err(|error| explain(&error, false))?;
-        let own = Own { send, driver, heard: dialled.heard, used: false, open: true, place };
+        let own = Own { send, driver, heard: dialled.heard, used: false, open: true, wakers: None, place };
         Ok(Connection(Kind::Own(Box::new(own))))
     }
 }
@@ -189,6 +190,7 @@ struct Own {
     /// Whether it has brought an answer before.
     used: bool,
     open: bool,
+    wakers: Option<Wakers>,
     place: Place,
 }
 
@@ -262,22 +264,28 @@ impl Own {
         *request.method_mut() = content.method;
         *request.uri_mut() = target.origin.clone();
         *request.headers_mut() = headers;
-        let Self { send, driver, open, .. } = self;
+        let Self { send, driver, open, wakers, .. } = self;
         let answer = async move {
             send.ready().await.map_err(|error| (error, true))?;
             let response = send.try_send_request(request).await.map_err(unwritten)?;
             read(response, content.answer_bytes).await.map_err(|error| (error, false))
         };
         let mut answer = pin!(answer);
+        let mut is_new = true;
         let result = poll_fn(|cx| {
-            // What the request has to say goes into the driver, what the driver hears comes out.
-            if let Poll::Ready(result) = answer.as_mut().poll(cx) {
-                return Poll::Ready(result);
+            if !wakers.as_ref().is_some_and(|wakers| wakers.are_of(cx.waker())) {
+                *wakers = None;
             }
-            if *open && Pin::new(&mut *driver).poll(cx).is_ready() {
-                *open = false;
+            let wakers = wakers.get_or_insert_with(|| Wakers::new(cx.waker()));
+            if std::mem::take(&mut is_new) {
+                wakers.begin();
             }
-            answer.as_mut().poll(cx)
+            wakers.poll(answer.as_mut(), |cx| {
+                if *open && Pin::new(&mut *driver).poll(cx).is_ready() {
+                    *open = false;
+                }
+                if *open { Poll::Pending } else { Poll::Ready(()) }
+            })
         })
         .await;
         match result {

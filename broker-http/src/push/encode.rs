@@ -1,6 +1,6 @@
 //! From messages to a request: mode, headers, signature.
 
-use broker_core::{Error, Message, MessageId, Result, Timestamp};
+use broker_core::{Error, Message, MessageId, Result, Timestamp, Topic};
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, USER_AGENT};
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
@@ -19,14 +19,22 @@ const WEBHOOK_SIGNATURE: HeaderName = HeaderName::from_static("webhook-signature
 /// Marks the message of [`Push::test`](super::Push::test).
 const BROKER_TEST: HeaderName = HeaderName::from_static("broker-test");
 
-/// Headers that most messages have at most: room made at once costs less than growing.
-const HEADERS: usize = 20;
+/// Headers that most messages add at most: room made at once costs less than growing.
+const HEADERS: usize = 8;
 
 /// Bytes of messages in a request at most, however much room there is.
 const PARCEL_BYTES: usize = 8 << 20;
 
 /// Bytes that an answer to a batch may have for each of its messages: its id, escaped, and its status.
 const STATUS_BYTES: usize = 512;
+
+/// The headers that the requests of a subscription have in common whose messages are of one topic, as the last one had
+/// them: a map is copied for less than its names are hashed and its values encoded.
+#[derive(Debug, Default)]
+pub(crate) struct RouteHeaders {
+    topic: Option<Topic>,
+    headers: HeaderMap,
+}
 
 /// Makes the requests of one subscription.
 #[derive(Debug)]
@@ -91,29 +99,27 @@ impl Encoder {
         Content { method, headers, body: Bytes::new(), answer_bytes: ANSWER_BYTES }
     }
 
-    /// The request for these messages: one, unless the mode is batch. Its headers are in `headers`, which are empty and
-    /// may have room.
+    /// The request for these messages: one, unless the mode is batch.
     pub(crate) fn encode<'a>(
         &self,
         mut envelopes: impl ExactSizeIterator<Item = Envelope<'a>>,
-        mut headers: HeaderMap,
+        route: &mut RouteHeaders,
     ) -> Content {
-        headers.reserve(self.base.len() + HEADERS);
-        headers.extend(self.base.iter().map(|(name, value)| (name.clone(), value.clone())));
         if self.mode == Mode::Batch {
-            return self.batch(headers, envelopes);
+            return self.batch(self.base.clone(), envelopes);
         }
-        let Some(envelope) = envelopes.next() else { return post(headers, Bytes::new()) };
-        let body = match self.mode_of(envelope.message) {
-            Mode::Raw => binary::encode(envelope, binary::Mode::Raw, &mut headers),
+        let Some(envelope) = envelopes.next() else { return post(self.base.clone(), Bytes::new()) };
+        let (mut headers, body) = match self.mode_of(envelope.message) {
+            Mode::Raw => self.as_held(envelope, binary::Mode::Raw, route),
             Mode::Structured => {
+                let mut headers = self.base.clone();
                 let mut body = Vec::with_capacity(512 + envelope.message.payload().len());
                 json::encode(envelope, &mut body);
                 headers.insert(CONTENT_TYPE, HeaderValue::from_static(EVENT_TYPE));
                 binary::describe(envelope, &mut headers);
-                self.outgoing.carry(&self.part, body)
+                (headers, self.outgoing.carry(&self.part, body))
             }
-            _ => binary::encode(envelope, binary::Mode::Binary, &mut headers),
+            _ => self.as_held(envelope, binary::Mode::Binary, route),
         };
         if let Some(signer) = &self.signer {
             sign(signer, &as_header(envelope.message.id()), &body, &mut headers);
@@ -121,9 +127,24 @@ impl Encoder {
         post(headers, body)
     }
 
+    /// The headers of a message whose payload is the body, and that.
+    fn as_held(&self, envelope: Envelope<'_>, mode: binary::Mode, route: &mut RouteHeaders) -> (HeaderMap, Bytes) {
+        let Envelope { topic, subscription, .. } = envelope;
+        if route.topic.as_ref() != Some(topic) {
+            let mut headers = self.base.clone();
+            headers.reserve(HEADERS);
+            binary::encode_route(topic, subscription, mode, &mut headers);
+            *route = RouteHeaders { topic: Some(topic.clone()), headers };
+        }
+        let mut headers = route.headers.clone();
+        headers.reserve(HEADERS);
+        let body = binary::encode_message(envelope, mode, &mut headers);
+        (headers, body)
+    }
+
     /// As [`encode`](Self::encode), marked as a test.
     pub(crate) fn encode_test(&self, envelope: Envelope<'_>) -> Content {
-        let mut content = self.encode(std::iter::once(envelope), HeaderMap::new());
+        let mut content = self.encode(std::iter::once(envelope), &mut RouteHeaders::default());
         content.headers.insert(BROKER_TEST, HeaderValue::from_static("true"));
         content
     }
@@ -197,7 +218,6 @@ pub(crate) fn envelope<'a>(delivery: &'a broker_core::Delivery, subscription: &'
 #[cfg(test)]
 mod tests {
     use super::*;
-    use broker_core::{Message, Topic};
 
     fn encoder(json: &str) -> Encoder {
         let json = format!(r#"{{"filter":"orders","endpoint":"http://localhost/",{json}}}"#);
@@ -207,7 +227,7 @@ mod tests {
     fn encode(encoder: &Encoder, messages: &[Message]) -> Content {
         let topic = Topic::new("orders").unwrap();
         let envelope = |message| Envelope { topic: &topic, message, subscription: Some("billing"), attempt: Some(3) };
-        encoder.encode(messages.iter().map(envelope), HeaderMap::new())
+        encoder.encode(messages.iter().map(envelope), &mut RouteHeaders::default())
     }
 
     fn text<'a>(content: &'a Content, name: &str) -> Option<&'a str> {

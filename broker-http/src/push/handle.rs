@@ -308,7 +308,7 @@ impl Push {
     pub async fn test(&self) -> Attempt {
         let engine = &self.engine;
         let message = test_message();
-        let encode = |_| engine.encoder.encode_test(self.marked(&message));
+        let encode = |_: &mut _| engine.encoder.encode_test(self.marked(&message));
         let exchange = lane::exchange(engine, &mut lane::Line::new(engine), once(&message), encode).await;
         let verdict = judge(&exchange.outcome, &engine.spec.verdicts, std::time::SystemTime::now);
         Attempt {

@@ -6,14 +6,13 @@ use std::task::Poll;
 use std::time::{Duration, SystemTime};
 
 use broker_core::{Delivery, Message, Settlement, Timestamp};
-use http::HeaderMap;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
 use super::Attempt;
 use super::connection::{Broken, Connection, Content, Way};
 use super::core::Parcel;
-use super::encode::envelope;
+use super::encode::{RouteHeaders, envelope};
 use super::engine::Engine;
 use super::resend::Resends;
 use super::timer::Timer;
@@ -29,16 +28,15 @@ pub(crate) async fn run(engine: Arc<Engine>, id: usize, parcel: Parcel) {
         let name = engine.name.as_str();
         let processing = engine.route.client().traces().process(name, &engine.group, &parcel.deliveries);
         let pushing = processing.push(engine.route.target());
-        let encode = |room| {
+        let encode = |route: &mut RouteHeaders| {
             let envelopes = parcel.deliveries.iter().map(|delivery| envelope(delivery, name));
-            let mut content = engine.encoder.encode(envelopes, room);
+            let mut content = engine.encoder.encode(envelopes, route);
             pushing.inject(&mut content.headers);
             content
         };
         let exchange = exchange(&engine, &mut line, parcel.deliveries.iter().map(Delivery::message), encode).await;
         pushing.over(&exchange.outcome);
         next = settle(&engine, id, parcel, &exchange, processing).await;
-        line.keep_room(exchange.outcome);
         if next.is_none() {
             next = idle(&engine, id, &mut line).await;
         }
@@ -51,21 +49,13 @@ pub(crate) struct Line {
     /// How often the client's rules had changed when it was made.
     changes: u64,
     timer: Timer,
-    /// Room for headers: hyper reads those of an answer into that of its request, and so on.
-    room: HeaderMap,
+    headers: RouteHeaders,
 }
 
 impl Line {
     pub(crate) fn new(engine: &Engine) -> Self {
-        Self { connection: None, changes: engine.route.client().changes(), timer: Timer::new(), room: HeaderMap::new() }
-    }
-
-    /// Takes the room of an answer's headers, who is done with them.
-    fn keep_room(&mut self, outcome: Outcome) {
-        if let Outcome::Answer(answer) = outcome {
-            self.room = answer.headers;
-            self.room.clear();
-        }
+        let changes = engine.route.client().changes();
+        Self { connection: None, changes, timer: Timer::new(), headers: RouteHeaders::default() }
     }
 }
 
@@ -82,9 +72,9 @@ pub(crate) async fn exchange<'a>(
     engine: &Engine,
     line: &mut Line,
     messages: impl Iterator<Item = &'a Message>,
-    encode: impl Fn(HeaderMap) -> Content,
+    encode: impl Fn(&mut RouteHeaders) -> Content,
 ) -> Exchange {
-    let Line { connection, changes, timer, room } = line;
+    let Line { connection, changes, timer, headers } = line;
     let (route, client) = (&engine.route, engine.route.client());
     let now = client.changes();
     if *changes != now {
@@ -108,7 +98,7 @@ pub(crate) async fn exchange<'a>(
                 Way::Place(place) => route.open(place).await.map_err(Broken::Failed)?,
             };
             let open = connection.insert(open);
-            let content = encode(std::mem::take(room));
+            let content = encode(headers);
             drop(turn.take());
             open.exchange(content, route).await
         };

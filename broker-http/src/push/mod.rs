@@ -31,6 +31,7 @@ mod target;
 mod timer;
 mod trust;
 mod verdict;
+mod wakers;
 mod window;
 
 #[cfg(fuzzing)]
