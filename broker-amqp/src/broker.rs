@@ -137,10 +137,17 @@ impl Shared {
         }
     }
 
-    /// What is known of a group; the first to tell is right.
+    /// What is known of a group: what was known already, unless that is of an earlier one of the name.
     pub(crate) fn know(&self, group: &Group, known: Known) -> Arc<Known> {
         let mut groups = self.groups.lock();
-        Arc::clone(groups.entry(group.clone()).or_insert_with(|| Arc::new(known)))
+        match groups.get(group) {
+            Some(before) if before.settings == known.settings && before.queues == known.queues => Arc::clone(before),
+            _ => {
+                let known = Arc::new(known);
+                groups.insert(group.clone(), Arc::clone(&known));
+                known
+            }
+        }
     }
 
     pub(crate) fn forget(&self, group: &Group) {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use broker_core::{Consumer, Delivery, Error, Gap, Result, Topic};
+use broker_core::{Consumer, Delivery, Error, Gap, Group, Result, Topic};
 use bytes::Bytes;
 use futures_util::future::join_all;
 use futures_util::{FutureExt, StreamExt};
@@ -125,7 +125,7 @@ async fn keep(member: &Arc<Member>, ready: oneshot::Sender<Result<()>>) -> Resul
                     }
                     Ended::Deleted => {
                         member.deleted();
-                        return Err(Error::not_found("the group was deleted: its subscriptions end"));
+                        return Err(member.group.as_ref().map_or_else(closed, deleted));
                     }
                     Ended::Cancelled => {
                         member.lost();
@@ -151,6 +151,10 @@ async fn keep(member: &Arc<Member>, ready: oneshot::Sender<Result<()>>) -> Resul
     }
 }
 
+fn deleted(group: &Group) -> Error {
+    Error::not_found(format!("group {group} was deleted: its subscriptions end"))
+}
+
 type Opened = (OwnChannel, lapin::Consumer, ShortString);
 
 async fn open(member: &Member, patient: bool) -> Result<Opened> {
@@ -165,6 +169,13 @@ async fn open(member: &Member, patient: bool) -> Result<Opened> {
                 let names = &member.known.names;
                 let ordered = member.known.settings.ordered;
                 let queues = &member.known.queues;
+                // Declaring would make it anew. Several are deleted from the last on.
+                let last = queues.last().filter(|last| **last != member.queue);
+                let asked: Vec<_> = std::iter::once(&member.queue).chain(last).collect();
+                if !topology::stand(&channel, names, &asked).await? {
+                    member.deleted();
+                    return Err(deleted(group));
+                }
                 topology::declare_group(&channel, names, &member.filter, ordered, queues, &shared.options)
                     .await
                     .map_err(|error| topology::conflict(group, error))?;

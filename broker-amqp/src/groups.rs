@@ -57,8 +57,9 @@ pub(crate) async fn ensure(shared: &Shared, group: &Group, options: &GroupOption
     let ensure = async {
         let queues = topology::group_queues(&live, &names).await?;
         let there = Asked { live: &live, group, names: &names, options, defaults: &defaults };
-        if !queues.is_empty() {
-            return Ok((there.join(shared, queues).await?, false));
+        let is_found = !queues.is_empty();
+        if is_found && let Some(known) = there.join(shared, queues).await? {
+            return Ok((known, false));
         }
         // What was known of an earlier one of the name is over.
         shared.forget(group);
@@ -69,20 +70,28 @@ pub(crate) async fn ensure(shared: &Shared, group: &Group, options: &GroupOption
             return Ok((there.make(shared).await?, true));
         }
         // One creator at a time: the settings of the first are the group's.
-        // Less than all of it, so that it is told who is waited for.
-        let patience = shared.options.connect_timeout.mul_f64(0.8);
-        topology::alone(&live, &names.making, patience, async || {
+        topology::alone(&live, &names.making, patience(shared), async || {
             let queues = topology::group_queues(&live, &names).await?;
-            if queues.is_empty() {
-                Ok((there.make(shared).await?, true))
-            } else {
-                Ok((there.join(shared, queues).await?, false))
+            // One that was found, and deleted meanwhile, may have been declared again by who joined it.
+            let is_left = is_found && queue_state(&live, &names.settings).await?.is_none();
+            if !queues.is_empty()
+                && !is_left
+                && let Some(known) = there.join(shared, queues).await?
+            {
+                return Ok((known, false));
             }
+            Ok((there.make(shared).await?, true))
         })
         .await
     };
     let (known, made) = shared.bounded(ensure).await?;
     Ok((shared.know(group, known), made))
+}
+
+/// How long somebody else is waited for who makes or deletes the same group: less than all the time there is, so that it is
+/// told who is.
+fn patience(shared: &Shared) -> Duration {
+    shared.options.connect_timeout.mul_f64(0.8)
 }
 
 /// A group that is to stand.
@@ -106,17 +115,35 @@ impl Asked<'_> {
         self.declare(shared, queues, self.defaults.clone()).await
     }
 
-    /// There is one: goes by its settings, which must be none but those asked for.
-    async fn join(&self, shared: &Shared, queues: Vec<ShortString>) -> Result<Known> {
+    /// There is one: goes by its settings, which must be none but those asked for. `None` if it was deleted meanwhile.
+    async fn join(&self, shared: &Shared, queues: Vec<ShortString>) -> Result<Option<Known>> {
+        let can_go = self.names.made == Made::ByUs && !shared.options.passive;
+        match self.joined(shared, queues).await {
+            Err(error) if can_go && error.kind() == ErrorKind::NotFound => Ok(None),
+            joined => joined.map(Some),
+        }
+    }
+
+    async fn joined(&self, shared: &Shared, queues: Vec<ShortString>) -> Result<Known> {
+        let Self { live, group, names, options, defaults } = self;
         let mut settings = None;
-        if self.names.made == Made::ByUs {
-            let Self { live, group, names, options, defaults } = self;
+        if names.made == Made::ByUs {
             settings = settings::read(live, &shared.writer, group, names, defaults).await?;
-            if let Some(settings) = &settings {
-                options.check_joins(group, settings)?;
+            match &settings {
+                Some(settings) => options.check_joins(group, settings)?,
+                // Either nobody left any, or they are gone already, and the queues before them.
+                None if topology::group_queues(live, names).await?.is_empty() => return Err(missing(group)),
+                None => {}
             }
         }
-        self.declare(shared, queues, settings.unwrap_or_else(|| self.defaults.clone())).await
+        let had = settings.is_some();
+        let known = self.declare(shared, queues, settings.unwrap_or_else(|| (*defaults).clone())).await?;
+        // Who deletes a group deletes them after its queues, and then those once more that were declared in between. So with them
+        // there it is not deleted yet, and without them a queue that stands is nobody's.
+        if had && queue_state(live, &names.settings).await?.is_none() {
+            return Err(missing(group));
+        }
+        Ok(known)
     }
 
     async fn declare(&self, shared: &Shared, queues: Vec<ShortString>, settings: GroupSettings) -> Result<Known> {
@@ -177,24 +204,23 @@ pub(crate) async fn alter(shared: &Shared, group: &Group, options: &GroupOptions
 pub(crate) async fn delete(shared: &Shared, group: &Group) -> Result<bool> {
     let names = GroupNames::of(group, &shared.options)?;
     let live = shared.connection().await?;
+    let delete = async || {
+        let queues = topology::group_queues(&live, &names).await?;
+        if !queues.is_empty() {
+            delete_queues(&live, &names, &queues).await?;
+        }
+        Ok(queues)
+    };
     let queues = shared
         .bounded(async {
             shared.forget(group);
-            let queues = topology::group_queues(&live, &names).await?;
-            if !queues.is_empty() {
-                on_channel(&live, async |channel| {
-                    if names.has_lanes(&queues) {
-                        topology::delete_exchange(channel, &names.queue).await?;
-                    }
-                    // The last first: what stands is found by counting from the first.
-                    for queue in queues.iter().rev() {
-                        topology::delete(channel, queue).await?;
-                    }
-                    topology::delete(channel, &names.settings).await
-                })
-                .await?;
+            let is_there = !topology::group_queues(&live, &names).await?.is_empty();
+            if is_there && names.made == Made::ByUs && !shared.options.passive {
+                // Who makes one of the name does so before or after.
+                topology::alone(&live, &names.making, patience(shared), delete).await
+            } else {
+                delete().await
             }
-            Ok(queues)
         })
         .await?;
     // What becomes due from now on has nowhere to go.
@@ -204,6 +230,26 @@ pub(crate) async fn delete(shared: &Shared, group: &Group) -> Result<bool> {
         ))
     })?;
     Ok(!queues.is_empty())
+}
+
+async fn delete_queues(live: &Live, names: &GroupNames, queues: &[ShortString]) -> Result<()> {
+    on_channel(live, async |channel| {
+        let delete = async || {
+            if names.has_lanes(queues) {
+                topology::delete_exchange(channel, &names.queue).await?;
+            }
+            // The last first: what stands is found by counting from the first.
+            for queue in queues.iter().rev() {
+                topology::delete(channel, queue).await?;
+            }
+            Ok(())
+        };
+        delete().await?;
+        topology::delete(channel, &names.settings).await?;
+        // Who joined meanwhile, or came back, may have declared them again.
+        delete().await
+    })
+    .await
 }
 
 pub(crate) async fn purge(shared: &Shared, group: &Group) -> Result<u64> {

@@ -66,6 +66,22 @@ pub(crate) async fn state_on(channel: &Channel, queue: &ShortString) -> Result<Q
     Ok(QueueState { ready: declared.message_count().into(), consumers: declared.consumer_count().into() })
 }
 
+/// Whether all of a group's `queues` are there that who made them would not make again. Asks on a channel that a missing one will close.
+pub(crate) async fn stand(channel: &Channel, names: &GroupNames, queues: &[&ShortString]) -> Result<bool> {
+    if names.made == Made::AsGoMicro {
+        // They go with their last consumer, and come with the next.
+        return Ok(true);
+    }
+    for queue in queues {
+        match state_on(channel, queue).await {
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(true)
+}
+
 /// The exchange of topics.
 pub(crate) async fn declare_exchange(channel: &Channel, options: &AmqpOptions) -> Result<()> {
     let durable = !options.go_micro;
@@ -140,7 +156,7 @@ pub(crate) async fn alone<T>(
             Err(error) if is_claimed(&error) && Instant::now() < deadline => tokio::time::sleep(wait.next()).await,
             Err(error) if is_claimed(&error) => {
                 return Err(Error::unavailable(format!(
-                    "somebody else has been making the group for {patience:?}, and has the queue {name}: try again"
+                    "somebody else has been making or deleting the group for {patience:?}, and has the queue {name}: try again"
                 ))
                 .with_source(error));
             }
