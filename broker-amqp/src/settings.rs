@@ -4,6 +4,7 @@
 //! alone could not know how it retries. So the group's creator leaves its settings in a queue of length
 //! one, and who joins takes the message and puts it back.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use broker_core::{Error, Group, GroupSettings, Message, Result, RetryPolicy, StartAt, Topic};
@@ -28,7 +29,12 @@ struct Stored {
 }
 
 /// Leaves the settings of a group that is being created.
-pub(crate) async fn write(live: &Live, writer: &Writer, names: &GroupNames, settings: &GroupSettings) -> Result<()> {
+pub(crate) async fn write(
+    live: &Live,
+    writer: &Arc<Writer>,
+    names: &GroupNames,
+    settings: &GroupSettings,
+) -> Result<()> {
     on_channel(live, async |channel| {
         let arguments = table([
             ("x-max-length", AMQPValue::LongLongInt(1)),
@@ -50,7 +56,7 @@ pub(crate) async fn write(live: &Live, writer: &Writer, names: &GroupNames, sett
 /// Lost ones are replaced by `defaults`.
 pub(crate) async fn read(
     live: &Live,
-    writer: &Writer,
+    writer: &Arc<Writer>,
     group: &Group,
     names: &GroupNames,
     defaults: &GroupSettings,

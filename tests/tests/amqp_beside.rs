@@ -394,6 +394,52 @@ async fn a_batch_of_any_number_is_published() {
     broker.close(PATIENCE).await;
 }
 
+/// So many publishes wait that there is no room for more: those wait for room, in order, and at their timeout say what is full.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_publish_for_which_there_is_no_room_waits_for_it() {
+    let _turn = TURN.lock().await;
+    let (topic, group) = names("crowded");
+    let broker = open(server()).unwrap();
+    let mut member = join(broker.as_ref(), &group).await;
+    let proxy = Proxy::start(address()).await.unwrap();
+    proxy.set(Fault::Refuse);
+    // 512 MiB that share their memory.
+    let large = Message::new(vec![b'x'; 1 << 20]);
+    for (patience, is_in_time) in [("2s", false), ("60s", true)] {
+        let url = at(&proxy.address().to_string(), None);
+        let url = format!("{url}?publish_timeout={patience}&max_reconnect_wait=1s");
+        let crowded = open_as_it_is(&url).unwrap();
+        let publisher = crowded.publisher(&topic, PublisherOptions::new()).unwrap();
+        let crowd: Vec<_> = (0..512).map(|_| publisher.publish(large.clone())).collect();
+        let mut late = ["a", "b", "c"].map(|body| publisher.publish(Message::new(body)));
+        if is_in_time {
+            assert!(timeout(Duration::from_millis(300), &mut late[0]).await.is_err(), "it did not wait");
+            // They are withdrawn, and make room.
+            drop(crowd);
+            proxy.set(Fault::None);
+            for publish in late {
+                within("publishing", publish).await.unwrap();
+            }
+            for body in ["a", "b", "c"] {
+                let delivery = next(&mut member).await;
+                assert_eq!(delivery.message().payload(), body);
+                delivery.ack().await.unwrap();
+            }
+        } else {
+            for publish in late {
+                let error = within("publishing", publish).await.unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+                let words = ["512 MiB", "no room", "not sent", "not reached"];
+                assert!(error.is_retryable() && words.iter().all(|word| error.message().contains(word)), "{error}");
+            }
+        }
+        crowded.close(PATIENCE).await;
+    }
+    drop(member);
+    assert!(broker.delete_group(&group).await.unwrap());
+    broker.close(PATIENCE).await;
+}
+
 /// Whoever looks at a broker whose server is away learns that it is.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_status_tells_that_the_server_is_away() {

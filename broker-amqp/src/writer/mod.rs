@@ -5,6 +5,7 @@
 //! before anything newer, until its own deadline.
 
 mod flight;
+mod room;
 mod rungs;
 mod task;
 
@@ -23,9 +24,10 @@ use crate::AmqpOptions;
 use crate::link::{Link, closed};
 use crate::returns::Identity;
 use crate::wire::{self, Travel};
+use room::Line;
 use task::Task;
 
-/// Bytes that wait for their confirm at most; beyond, the caller has to await some.
+/// Bytes that wait for their confirm at most; beyond, publishes wait for room.
 const MAX_PENDING_BYTES: usize = 512 << 20;
 /// What is held beside each message, about; it counts among them.
 const BESIDE: usize = 512;
@@ -80,6 +82,8 @@ impl Entry {
 #[derive(Default)]
 struct Queue {
     waiting: VecDeque<Entry>,
+    /// Those for which there is no room yet.
+    beyond: Line,
     ended: bool,
 }
 
@@ -93,7 +97,9 @@ pub(crate) struct Writer {
     wake: Notify,
     confirms: Arc<Confirms<Receipt>>,
     pending: AtomicUsize,
+    /// Of those that have room.
     pending_bytes: AtomicUsize,
+    max_pending_bytes: usize,
     /// Told when `pending` comes to nothing.
     idle: Notify,
     frame_max: AtomicUsize,
@@ -111,6 +117,7 @@ impl Writer {
             confirms: Arc::new(Confirms::new()),
             pending: AtomicUsize::new(0),
             pending_bytes: AtomicUsize::new(0),
+            max_pending_bytes: MAX_PENDING_BYTES,
             idle: Notify::new(),
             frame_max: AtomicUsize::new(DEFAULT_FRAME_MAX),
             stop,
@@ -124,7 +131,7 @@ impl Writer {
 
     /// Takes a message; what is returned ends when the server has confirmed it, or at the publish
     /// timeout. The order of calls is the order of sending.
-    pub(crate) fn submit(&self, envelope: Envelope) -> Publish {
+    pub(crate) fn submit(self: &Arc<Self>, envelope: Envelope) -> Publish {
         if let Err(error) = wire::check(&envelope.message, self.frame_max()) {
             return Operation::from(error);
         }
@@ -133,21 +140,28 @@ impl Writer {
         if queue.ended {
             return Operation::from(closed());
         }
-        if self.pending_bytes.load(Ordering::Relaxed) >= MAX_PENDING_BYTES {
-            return Operation::from(Error::unavailable(format!(
-                "{} publishes, {} MiB, wait for RabbitMQ: await some of them first",
-                self.pending(),
-                MAX_PENDING_BYTES >> 20
-            )));
-        }
         let (ticket, publish) = self.confirms.issue();
         let entry = Entry { ticket, deadline, envelope, key: ShortString::default(), delayed: false, alone: false };
         self.pending.fetch_add(1, Ordering::Relaxed);
-        self.pending_bytes.fetch_add(entry.bytes(), Ordering::Relaxed);
-        queue.waiting.push_back(entry);
+        let publish = if queue.beyond.is_empty() && self.has_room() {
+            self.admit(&mut queue, entry);
+            publish
+        } else {
+            let place = queue.beyond.push(entry);
+            room::in_line(self, place, publish)
+        };
         drop(queue);
         self.wake.notify_one();
         publish
+    }
+
+    fn has_room(&self) -> bool {
+        self.pending_bytes.load(Ordering::Relaxed) < self.max_pending_bytes
+    }
+
+    fn admit(&self, queue: &mut Queue, entry: Entry) {
+        self.pending_bytes.fetch_add(entry.bytes(), Ordering::Relaxed);
+        queue.waiting.push_back(entry);
     }
 
     /// Publishes not confirmed yet.
@@ -166,8 +180,14 @@ impl Writer {
         }
     }
 
+    /// The next to be sent. Those that wait for room have it as soon as there is.
     fn next(&self) -> Option<Entry> {
-        self.queue.lock().waiting.pop_front()
+        let mut queue = self.queue.lock();
+        while !queue.beyond.is_empty() && self.has_room() {
+            let Some(entry) = queue.beyond.pop() else { break };
+            self.admit(&mut queue, entry);
+        }
+        queue.waiting.pop_front()
     }
 
     fn finish(&self, entry: &Entry, result: Result<Receipt>) {
@@ -177,8 +197,31 @@ impl Writer {
 
     fn forget(&self, entry: &Entry) {
         self.pending_bytes.fetch_sub(entry.bytes(), Ordering::Relaxed);
+        self.one_less();
+    }
+
+    /// Ends one that had no room.
+    fn turn_away(&self, entry: &Entry, error: Error) {
+        self.one_less();
+        self.confirms.complete(entry.ticket, Err(error));
+    }
+
+    fn one_less(&self) {
         if self.pending.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.idle.notify_waiters();
+        }
+    }
+
+    /// Why a message had no room until its time was over.
+    fn full(&self) -> Error {
+        let full = format!(
+            "{} MiB of publishes wait for RabbitMQ to confirm them, and there was no room for this one within {:?}: it was not sent",
+            self.max_pending_bytes >> 20,
+            self.options.publish_timeout
+        );
+        match self.out_of_reach() {
+            Some(why) => Error::unavailable(format!("{full}; {}", why.message())).with_source(why),
+            None => Error::unavailable(full),
         }
     }
 
@@ -208,6 +251,12 @@ impl Writer {
         Some(Error::unavailable(format!("RabbitMQ blocks publishers ({reason}): publish again later")))
     }
 
+    /// All that nobody has begun to send, and all without room.
+    fn take_waiting(&self) -> (VecDeque<Entry>, Line) {
+        let mut queue = self.queue.lock();
+        (std::mem::take(&mut queue.waiting), queue.beyond.take())
+    }
+
     /// The task.
     pub(crate) async fn run(self: Arc<Self>) {
         let mut task = Task::new(Arc::clone(&self));
@@ -215,16 +264,16 @@ impl Writer {
             () = self.stop.cancelled() => {}
             () = task.run() => {}
         }
-        let left = {
-            let mut queue = self.queue.lock();
-            queue.ended = true;
-            std::mem::take(&mut queue.waiting)
-        };
+        self.queue.lock().ended = true;
+        let (left, mut beyond) = self.take_waiting();
         for entry in task.unconfirmed().into_iter().chain(left) {
             self.finish(
                 &entry,
                 Err(Error::closed("the broker closed before RabbitMQ confirmed: the outcome is unknown")),
             );
+        }
+        while let Some(entry) = beyond.pop() {
+            self.turn_away(&entry, Error::closed("the broker closed before there was room for this: it was not sent"));
         }
     }
 }

@@ -121,21 +121,27 @@ impl Task {
     }
 
     fn fail_all(&mut self, error: &Error) {
-        let queued = std::mem::take(&mut self.writer.queue.lock().waiting);
+        let (queued, mut beyond) = self.writer.take_waiting();
         for entry in self.rungs.take_waiting().into_iter().chain(self.unsent.drain(..)).chain(queued) {
             self.writer.finish(&entry, Err(error.clone()));
+        }
+        while let Some(entry) = beyond.pop() {
+            self.writer.turn_away(&entry, error.clone());
         }
     }
 
     fn next_deadline(&self) -> Option<Instant> {
         let sent = self.sent.values().next().map(|entry| entry.deadline);
         let unsent = self.unsent.front().map(|entry| entry.deadline);
-        let queued = self.writer.queue.lock().waiting.front().map(|entry| entry.deadline);
-        [sent, unsent, queued, self.rungs.next_deadline()].into_iter().flatten().min()
+        let (queued, beyond) = {
+            let queue = self.writer.queue.lock();
+            (queue.waiting.front().map(|entry| entry.deadline), queue.beyond.next_deadline())
+        };
+        [sent, unsent, queued, beyond, self.rungs.next_deadline()].into_iter().flatten().min()
     }
 
     /// Ends what is past its deadline. All have the same timeout, so that the oldest go first.
-    fn expire(&mut self) {
+    pub(super) fn expire(&mut self) {
         let now = Instant::now();
         while let Some(first) = self.sent.first_entry().filter(|first| first.get().deadline <= now) {
             let entry = first.remove();
@@ -149,6 +155,11 @@ impl Task {
             let entry = self.writer.queue.lock().waiting.pop_front_if(|entry| entry.deadline <= now);
             let Some(entry) = entry else { break };
             self.writer.finish(&entry, Err(self.writer.too_late()));
+        }
+        loop {
+            let entry = self.writer.queue.lock().beyond.pop_late(now);
+            let Some(entry) = entry else { break };
+            self.writer.turn_away(&entry, self.writer.full());
         }
     }
 
