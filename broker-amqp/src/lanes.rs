@@ -32,6 +32,18 @@ impl<T> Lanes<T> {
         }
     }
 
+    /// Holds a key back for one of it that waits elsewhere, and comes [`again`](Self::again). False if none can be held back: it has
+    /// none, or another of it is out.
+    pub(crate) fn hold(&mut self, key: Option<&Bytes>) -> bool {
+        match key.filter(|_| self.ordered).map(|key| self.busy.entry(Bytes::clone(key))) {
+            Some(Entry::Vacant(free)) => {
+                free.insert(VecDeque::new());
+                true
+            }
+            Some(Entry::Occupied(_)) | None => false,
+        }
+    }
+
     /// The next to hand out.
     pub(crate) fn pop(&mut self) -> Option<T> {
         self.ready.pop_front()
@@ -126,5 +138,15 @@ mod tests {
         assert_eq!(lanes.give_back(Some(&key)), [2]);
         lanes.push(Some(&key), 3);
         assert_eq!(lanes.pop(), Some(3));
+        assert!(!lanes.hold(Some(&key)), "another is out");
+        lanes.done(Some(&key));
+        // As one that comes back with its retry not due.
+        assert!(lanes.hold(Some(&key)) && !lanes.hold(None));
+        lanes.push(Some(&key), 5);
+        assert_eq!(lanes.pop(), None);
+        lanes.again(4);
+        assert_eq!((lanes.pop(), lanes.pop()), (Some(4), None));
+        lanes.done(Some(&key));
+        assert_eq!(lanes.pop(), Some(5));
     }
 }

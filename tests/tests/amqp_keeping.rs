@@ -399,6 +399,41 @@ async fn what_is_given_back_in_an_ordered_group_is_not_overtaken() {
     clean(broker, &group).await;
 }
 
+/// A retry that waits when the connection is lost comes back before it is due, and holds back its key as before.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retry_that_waits_in_an_ordered_group_is_not_overtaken_after_a_lost_connection() {
+    let _turn = TURN.lock().await;
+    let (topic, group) = names("waits");
+    let proxy = Proxy::start(address()).await.unwrap();
+    let broker = open(&at(&proxy.address().to_string(), None)).unwrap();
+    let ordered = Subscribe::group(group.name.clone()).with_options(GroupOptions::new().with_ordered(true));
+    let mut member = broker.subscribe(&group.filter, ordered).await.unwrap();
+    for body in ["first", "second", "third"] {
+        broker.publish(&topic, Message::new(body).with_key("k")).await.unwrap();
+    }
+    broker.publish(&topic, Message::new("beside").with_key("other")).await.unwrap();
+    let first = next(&mut member).await;
+    assert_eq!(first.message().payload(), "first");
+    first.retry_after(Duration::from_secs(4)).await.unwrap();
+    proxy.cut();
+    let (mut expected, mut beside) = (vec![("third", 1), ("second", 1), ("first", 2)], 0);
+    while let Some((body, attempt)) = expected.last() {
+        let delivery = next(&mut member).await;
+        if delivery.message().payload() == "beside" {
+            // That of another key does not wait. It may have come before the cut as well.
+            beside += usize::from(expected.len() == 3);
+            let _ = delivery.ack().await;
+            continue;
+        }
+        assert_eq!((delivery.message().payload().as_ref(), delivery.attempt()), (body.as_bytes(), *attempt));
+        delivery.ack().await.unwrap();
+        expected.pop();
+    }
+    assert!(beside > 0, "it waited for a retry of another key");
+    drop(member);
+    clean(broker, &group).await;
+}
+
 /// The management API of a host that takes connections and says nothing is waited for once, not once a group.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_silent_management_api_is_asked_once() {

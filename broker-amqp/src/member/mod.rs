@@ -270,8 +270,12 @@ impl Member {
                         let due = self.due(&state, &arrived);
                         if self.group.is_some() && arrived.redeliveries >= self.shared.options.max_redeliveries {
                             aside.push((inbound, Aside::Redelivered));
-                        } else if due.is_some_and(|due| due > now) {
-                            aside.push((inbound, Aside::NotDue(due.unwrap_or(now))));
+                        } else if let Some(due) = due.filter(|due| *due > now) {
+                            // A retry that was here before comes back: what is behind it must not overtake it now.
+                            let holds = self.held_here
+                                && state.remembered.contains_key(inbound.message.id())
+                                && state.lanes.hold(inbound.message.key());
+                            aside.push((inbound, Aside::NotDue { due, holds }));
                         } else {
                             state.lanes.push(inbound.message.key().cloned().as_ref(), inbound);
                         }
@@ -294,8 +298,8 @@ impl Member {
         }
         for (inbound, why) in aside {
             match why {
-                Aside::NotDue(due) if self.held_here => self.hold(epoch, inbound, due.since(now)),
-                Aside::NotDue(due) => {
+                Aside::NotDue { due, holds } if self.held_here => self.hold(epoch, inbound, due.since(now), holds),
+                Aside::NotDue { due, .. } => {
                     let attempts = inbound.attempt - 1;
                     drop(self.forward(epoch, inbound, attempts, due, Replaced::Renewed(Handed::No)));
                 }
@@ -470,7 +474,11 @@ impl State {
 
 /// Why a message does not wait with the others.
 enum Aside {
-    NotDue(Timestamp),
+    /// `holds`: it holds its key back.
+    NotDue {
+        due: Timestamp,
+        holds: bool,
+    },
     Redelivered,
     Undecodable(String),
 }

@@ -149,12 +149,12 @@ impl Member {
         self.settled.notify_waiters();
         let again = Inbound { attempt: item.attempt.saturating_add(1), ..item.clone() };
         // As long as was asked for, to the part of a millisecond that a time stamp cuts off.
-        self.hold(epoch, again, wait);
+        self.hold(epoch, again, wait, true);
         Settle::done()
     }
 
-    /// Keeps a delivery here, unacked, until it is due.
-    pub(super) fn hold(self: &Arc<Self>, epoch: u64, item: Inbound, wait: Duration) {
+    /// Keeps a delivery here, unacked, until it is due. One that `holds` its key back comes before all others of it.
+    pub(super) fn hold(self: &Arc<Self>, epoch: u64, item: Inbound, wait: Duration, holds: bool) {
         let member = Arc::clone(self);
         self.shared.spawn(async move {
             tokio::select! {
@@ -167,9 +167,11 @@ impl Member {
                     return;
                 }
                 if wait > MAX_HOLD {
-                    state.give_back(item.tag, item.message.key());
-                } else {
+                    state.give_back(item.tag, item.message.key().filter(|_| holds));
+                } else if holds {
                     state.lanes.again(item);
+                } else {
+                    state.lanes.push(item.message.key().cloned().as_ref(), item);
                 }
                 state.waker.take()
             };
