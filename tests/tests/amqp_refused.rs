@@ -11,7 +11,7 @@ use amqp_server::{TURN, address, ctl, join, names, next, open, ours, printed, ra
 use broker_amqp::lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
 use broker_amqp::lapin::types::{AMQPValue, FieldTable};
 use broker_amqp::lapin::{Channel, Connection, ConnectionProperties};
-use broker_core::{Broker, BrokerExt, Counts, ErrorKind, Group, GroupOptions, Message, Subscribe, Topic};
+use broker_core::{Broker, BrokerExt, Counts, ErrorKind, Group, GroupOptions, Message, RetryPolicy, Subscribe, Topic};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -144,6 +144,105 @@ async fn a_reject_that_cannot_be_kept_is_told_and_its_message_comes_back() {
     assert!(broker.delete_group(&group).await.unwrap());
     assert_eq!(broker.purge_dead_letters(&group).await.unwrap(), 1);
     broker.close(PATIENCE).await;
+}
+
+/// What keeps dead letters cannot: what is to go there is handed out so often and no more, and is kept as soon as it can be.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_dead_lettered_comes_no_more_often_than_it_may() {
+    let _turn = TURN.lock().await;
+    let (connection, channel) = raw().await;
+    for (kind, ordered) in [("quorum", false), ("quorum", true), ("classic", false)] {
+        for is_exhausted in [false, true] {
+            let (topic, group) = names("bounded");
+            let keeping = format!("broker.dead:{group}");
+            declare(&channel, &keeping, &[("x-max-length", AMQPValue::LongInt(7))]).await;
+            let broker = open(&format!("{}?queue_type={kind}&max_redeliveries=3", server())).unwrap();
+            let retry = RetryPolicy::default().with_max_attempts(1).unwrap();
+            let options = GroupOptions::new().with_ordered(ordered).with_retry(retry);
+            let joining = Subscribe::group(group.name.clone()).with_options(options);
+            let mut member = broker.subscribe(&group.filter, joining).await.unwrap();
+            let bodies = if ordered { &["a", "b"][..] } else { &["a"] };
+            for body in bodies {
+                broker.publish(&topic, Message::new(*body).with_key("k")).await.unwrap();
+            }
+            for _ in 0..if is_exhausted { 1 } else { 3 } {
+                let delivery = next(&mut member).await;
+                assert_eq!((delivery.message().payload().as_ref(), delivery.attempt()), (&b"a"[..], 1));
+                let refused = if is_exhausted { delivery.retry() } else { delivery.reject("no") };
+                let error = within("refusing", refused).await.unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+            }
+            // Longer than it took to come back before.
+            let more = tokio::time::timeout(Duration::from_secs(3), member.next()).await;
+            assert!(more.is_err(), "{kind}, ordered: {ordered}, exhausted: {is_exhausted}: {more:?}");
+            channel.queue_delete(keeping.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
+            let kept = async {
+                loop {
+                    if let Some(letter) = broker.dead_letters(&group, 10).await.unwrap().pop() {
+                        return letter;
+                    }
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            };
+            let letter = within("keeping it", kept).await;
+            let reason = if is_exhausted { "retried, no reason given" } else { "redelivered" };
+            assert_eq!((letter.failure.reason(), letter.attempts), (reason, 1));
+            if ordered {
+                let delivery = next(&mut member).await;
+                assert_eq!(delivery.message().payload(), "b");
+                delivery.ack().await.unwrap();
+            }
+            drop(member);
+            assert!(broker.delete_group(&group).await.unwrap());
+            assert_eq!(broker.purge_dead_letters(&group).await.unwrap(), 1);
+            broker.close(PATIENCE).await;
+        }
+    }
+    connection.close(200, "OK".into()).await.unwrap();
+}
+
+/// A delay queue is not as it is needed: retries are refused, and count among what brings a message back in vain.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_whose_retries_are_refused_is_a_dead_letter_in_the_end() {
+    let _turn = TURN.lock().await;
+    if !ours() {
+        println!("no control: virtual hosts");
+        return;
+    }
+    let host = unique("retries");
+    ctl(&["add_vhost", &host]);
+    ctl(&["set_permissions", "-p", &host, "guest", ".*", ".*", ".*"]);
+    let url = format!("{}/{host}", server());
+    let connection = Connection::connect(&url, ConnectionProperties::default()).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    declare(&channel, "broker.retry.100ms", &[]).await;
+    for kind in ["quorum", "classic"] {
+        let (topic, group) = names("tired");
+        let broker = open(&format!("{url}?queue_type={kind}&max_redeliveries=3")).unwrap();
+        let mut member = join(&*broker, &group).await;
+        broker.publish(&topic, Message::new("a")).await.unwrap();
+        for _ in 0..3 {
+            let retry = next(&mut member).await.retry_after(Duration::from_millis(50));
+            let error = within("retrying", retry).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+        }
+        broker.publish(&topic, Message::new("b")).await.unwrap();
+        let kept = async {
+            while counts(&*broker, &group).await.dead_lettered == 0 {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        within("dying", kept).await;
+        let delivery = next(&mut member).await;
+        assert_eq!(delivery.message().payload(), "b");
+        delivery.ack().await.unwrap();
+        let kept = broker.dead_letters(&group, 10).await.unwrap();
+        assert_eq!(kept.first().expect("it is not kept").failure.reason(), "redelivered");
+        drop(member);
+        broker.close(PATIENCE).await;
+    }
+    connection.close(200, "OK".into()).await.unwrap();
+    ctl(&["delete_vhost", &host]);
 }
 
 /// Whoever may consume and not publish can ack and give back, and is told that nothing else goes.

@@ -305,11 +305,11 @@ impl Member {
                 }
                 Aside::Redelivered => {
                     let failure = Failure::new("redelivered").with_status("redelivered");
-                    drop(self.bury(epoch, inbound, failure, Handed::No));
+                    drop(self.bury(epoch, inbound, failure, Replaced::Buried(Handed::No)));
                 }
                 Aside::Undecodable(reason) => {
                     let failure = Failure::new(format!("undecodable: {reason}")).with_status("codec");
-                    drop(self.bury(epoch, inbound, failure, Handed::No));
+                    drop(self.bury(epoch, inbound, failure, Replaced::Buried(Handed::No)));
                 }
             }
         }
@@ -466,6 +466,12 @@ impl State {
     #[must_use]
     fn settled(&mut self, item: &Inbound) -> Option<Waker> {
         self.handed = self.handed.saturating_sub(1);
+        self.over(item)
+    }
+
+    /// A delivery that was handed out before is over, likewise.
+    #[must_use]
+    fn over(&mut self, item: &Inbound) -> Option<Waker> {
         self.remembered.remove(item.message.id());
         self.lanes.done(item.message.key());
         if self.lanes.is_ready() { self.waker.take() } else { None }

@@ -26,6 +26,8 @@ const MAX_HOLD: Duration = Duration::from_secs(15 * 60);
 const RENEW_AFTER: u64 = 8;
 /// How long a delivery is kept, about, before it goes back whose settlement was refused.
 const REFUSED: Duration = Duration::from_secs(1);
+/// How long at most until what nobody is to have any more is tried again, whose place nothing could take.
+const MAX_REFUSED: Duration = Duration::from_secs(60);
 /// The writer knows better why a message was not confirmed, and may be late by that much.
 const GRACE: Duration = Duration::from_millis(250);
 /// Attempts of held messages that are remembered at most.
@@ -55,7 +57,7 @@ impl Member {
             Settlement::Retry { after, failure } => self.retry(epoch, item, after, failure),
             Settlement::Reject(failure) => {
                 *self.known.last_error.lock() = Some(failure.reason().to_owned());
-                self.bury(epoch, item.clone(), failure, Handed::Yes)
+                self.bury(epoch, item.clone(), failure, Replaced::Buried(Handed::Yes))
             }
         }
     }
@@ -122,7 +124,7 @@ impl Member {
         *self.known.last_error.lock() = Some(failure.reason().to_owned());
         let policy = self.known.settings.retry;
         if policy.is_exhausted(item.attempt) {
-            return self.bury(epoch, item.clone(), failure, Handed::Yes);
+            return self.bury(epoch, item.clone(), failure, Replaced::Exhausted);
         }
         let wait = after.unwrap_or_else(|| policy.backoff(item.attempt));
         let due = Timestamp::past(wait);
@@ -222,8 +224,7 @@ impl Member {
 
     /// Sends the message to the dead-letter topic, then acks it. What is a dead letter already goes to
     /// the keeping queue alone, or is there; what has no dead-letter topic is discarded.
-    pub(super) fn bury(self: &Arc<Self>, epoch: u64, item: Inbound, failure: Failure, handed: Handed) -> Settle {
-        let replaced = Replaced::Buried(handed);
+    pub(super) fn bury(self: &Arc<Self>, epoch: u64, item: Inbound, failure: Failure, replaced: Replaced) -> Settle {
         let names = &self.known.names;
         let dead = DeadLetter::is_dead(&item.message);
         let letter = DeadLetter {
@@ -254,7 +255,7 @@ impl Member {
     }
 
     /// Publishes what takes a delivery's place, and acks the delivery once that is confirmed. If it is not, whoever settled is
-    /// told, and the delivery goes back.
+    /// told, and the delivery goes back; one that nobody is to have any more stays, and it is tried again.
     fn replace(self: &Arc<Self>, epoch: u64, item: Inbound, by: Option<Envelope>, replaced: Replaced) -> Settle {
         {
             let state = self.state.lock();
@@ -269,29 +270,61 @@ impl Member {
         let (done, outcome) = oneshot::channel();
         let member = Arc::clone(self);
         self.shared.spawn(async move {
-            match member.published(epoch, by).await {
-                Ok(()) => {
-                    let _ = done.send(member.replaced(epoch, &item, replaced));
-                }
-                Err(error) => {
-                    member.refused(epoch, &item, replaced, &error);
-                    let is_gone = member.state.lock().deleted;
-                    let _ = done.send(if is_gone { Ok(()) } else { Err(error) });
-                    member.take_back(epoch, item, replaced).await;
-                }
+            let Err(error) = member.published(epoch, by.as_ref()).await else {
+                let _ = done.send(member.replaced(epoch, &item, replaced));
+                return;
+            };
+            member.refused(epoch, &item, replaced, &error);
+            let is_gone = member.state.lock().deleted;
+            let _ = done.send(if is_gone { Ok(()) } else { Err(error) });
+            match replaced.by_itself() {
+                Some(replaced) => member.replace_at_last(epoch, item, by, replaced).await,
+                None => member.take_back(epoch, item).await,
             }
         });
         Operation::boxed(async move { outcome.await.unwrap_or_else(|_| Err(closed())) })
     }
 
+    /// Goes on publishing what takes a delivery's place: as long as the delivery can be kept.
+    async fn replace_at_last(&self, epoch: u64, item: Inbound, by: Option<Envelope>, replaced: Replaced) {
+        let until = Instant::now() + MAX_HOLD;
+        let mut wait = Wait::new(MAX_REFUSED);
+        while Instant::now() < until && !self.stop.is_cancelled() {
+            tokio::select! {
+                () = self.stop.cancelled() => break,
+                () = tokio::time::sleep(wait.next()) => {}
+            }
+            if !self.state.lock().is(epoch) {
+                return;
+            }
+            match self.published(epoch, by.as_ref()).await {
+                Ok(()) => return drop(self.replaced(epoch, &item, replaced)),
+                Err(error) => self.refused(epoch, &item, replaced, &error),
+            }
+        }
+        if self.stop.is_cancelled() && self.is_one_at_a_time() {
+            // It goes with the channel, in its place.
+            return;
+        }
+        {
+            let mut state = self.state.lock();
+            if !state.is(epoch) {
+                return;
+            }
+            let is_first = matches!(replaced.handed(), Handed::Before);
+            state.give_back(item.tag, item.message.key().filter(|_| is_first));
+        }
+        self.tell(true, None);
+    }
+
     /// Publishes until it is confirmed: for the publish timeout at most, and not again what the server will go on to refuse.
-    async fn published(&self, epoch: u64, envelope: Option<Envelope>) -> Result<()> {
+    async fn published(&self, epoch: u64, envelope: Option<&Envelope>) -> Result<()> {
         let Some(envelope) = envelope else { return Ok(()) };
         let deadline = Instant::now() + self.shared.options.publish_timeout;
         let mut wait = Wait::new(Duration::from_secs(5));
         let mut last = None;
         loop {
-            let error = match timeout_at(deadline + GRACE, self.publish(&envelope)).await {
+            let error = match timeout_at(deadline + GRACE, self.publish(envelope)).await {
                 Ok(Ok(())) => return Ok(()),
                 Ok(Err(error)) => error,
                 Err(_) => return Err(last.unwrap_or_else(|| self.shared.writer.too_late())),
@@ -299,9 +332,9 @@ impl Member {
             let is_over = Instant::now() >= deadline || !self.state.lock().is(epoch);
             match error.kind() {
                 // Somebody deleted the keeping queue; nobody else has it: it is made again.
-                ErrorKind::NotFound if self.goes_to_keeping(&envelope) => self.state.lock().kept = false,
+                ErrorKind::NotFound if self.goes_to_keeping(envelope) => self.state.lock().kept = false,
                 // The group was deleted: so is its message. It may as well be a delay queue that is missing.
-                ErrorKind::NotFound if self.is_deleted(&envelope).await => return Ok(()),
+                ErrorKind::NotFound if self.is_deleted(envelope).await => return Ok(()),
                 ErrorKind::NotFound => {}
                 ErrorKind::Closed => return Err(error),
                 _ if is_final(&error) || !error.is_retryable() => return Err(error),
@@ -363,13 +396,17 @@ impl Member {
             return state.too_late();
         }
         state.acks.ack(item.tag);
-        let next = if replaced.was_handed() { state.settled(item) } else { None };
+        let next = match replaced.handed() {
+            Handed::Yes => state.settled(item),
+            Handed::Before => state.over(item),
+            Handed::No => None,
+        };
         drop(state);
         {
             let mut counts = self.known.counts.lock();
             match replaced {
                 Replaced::Retried => counts.retried += 1,
-                Replaced::Buried(_) => counts.dead_lettered += 1,
+                Replaced::Buried(_) | Replaced::Exhausted => counts.dead_lettered += 1,
                 Replaced::Renewed(_) => {}
             }
         }
@@ -384,8 +421,8 @@ impl Member {
             tracing::debug!(%error, id = %item.message.id(), "a settlement is not done; the message comes back");
             return;
         }
-        tracing::warn!(%error, id = %item.message.id(), "a settlement is refused; the message comes back");
-        if replaced.was_handed() {
+        tracing::warn!(%error, id = %item.message.id(), "a settlement is refused; the message comes back, or it is tried again");
+        if matches!(replaced.handed(), Handed::Yes) {
             state.handed = state.handed.saturating_sub(1);
         }
         drop(state);
@@ -393,26 +430,33 @@ impl Member {
         self.settled.notify_waiters();
     }
 
-    /// Gives a delivery back, after a while: what is refused at once would come and go as fast as the server can.
-    async fn take_back(&self, epoch: u64, item: Inbound, replaced: Replaced) {
+    /// Lets a delivery wait for its next reader, after a while: what is refused at once would come and go as fast as it can. It
+    /// stays here, where it is counted, since a classic queue counts nothing, and in an ordered group it would be overtaken.
+    async fn take_back(self: &Arc<Self>, epoch: u64, mut item: Inbound) {
         tokio::select! {
             () = self.stop.cancelled() => {}
             () = tokio::time::sleep(REFUSED.mul_f64(0.5 + fastrand::f64())) => {}
         }
+        item.redeliveries += 1;
         {
             let mut state = self.state.lock();
             if !state.is(epoch) {
                 return;
             }
-            if self.known.settings.ordered && replaced.was_handed() {
-                // As with one that is released.
-                self.again(state, item);
-                return;
+            if self.stop.is_cancelled() {
+                // In an ordered group it goes with the channel, in its place.
+                if !self.is_one_at_a_time() {
+                    state.give_back(item.tag, None);
+                }
+                drop(state);
+                return self.tell(true, None);
             }
-            // One that was in nobody's hands holds up no others.
-            state.give_back(item.tag, item.message.key().filter(|_| replaced.was_handed()));
+            if item.redeliveries < self.shared.options.max_redeliveries {
+                return self.again(state, item);
+            }
         }
-        self.tell(true, None);
+        let failure = Failure::new("redelivered").with_status("redelivered");
+        drop(self.bury(epoch, item, failure, Replaced::Buried(Handed::Before)));
     }
 }
 
@@ -424,11 +468,25 @@ pub(super) enum Replaced {
     /// The same attempt goes on: nobody wanted it yet.
     Renewed(Handed),
     Buried(Handed),
+    /// The same, from a caller's hands, since it may not be delivered any more often.
+    Exhausted,
 }
 
 impl Replaced {
-    fn was_handed(self) -> bool {
-        matches!(self, Self::Retried | Self::Renewed(Handed::Yes) | Self::Buried(Handed::Yes))
+    fn handed(self) -> Handed {
+        match self {
+            Self::Retried | Self::Exhausted => Handed::Yes,
+            Self::Renewed(handed) | Self::Buried(handed) => handed,
+        }
+    }
+
+    /// What becomes of it where nothing took its place and no reader is to have it again.
+    fn by_itself(self) -> Option<Self> {
+        match self {
+            Self::Exhausted => Some(Self::Buried(Handed::Before)),
+            _ if matches!(self.handed(), Handed::Yes) => None,
+            _ => Some(self),
+        }
     }
 }
 
@@ -436,6 +494,8 @@ impl Replaced {
 #[derive(Clone, Copy)]
 pub(super) enum Handed {
     Yes,
+    /// It was, and others of its key wait behind it.
+    Before,
     No,
 }
 
