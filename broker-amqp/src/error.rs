@@ -17,6 +17,9 @@ const FULL: [&str; 2] = ["connection limit", "is down"];
 /// How the server says, as it says that two declarations differ, that the virtual host has all the queues it may.
 const NO_MORE_QUEUES: &str = "queue limit in vhost";
 
+/// How the server says that it takes back what a channel has held for longer than it lets anybody.
+const HELD_TOO_LONG: &str = "delivery acknowledgement on channel";
+
 /// An error of lapin's. Its text holds no credential: lapin never prints them.
 pub(crate) fn from_lapin(error: lapin::Error) -> Error {
     let (kind, text) = describe(&error);
@@ -38,6 +41,9 @@ fn describe(error: &lapin::Error) -> (ErrorKind, String) {
                 }
                 AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) => ErrorKind::NotFound,
                 AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) => ErrorKind::Unauthorized,
+                AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED) if text.contains(HELD_TOO_LONG) => {
+                    ErrorKind::Unavailable
+                }
                 AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED | AMQPSoftError::RESOURCELOCKED) => {
                     ErrorKind::Conflict
                 }

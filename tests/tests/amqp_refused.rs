@@ -12,6 +12,7 @@ use broker_amqp::lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
 use broker_amqp::lapin::types::{AMQPValue, FieldTable};
 use broker_amqp::lapin::{Channel, Connection, ConnectionProperties};
 use broker_core::{Broker, BrokerExt, Counts, ErrorKind, Group, GroupOptions, Message, RetryPolicy, Subscribe, Topic};
+use tokio::time::timeout;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -99,6 +100,36 @@ async fn members_beyond_the_channels_of_a_connection_are_refused() {
     assert!(broker.close(PATIENCE).await.complete);
 }
 
+/// The server closes a channel whose deliveries are unacked for too long: they come again, on another.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_holds_a_delivery_for_too_long_goes_on_and_has_it_again() {
+    let _turn = TURN.lock().await;
+    if !ours() {
+        println!("no control: the consumer timeout");
+        return;
+    }
+    let (topic, group) = names("held");
+    let set = |value: &str| ctl(&["eval", &format!("application:set_env(rabbit, {value}).")]);
+    // A channel keeps the one, and asks for the other each time.
+    set("consumer_timeout, 500");
+    set("channel_tick_interval, 500");
+    let broker = open(server()).unwrap();
+    let mut member = join(&*broker, &group).await;
+    set("consumer_timeout, 1800000");
+    broker.publish(&topic, Message::new("a")).await.unwrap();
+    let held = next(&mut member).await;
+    let again = timeout(PATIENCE, member.next()).await;
+    set("channel_tick_interval, 60000");
+    let again = again.expect("it does not come again").unwrap().unwrap();
+    assert_eq!((again.message().payload().as_ref(), again.attempt()), (&b"a"[..], 1));
+    again.ack().await.unwrap();
+    let error = within("settling", held.ack()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    drop(member);
+    assert!(broker.delete_group(&group).await.unwrap());
+    broker.close(PATIENCE).await;
+}
+
 async fn counts(broker: &dyn Broker, group: &Group) -> Counts {
     broker.status().await.unwrap().group(group).unwrap().counts
 }
@@ -173,7 +204,7 @@ async fn what_cannot_be_dead_lettered_comes_no_more_often_than_it_may() {
                 assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
             }
             // Longer than it took to come back before.
-            let more = tokio::time::timeout(Duration::from_secs(3), member.next()).await;
+            let more = timeout(Duration::from_secs(3), member.next()).await;
             assert!(more.is_err(), "{kind}, ordered: {ordered}, exhausted: {is_exhausted}: {more:?}");
             channel.queue_delete(keeping.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
             let kept = async {
