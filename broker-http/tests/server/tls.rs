@@ -8,6 +8,7 @@ use broker_core::MemoryBroker;
 use broker_http::push::Guard;
 use broker_http::{Access, Action, Identity, Limits, PushTls, Server, ServerOptions, Tls, TlsFiles};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rustls::HandshakeKind;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -37,11 +38,19 @@ fn write(folder: &Path, authority: &Authority, name: &str) {
 }
 
 fn client(trusts: &Authority, shows: Option<(rcgen::Certificate, KeyPair)>) -> TlsConnector {
+    client_of(rustls::DEFAULT_VERSIONS, trusts, shows)
+}
+
+fn client_of(
+    versions: &[&'static rustls::SupportedProtocolVersion],
+    trusts: &Authority,
+    shows: Option<(rcgen::Certificate, KeyPair)>,
+) -> TlsConnector {
     let mut roots = rustls::RootCertStore::empty();
     roots.add(CertificateDer::from(trusts.der().to_vec())).unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
+        .with_protocol_versions(versions)
         .unwrap()
         .with_root_certificates(roots);
     let config = match shows {
@@ -237,6 +246,82 @@ async fn a_client_certificate_that_ends_ends_what_it_proves_over_connections_tha
     soon(hear(&mut reader, "0\r\n\r\n")).await;
     assert!(std::time::SystemTime::now() >= ends - Duration::from_secs(1), "not before");
     soon(say(&mut publisher, "POST /topics/a", "401 Unauthorized")).await;
+}
+
+/// A session that is resumed tells of a certificate that was verified when it began, and not since.
+#[tokio::test]
+async fn a_client_certificate_that_ended_is_nobodys_when_its_session_is_resumed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (servers, clients) = (authority(), authority());
+    write(folder.path(), &servers, "localhost");
+    std::fs::write(folder.path().join("clients.pem"), clients.pem()).unwrap();
+    let files = TlsFiles::new(folder.path().join("cert.pem"), folder.path().join("key.pem"));
+    let tls = Tls::load(files.with_client_ca(folder.path().join("clients.pem"))).unwrap();
+    let rule = Identity::new("billing").unwrap().with_certificate("billing.internal".parse().unwrap());
+    let rule = rule.allowing([Action::Publish], [">".parse().unwrap()]);
+    let options = ServerOptions::new().with_access(Access::new([rule]).unwrap());
+    let server = Server::new(Arc::new(MemoryBroker::new()), options);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let serving = tls.clone();
+    tokio::spawn(async move { server.serve_tls(listener, serving).await });
+
+    let ends = std::time::SystemTime::now() + Duration::from_secs(6);
+    let connectors = [&rustls::version::TLS12, &rustls::version::TLS13].map(|version| {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(["billing.internal".to_owned()]).unwrap();
+        params.not_after = ends.into();
+        client_of(&[version], &servers, Some((params.signed_by(&key, &clients).unwrap(), key)))
+    });
+    let publish = async |connector: &TlsConnector, answer: &str| {
+        let stream = TcpStream::connect(address).await.unwrap();
+        let mut stream = connector.connect(ServerName::try_from("localhost").unwrap(), stream).await.unwrap();
+        soon(say(&mut stream, "POST /topics/a", answer)).await;
+        stream.get_ref().1.handshake_kind()
+    };
+    for connector in &connectors {
+        assert_eq!(publish(connector, "202 Accepted").await, Some(HandshakeKind::Full));
+        assert_eq!(publish(connector, "202 Accepted").await, Some(HandshakeKind::Resumed));
+    }
+    tokio::time::sleep(ends.duration_since(std::time::SystemTime::now()).unwrap_or_default() + Duration::from_secs(2))
+        .await;
+    for connector in &connectors {
+        assert_eq!(publish(connector, "401 Unauthorized").await, Some(HandshakeKind::Resumed));
+    }
+}
+
+/// Nor does a session from before let in whom the authorities of now do not vouch for.
+#[tokio::test]
+async fn no_session_outlives_the_authority_that_vouched_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (servers, old, new) = (authority(), authority(), authority());
+    write(folder.path(), &servers, "localhost");
+    let path = folder.path().join("clients.pem");
+    std::fs::write(&path, old.pem()).unwrap();
+    let files = TlsFiles::new(folder.path().join("cert.pem"), folder.path().join("key.pem"));
+    let tls = Tls::load(files.with_client_ca(&path)).unwrap();
+    let rule = Identity::new("billing").unwrap().with_certificate("billing.internal".parse().unwrap());
+    let rule = rule.allowing([Action::Publish], [">".parse().unwrap()]);
+    let options = ServerOptions::new().with_access(Access::new([rule]).unwrap());
+    let server = Server::new(Arc::new(MemoryBroker::new()), options);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let serving = tls.clone();
+    tokio::spawn(async move { server.serve_tls(listener, serving).await });
+    let connectors = [&rustls::version::TLS12, &rustls::version::TLS13]
+        .map(|version| client_of(&[version], &servers, Some(issue(&old, "billing.internal"))));
+    for connector in &connectors {
+        assert_eq!(soon(ask(address, connector, "POST /topics/a")).await.unwrap().status, 202);
+    }
+    std::fs::write(&path, new.pem()).unwrap();
+    assert!(tls.reload().unwrap());
+    for connector in &connectors {
+        let refused = match soon(ask(address, connector, "POST /topics/a")).await {
+            Ok(reply) => reply.status == 401,
+            Err(_) => true,
+        };
+        assert!(refused);
+    }
 }
 
 #[tokio::test]

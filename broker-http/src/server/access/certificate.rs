@@ -1,4 +1,4 @@
-//! Client certificates: what one proves, once TLS has verified it.
+//! Client certificates: what one proves, and for how long.
 
 use std::fmt;
 use std::str::FromStr;
@@ -57,8 +57,8 @@ struct Vouched {
 const LOOK: Duration = Duration::from_secs(60);
 
 impl Presented {
-    /// Reads the chain of a certificate that TLS has verified, once it had changed its authorities so often; `None` if
-    /// there is none.
+    /// Reads the chain of a certificate that TLS tells of, after it had changed its authorities so often; `None` if there
+    /// is none. Where a session was resumed, TLS verified it when the session began, and not since: it is looked at here.
     pub(crate) fn new(chain: &[CertificateDer<'_>], tls: &Tls, changes: u64) -> Option<Self> {
         let certificate = chain.first()?;
         let names = webpki::EndEntityCert::try_from(certificate)
@@ -67,7 +67,7 @@ impl Presented {
         let chain: Vec<_> = chain.iter().map(|certificate| certificate.clone().into_owned()).collect();
         let now = Timestamp::now();
         let ends: Vec<_> = chain.iter().map(|one| validity::end(one)).collect();
-        let vouched = Mutex::new(Vouched { changes, until: next(&ends, now), is: true });
+        let vouched = Mutex::new(Vouched { changes, until: next(&ends, now), is: tls.vouches_for(&chain) });
         Some(Self { fingerprint: TokenHash::of(certificate), names, chain, tls: tls.clone(), ends, vouched })
     }
 
