@@ -64,7 +64,10 @@ pub(crate) async fn readyz(State(shared): State<Arc<Shared>>, request: Request) 
     if shared.is_draining() {
         return Problem::draining().into_response();
     }
-    let is_admin = shared.gate.is_admin(request.extensions().get(), request.headers());
+    let is_admin = match shared.gate.is_admin(&shared.metrics, request.extensions().get(), request.headers()).await {
+        Ok(is_admin) => is_admin,
+        Err(problem) => return problem.into_response(),
+    };
     match shared.readiness.of(&shared).await {
         Said::Active(name) => {
             let mut ready = json!({ "status": "ready", "capabilities": shared.broker.capabilities() });

@@ -303,10 +303,20 @@ impl Gate {
     }
 
     /// Whether who asks may know what is for admins, where it need not say who it is.
-    pub(crate) fn is_admin(&self, peer: Option<&Peer>, headers: &HeaderMap) -> bool {
+    ///
+    /// # Errors
+    ///
+    /// As anywhere for a token that is nobody's: it may be a guess. A certificate is none, and may be the machine's.
+    pub(crate) async fn is_admin(&self, metrics: &Metrics, peer: Option<&Peer>, headers: &HeaderMap) -> Answer<bool> {
         let access = Arc::clone(&self.access.read());
-        let may = |caller: Caller| TopicFilter::new(">").is_ok_and(|everything| caller.may(Action::Admin, &everything));
-        access.is_open() || who(&access, peer, headers).is_ok_and(may)
+        if access.is_open() {
+            return Ok(true);
+        }
+        match who(&access, peer, headers) {
+            Ok(caller) => Ok(TopicFilter::new(">").is_ok_and(|all| caller.may(Action::Admin, &all))),
+            Err(Unknown::Wrong) if headers.contains_key(header::AUTHORIZATION) => Err(self.wrong(metrics, peer).await),
+            Err(_) => Ok(false),
+        }
     }
 
     /// Finds out who asks, and whether it may; `None` where everybody may do everything.
@@ -334,19 +344,7 @@ impl Gate {
                 )
                 .counted(Refusal::Unauthenticated));
             }
-            Err(Unknown::Wrong) => {
-                // Who leaves meanwhile makes room for another attempt, and counts without an answer.
-                peer.inspect(|peer| peer.wire.set_fleeting(true));
-                let mut left = Left(Some(&shared.metrics));
-                let answers = self.throttle.slow(peer.and_then(|peer| peer.address)).await;
-                left.0 = None;
-                if !answers {
-                    return Err(Problem::too_many("too many failed attempts from this address wait; try again later")
-                        .retry_after(Duration::from_secs(5))
-                        .counted(Refusal::Attempts));
-                }
-                return Err(unauthorized("the token or certificate is nobody's here"));
-            }
+            Err(Unknown::Wrong) => return Err(self.wrong(&shared.metrics, peer).await),
         };
         if let Some(Err(wait)) = caller.known.bucket.as_ref().map(|bucket| bucket.take()) {
             let rate = caller.known.identity.rate.unwrap_or_default();
@@ -361,6 +359,21 @@ impl Gate {
             problem
         })?;
         Ok(Some(caller))
+    }
+
+    /// The answer to a failed attempt, when it is due.
+    async fn wrong(&self, metrics: &Metrics, peer: Option<&Peer>) -> Problem {
+        // Who leaves meanwhile makes room for another attempt, and counts without an answer.
+        peer.inspect(|peer| peer.wire.set_fleeting(true));
+        let mut left = Left(Some(metrics));
+        let answers = self.throttle.slow(peer.and_then(|peer| peer.address)).await;
+        left.0 = None;
+        if answers {
+            return unauthorized("the token or certificate is nobody's here");
+        }
+        Problem::too_many("too many failed attempts from this address wait; try again later")
+            .retry_after(Duration::from_secs(5))
+            .counted(Refusal::Attempts)
     }
 }
 
