@@ -25,6 +25,7 @@ mod query;
 mod reader;
 mod rest;
 mod tls;
+mod told;
 mod topics;
 mod upgrade;
 mod wire;
@@ -101,6 +102,7 @@ use ready::Readiness;
 use redrives::Redrives;
 use registry::Registry;
 use state::StateFile;
+use told::Told;
 
 /// The HTTP interface over a broker: the routes and the push engine, in a process of its own or
 /// inside a service.
@@ -148,6 +150,7 @@ pub(crate) struct Shared {
     pub(crate) redrives: Redrives,
     pub(crate) asked: Asked,
     readiness: Readiness,
+    told: Told,
     /// Standing subscriptions whose endpoints are asked at a time.
     pub(crate) asking: Semaphore,
     pub(crate) leases: Arc<Leases>,
@@ -186,6 +189,7 @@ impl Server {
             redrives: Redrives::default(),
             asked: Asked::default(),
             readiness: Readiness::default(),
+            told: Told::default(),
             asking: Semaphore::new(consent::MAX_ASKING),
             leases: Leases::new(limits.leases),
             streams: Arc::default(),

@@ -36,9 +36,9 @@ pub(crate) async fn metrics(State(shared): State<Arc<Shared>>, uri: Uri) -> Answ
         memory: usize::try_from(shared.ledger.held()).unwrap_or(usize::MAX),
         memory_limit: usize::try_from(shared.ledger.max()).unwrap_or(usize::MAX),
     };
-    // A broker that cannot be asked takes nothing away from what is counted here.
-    let status = shared.broker.status().await.ok();
-    let text = shared.metrics.render(gauges, &shared.registry.pushes(), status.as_ref());
+    // A broker that cannot be asked, or not soon, takes nothing away from what is counted here.
+    let status = shared.told.soon(&shared.broker).await;
+    let text = shared.metrics.render(gauges, &shared.registry.pushes(), status.as_deref());
     Ok(typed("text/plain; version=0.0.4; charset=utf-8", text))
 }
 

@@ -34,6 +34,45 @@ async fn answering(status: StatusCode) -> String {
     url
 }
 
+/// A broker that hangs: its port takes connections, and nobody answers.
+#[tokio::test]
+async fn what_is_counted_here_does_not_wait_for_a_broker_that_hangs() {
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut connectors = broker_core::Connectors::new();
+    connectors.add(["http"], broker_http::client::connector());
+    let url = format!("http://{}?timeout=60s&connect_timeout=60s", silent.local_addr().unwrap());
+    let running = Running::over(connectors.open(&url).unwrap(), ServerOptions::new()).await;
+    // The second joins the question of the first.
+    for _ in 0..2 {
+        let begun = std::time::Instant::now();
+        let reply = soon(running.get("/metrics")).await;
+        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+        assert_eq!(reply.status, 200);
+        let page = reply.text();
+        assert!(page.contains("broker_connections ") && !page.contains("broker_groups"), "{page}");
+    }
+}
+
+/// What a slow broker says is told late, and not never.
+#[tokio::test]
+async fn what_is_counted_by_a_slow_broker_is_told_by_the_next_scrape() {
+    let slow = axum::Router::new().route(
+        "/subscriptions",
+        axum::routing::get(async || {
+            tokio::time::sleep(Duration::from_secs(4)).await;
+            axum::Json(json!({ "subscriptions": [], "next": null }))
+        }),
+    );
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut connectors = broker_core::Connectors::new();
+    connectors.add(["http"], broker_http::client::connector());
+    let broker = connectors.open(&format!("http://{}", listener.local_addr().unwrap())).unwrap();
+    tokio::spawn(async move { axum::serve(listener, slow).await });
+    let running = Running::over(broker, ServerOptions::new()).await;
+    assert!(!running.get("/metrics").await.text().contains("broker_groups"));
+    soon(async { while !running.get("/metrics").await.text().contains("broker_groups 0\n") {} }).await;
+}
+
 #[tokio::test]
 async fn counters_histograms_and_states_say_what_was_done() {
     let running = Running::with(ServerOptions::new().with_development(true)).await;
