@@ -12,11 +12,11 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use axum::extract::State;
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use broker_core::{Error, ErrorKind, GroupName, TopicFilter};
-use http::{HeaderMap, HeaderValue, StatusCode, Uri};
+use http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
 use parking_lot::Mutex;
 use serde_json::json;
 use subtle::ConstantTimeEq as _;
@@ -236,6 +236,12 @@ pub(crate) async fn consent(State(shared): State<Arc<Shared>>, uri: Uri, headers
         Ok(respond(StatusCode::OK, &json!({ "subscription": name, "consent": "given" })))
     })
     .await
+}
+
+/// `HEAD` asks for what a `GET` would say, and changes nothing (RFC 9110, section 9.3.2): scanners of links send it. It is no
+/// consent, which a `GET` is because WebHook says so.
+pub(crate) async fn no_head() -> impl IntoResponse {
+    (StatusCode::METHOD_NOT_ALLOWED, [(header::ALLOW, "GET, POST")])
 }
 
 /// It is the endpoint that is told: not who asked, or what has the name.

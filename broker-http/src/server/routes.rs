@@ -44,7 +44,7 @@ fn routes() -> Vec<(&'static str, MethodRouter<Arc<Shared>>)> {
         ("/subscriptions/{name}/attempts", get(subscriptions::attempts)),
         ("/subscriptions/{name}/pull", post(pull::pull)),
         ("/subscriptions/{name}/settle", post(pull::settle)),
-        ("/consent/{name}", get(asked::consent).post(asked::consent)),
+        ("/consent/{name}", get(asked::consent).post(asked::consent).head(asked::no_head)),
         ("/healthz", get(ops::healthz)),
         ("/readyz", get(ready::readyz)),
         ("/metrics", get(ops::metrics)),

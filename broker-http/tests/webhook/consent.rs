@@ -124,6 +124,12 @@ async fn permission_may_come_later_by_callback() {
         {
             assert_eq!(get(&wrong).await.0, 404, "{wrong}");
         }
+        // Who only looks, as scanners of links do, consents to nothing.
+        let look = Request::builder().method(http::Method::HEAD).uri(path(&url)).header("host", "localhost");
+        let answer = send(running.address, look.body(Bytes::new()).unwrap()).await;
+        assert_eq!(answer.status(), StatusCode::METHOD_NOT_ALLOWED);
+        assert_eq!(answer.headers()["allow"], "GET, POST");
+        assert_eq!(get("/subscriptions/s").await.0, 404);
         let mut request = Request::builder().method(&method).uri(path(&url)).header("host", "localhost");
         if let Some(rate) = rate {
             request = request.header("WebHook-Allowed-Rate", rate);
