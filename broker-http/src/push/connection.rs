@@ -253,7 +253,7 @@ impl Connection {
 
 impl Own {
     async fn exchange(&mut self, content: Content, target: &Target) -> Result<Answer, Broken> {
-        self.heard.forget();
+        self.heard.begin();
         let mut headers = content.headers;
         headers.insert(http::header::HOST, target.authority.clone());
         if content.method == Method::POST && content.body.is_empty() {
@@ -264,10 +264,13 @@ impl Own {
         *request.method_mut() = content.method;
         *request.uri_mut() = target.origin.clone();
         *request.headers_mut() = headers;
+        let heard = &self.heard;
         let Self { send, driver, open, wakers, .. } = self;
         let answer = async move {
             send.ready().await.map_err(|error| (error, true))?;
             let response = send.try_send_request(request).await.map_err(unwritten)?;
+            // Of its body nothing was asked for yet.
+            heard.head();
             read(response, content.answer_bytes).await.map_err(|error| (error, false))
         };
         let mut answer = pin!(answer);
@@ -343,7 +346,8 @@ fn explain(error: &hyper::Error, heard: bool) -> String {
         if let Some(io) = cause.downcast_ref::<std::io::Error>()
             && !matches!(io.kind(), std::io::ErrorKind::UnexpectedEof)
         {
-            return if heard { format!("{} in mid-answer", describe(io)) } else { describe(io) };
+            let in_answer = heard && io.kind() != std::io::ErrorKind::QuotaExceeded;
+            return if in_answer { format!("{} in mid-answer", describe(io)) } else { describe(io) };
         }
         source = cause.source();
     }

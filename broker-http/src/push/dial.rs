@@ -4,7 +4,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use tokio_rustls::TlsConnector;
 use url::Host;
 
 use super::client::PushClient;
+use super::connection::MAX_HEAD_BYTES;
 use super::target::Target;
 use crate::tls::MaybeTls;
 
@@ -25,6 +26,10 @@ const MAX_ADDRESSES: usize = 16;
 const HEAD_START: Duration = Duration::from_millis(250);
 /// How long to wait where this process has run out of sockets: no fault of the endpoint.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
+
+/// Bytes that are read of an HTTP/1 connection before the head of an answer is known: one as long as may be, what hyper
+/// reads of a body ahead, and a few of 1xx.
+const MAX_HEADLESS_BYTES: usize = 4 * MAX_HEAD_BYTES;
 
 /// An open connection, and what was agreed on it.
 pub(crate) struct Dialled {
@@ -161,21 +166,45 @@ pub(crate) fn describe(error: &io::Error) -> String {
     }
 }
 
-/// Whether anything was heard on a connection since this was last asked to forget.
+/// What was heard on a connection since a request began on it.
 #[derive(Clone, Default)]
-pub(crate) struct Heard(Arc<AtomicBool>);
+pub(crate) struct Heard(Arc<Since>);
+
+#[derive(Default)]
+struct Since {
+    bytes: AtomicUsize,
+    /// Whether the head of the answer is still to come.
+    headless: AtomicBool,
+}
 
 impl Heard {
-    pub(crate) fn forget(&self) {
-        self.0.store(false, Ordering::Relaxed);
+    /// A request begins: until its answer [has a head](Self::head) only so much is read.
+    pub(crate) fn begin(&self) {
+        self.0.bytes.store(0, Ordering::Relaxed);
+        self.0.headless.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn head(&self) {
+        self.0.headless.store(false, Ordering::Relaxed);
     }
 
     pub(crate) fn anything(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.0.bytes.load(Ordering::Relaxed) > 0
+    }
+
+    /// hyper bounds a head, and not how many answers of 1xx come before it: a core has enough to do with them.
+    fn check(&self) -> io::Result<()> {
+        if self.0.headless.load(Ordering::Relaxed) && self.0.bytes.load(Ordering::Relaxed) >= MAX_HEADLESS_BYTES {
+            return Err(io::Error::new(
+                io::ErrorKind::QuotaExceeded,
+                "the endpoint sends 1xx without end, and no answer",
+            ));
+        }
+        Ok(())
     }
 }
 
-/// A connection that notices whether anything came back on it.
+/// A connection that notices what comes back on it.
 pub(crate) struct Stream {
     inner: MaybeTls,
     heard: Heard,
@@ -183,11 +212,10 @@ pub(crate) struct Stream {
 
 impl AsyncRead for Stream {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.heard.check()?;
         let before = buf.filled().len();
         let poll = Pin::new(&mut self.inner).poll_read(cx, buf);
-        if buf.filled().len() > before {
-            self.heard.0.store(true, Ordering::Relaxed);
-        }
+        self.heard.0.bytes.fetch_add(buf.filled().len() - before, Ordering::Relaxed);
         poll
     }
 }

@@ -113,6 +113,13 @@ async fn an_answer_is_read_to_its_end_or_to_a_bound() {
     rig.publish_text("42").await;
     let reason = rig.dead(1).await.remove(0).failure.reason().to_owned();
     assert!(reason.contains("head"), "{reason}");
+    // Nor are interim answers without end.
+    let interim: &'static str = "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n".repeat(50_000).leak();
+    let endpoint = Endpoint::always(Reaction::Hang(interim)).await;
+    let rig = Rig::new(&endpoint.url(), &format!(r#"{QUICK},"timeout":"5s""#)).await;
+    rig.publish_text("42").await;
+    let reason = rig.dead(1).await.remove(0).failure.reason().to_owned();
+    assert!(reason.ends_with("the endpoint sends 1xx without end, and no answer"), "{reason}");
 }
 
 #[tokio::test]
