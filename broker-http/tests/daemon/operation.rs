@@ -156,6 +156,21 @@ async fn the_environment_has_no_unknown_setting_and_the_flag_comes_before_rust_l
     let wrong = command(&["check-config"]).env("BROKER_HTTP_LISEN", "127.0.0.1:0").output();
     let said = String::from_utf8(soon(wrong).await.unwrap().stderr).unwrap();
     assert!(said.contains("did you mean BROKER_HTTP_LISTEN?"), "{said}");
+    // What is wrong with the value is said of the flag by clap, which nobody typed.
+    for (variable, value, told) in [
+        ("BROKER_HTTP_STATE", "", ", which is empty: unset it"),
+        ("BROKER_HTTP_DRAIN", "soon", ""),
+        ("BROKER_HTTP_DEV", "", ","),
+    ] {
+        let wrong = soon(command(&["check-config"]).env(variable, value).output()).await.unwrap();
+        let said = String::from_utf8(wrong.stderr).unwrap();
+        assert_eq!(wrong.status.code(), Some(2), "{said}");
+        assert!(said.contains(&format!("it comes from the environment variable {variable}{told}")), "{said}");
+    }
+    let typed =
+        soon(command(&["check-config", "--drain", "soon"]).env("BROKER_HTTP_DRAIN", "5s").output()).await.unwrap();
+    let said = String::from_utf8(typed.stderr).unwrap();
+    assert!(typed.status.code() == Some(2) && !said.contains("comes from"), "{said}");
 
     let args = ["--log", "warn,broker_http=debug", "--log-format", "json"];
     let mut daemon = Daemon::start_with(&args, &[("RUST_LOG", "error")]).await;

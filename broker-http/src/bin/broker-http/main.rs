@@ -74,7 +74,12 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse_from(with_default_command(std::env::args_os().collect()));
+    let typed = with_default_command(std::env::args_os().collect());
+    let cli = Cli::try_parse_from(&typed).unwrap_or_else(|error| {
+        let variable = config::at_fault(&error, &typed);
+        variable.inspect(|told| output::show(&format!("broker-http: {told}\n")));
+        error.exit()
+    });
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

@@ -18,6 +18,7 @@ use broker_http::{Access, Identity, Limits, PushTls, ServerOptions, Subscription
 
 use crate::serve::Args;
 use crate::serve::LogFormat;
+pub(crate) use environment::at_fault;
 use file::{File, FilePush, FileTls};
 pub(crate) use table::markdown;
 

@@ -52,6 +52,12 @@ pub(crate) fn markdown() -> String {
     table
 }
 
+/// The keys that stand in the file alone.
+pub(super) fn file_keys() -> impl Iterator<Item = String> {
+    let limits = limits::described().into_iter().map(|(name, ..)| format!("limits.{name}"));
+    KEYS.iter().map(|(key, ..)| (*key).to_owned()).chain(limits)
+}
+
 /// What a flag is called in the file.
 fn file_key(long: &str) -> String {
     match long.split_once('-') {
