@@ -148,6 +148,10 @@ impl SubscriptionSpec {
     ///
     /// [`Invalid`](broker_core::ErrorKind::Invalid), naming the field and what is allowed.
     pub fn from_json(json: &[u8]) -> Result<Self> {
+        Self::read(json).map_err(|error| no_settings(json).unwrap_or(error))
+    }
+
+    fn read(json: &[u8]) -> Result<Self> {
         // An array would be taken for the fields in their order.
         if json.trim_ascii_start().first() == Some(&b'[') {
             return Err(Error::invalid("subscription: a JSON object is expected, as in {\"filter\": \"orders.>\"}"));
@@ -398,6 +402,14 @@ impl<'de> Deserialize<'de> for Endpoint {
             serde::de::Error::custom(error.message().trim_start_matches("endpoint: "))
         })
     }
+}
+
+/// Why what `GET` gave is no good as it is: it tells more than the settings, and a null in that would be named first.
+fn no_settings(json: &[u8]) -> Option<Error> {
+    let fields: BTreeMap<String, serde::de::IgnoredAny> = serde_json::from_slice(json).ok()?;
+    let told: Vec<_> = ["name", "owner", "status"].into_iter().filter(|field| fields.contains_key(*field)).collect();
+    let why = "a GET tells this beside the settings, and it is none; leave it out";
+    (!told.is_empty()).then(|| Error::invalid(format!("{}: {why}", told.join(", "))))
 }
 
 /// What stands for a secret where one is shown.

@@ -355,3 +355,15 @@ async fn the_order_of_a_group_that_stands_is_a_conflict_and_says_what_to_do() {
     // Left out, it goes back to the default, which this group has not.
     running.put("q", r#"{"filter":"a"}"#).await.is_problem(409, "from true to false");
 }
+
+#[tokio::test]
+async fn put_of_what_get_gave_says_what_to_leave_out() {
+    let running = Running::start().await;
+    assert_eq!(running.put("q", r#"{"filter":"a"}"#).await.status, 201);
+    let mut told = running.get("/subscriptions/q").await.json();
+    running.put("q", &told.to_string()).await.is_problem(400, "name, status: a GET tells this beside");
+    let fields = told.as_object_mut().unwrap();
+    fields.retain(|field, _| field != "name" && field != "status");
+    let put = running.put("q", &told.to_string()).await;
+    assert_eq!(put.status, 200, "{}", put.text());
+}
