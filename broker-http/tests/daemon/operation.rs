@@ -767,6 +767,8 @@ async fn completions_the_manual_and_the_settings_are_printed() {
     for word in [".TH", "\\-\\-listen", "BROKER_HTTP_LISTEN", "REDRIVE", "\\-\\-insecure"] {
         assert!(page.contains(word), "{word}: {page}");
     }
+    // There is one page: its commands are named as they are typed.
+    assert!(page.contains("\\fBbroker\\-http check\\-config\\fR") && !page.contains("(1)\n"), "{page}");
     let (code, table) = run(&["settings"]).await;
     assert!(code == Some(0) && table.contains("| `--listen HOST:PORT` | `BROKER_HTTP_LISTEN` | `listen` |"), "{table}");
 }
