@@ -175,6 +175,10 @@ async fn a_right_that_is_taken_away_for_a_while_ends_nothing() -> Result<()> {
             assert_eq!(error.kind(), ErrorKind::Unauthorized, "{error}");
         } else {
             tokio::time::sleep(Duration::from_secs(3)).await;
+            // What it is not told is not known, and the rest is.
+            let status = broker.status().await?;
+            assert_eq!((status.state, status.groups[0].lag), (State::Active, None), "{status:?}");
+            assert!(status.last_error.as_ref().is_some_and(|last| last.contains("authorization failed")), "{status:?}");
         }
         other.publish(&topic, Message::new("meanwhile")).await?;
         assert!(is_quiet_for(&mut member, Duration::from_secs(3)).await, "{principal}: it ended, or reads on");
