@@ -5,7 +5,7 @@
 //! window and its breaker.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, SystemTime};
 
 use broker_core::{Failure, RetryPolicy, Settlement};
@@ -199,9 +199,10 @@ pub(crate) struct Item {
 /// `{"statuses": [{"id": "…", "status": "SUCCESS|RETRY|DROP"}]}`. `None` if it says nothing of
 /// them, so that the verdict for the whole holds.
 ///
-/// A message it leaves out is retried. Of two entries with one id the first counts. An answer that
-/// began to speak and broke off, or uses other words, acks nothing: a message pushed twice is the
-/// smaller harm.
+/// Of an id that is there several times (events are told apart by source and id, `CloudEvents` 1.0,
+/// section 3.1.1) the first entry is the first message's, and so on. A message it leaves out is retried.
+/// An answer that began to speak and broke off, or uses other words, acks nothing: a message pushed
+/// twice is the smaller harm.
 pub(crate) fn judge_items<'a>(body: &[u8], ids: impl Iterator<Item = Cow<'a, str>>) -> Option<Vec<Item>> {
     #[derive(Deserialize)]
     struct Body<'a> {
@@ -222,11 +223,11 @@ pub(crate) fn judge_items<'a>(body: &[u8], ids: impl Iterator<Item = Cow<'a, str
     let Ok(read) = serde_json::from_slice::<Body<'_>>(body) else {
         return Some(ids.map(|_| retry("the endpoint's answer to the batch cannot be read")).collect());
     };
-    let mut by_id = rustc_hash::FxHashMap::default();
+    let mut by_id = rustc_hash::FxHashMap::<_, VecDeque<_>>::default();
     for Status { id, status } in read.statuses? {
-        by_id.entry(id).or_insert(status);
+        by_id.entry(id).or_default().push_back(status);
     }
-    let judge = |id: Cow<'a, str>| match by_id.get(&id).map(AsRef::as_ref) {
+    let judge = |id: Cow<'a, str>| match by_id.get_mut(&id).and_then(VecDeque::pop_front).as_deref() {
         Some("SUCCESS") => Item { decision: Decision::Ack, reason: "" },
         Some("RETRY") => retry("the endpoint answered RETRY for this message of the batch"),
         Some("DROP") => {
@@ -399,6 +400,26 @@ mod tests {
         for silent in ["", "ok", "[]", r#"{"ok":true}"#, r#"{"statuses":null}"#] {
             assert_eq!(judged(silent), None, "{silent}");
         }
+    }
+
+    #[test]
+    fn each_message_of_one_id_has_its_own_entry() {
+        let judged = |body: &str| {
+            judge_items(body.as_bytes(), ["1", "2", "1", "1"].into_iter().map(Cow::from))
+                .map(|items| items.into_iter().map(|item| item.decision).collect::<Vec<_>>())
+        };
+        assert_eq!(
+            judged(
+                r#"{"statuses":[{"id":"1","status":"SUCCESS"},{"id":"1","status":"RETRY"},{"id":"2","status":"SUCCESS"},
+                    {"id":"1","status":"DROP"}]}"#
+            ),
+            Some(vec![Decision::Ack, Decision::Ack, Decision::RETRY, Decision::Reject])
+        );
+        assert_eq!(
+            judged(r#"{"statuses":[{"id":"1","status":"SUCCESS"}]}"#),
+            Some(vec![Decision::Ack, Decision::RETRY, Decision::RETRY, Decision::RETRY]),
+            "what is said of one is not said of another"
+        );
     }
 
     #[test]

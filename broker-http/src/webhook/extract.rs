@@ -49,7 +49,8 @@ pub struct Pushed(pub Decoded);
 ///
 /// To settle messages of a batch one by one, answer
 /// `{"statuses": [{"id": "…", "status": "SUCCESS"}, …]}` with 200; `RETRY` and `DROP` are the others,
-/// and what is left out is retried.
+/// and what is left out is retried. Of messages with one id, from two sources perhaps, each has its own
+/// entry, in the order of the batch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PushedBatch(pub Vec<Decoded>);
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use broker_core::Message;
+use broker_core::{BrokerExt, Message};
 use serde_json::Value;
 use tokio::sync::Notify;
 
@@ -113,6 +113,31 @@ async fn items_are_judged_whatever_answer_of_success_says_them() {
     let rig = Rig::new(&endpoint.url(), r#""mode":"batch","retry":{"max_attempts":1}"#).await;
     rig.publish(numbered(2)).await;
     assert_eq!(rig.dead(1).await.remove(0).message.id().to_string(), "m1");
+    rig.drained().await;
+}
+
+/// Events are told apart by source and id, so that a batch may have one id twice.
+#[tokio::test]
+async fn messages_with_one_id_are_settled_each_by_its_own_entry() {
+    let endpoint = Endpoint::new(|request| {
+        let events: Vec<Value> = serde_json::from_slice(&request.body).unwrap();
+        let statuses: Vec<_> = events
+            .iter()
+            .map(|event| {
+                let status = if event["source"] == "/topics/orders.created" { "SUCCESS" } else { "DROP" };
+                serde_json::json!({ "id": event["id"], "status": status })
+            })
+            .collect();
+        answer(serde_json::json!({ "statuses": statuses }).to_string())
+    })
+    .await;
+    let rig = Rig::new(&endpoint.url(), &format!(r#"{QUICK},"mode":"batch""#)).await;
+    let message = || Message::new("x").with_id("1".parse().unwrap());
+    rig.push.pause();
+    rig.publish([message()]).await;
+    rig.broker.publish(&"orders.changed".parse().unwrap(), message()).await.unwrap();
+    rig.push.resume();
+    assert_eq!(rig.dead(1).await.remove(0).topic.as_str(), "orders.changed");
     rig.drained().await;
 }
 
