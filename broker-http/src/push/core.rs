@@ -2,14 +2,15 @@
 //! subscription of the broker. Moved by the driver and the lanes, under one lock; waits for nothing.
 //!
 //! No delivery is taken out of the broker that cannot be sent at once, so that a pause, an open
-//! breaker or a full window leaves nothing in hand: what was not attempted counts as nothing. The
-//! exceptions are a batch being gathered, and a last attempt that met 410.
+//! breaker or a full window leaves nothing in hand: what was not attempted counts as nothing. A batch
+//! being gathered is given back untried when something keeps it from being sent, so that no other
+//! member of the group waits for it; all that stays in hand is a last attempt that met 410.
 
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use broker_core::{Delivery, Error, ErrorKind, Subscription, Timestamp};
+use broker_core::{Delivery, Error, ErrorKind, Settle, Subscription, Timestamp};
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
@@ -37,8 +38,10 @@ pub(crate) struct Core {
     subscription: Option<Subscription>,
     /// Whether the broker was told that we wait.
     waiting: bool,
-    /// Taken and not sent yet: a batch being gathered, or what a 410 came for.
+    /// Taken and to be sent: a batch being gathered, or one that is sent again in smaller ones.
     held: Vec<Delivery>,
+    /// What a 410 came for at the last attempt: it stays in hand until the push is enabled again.
+    kept: Vec<Delivery>,
     gathering_since: Option<Instant>,
     window: Window,
     breaker: Breaker,
@@ -106,6 +109,7 @@ impl Core {
             subscription: None,
             waiting: false,
             held: Vec::new(),
+            kept: Vec::new(),
             gathering_since: None,
             window: Window::new(spec.max_in_flight),
             breaker: Breaker::new(),
@@ -133,16 +137,16 @@ impl Core {
         if self.subscription.is_none() {
             return Next::Subscribe;
         }
-        let room = self.window.size().saturating_sub(self.in_flight) as usize;
+        let (most, probe) = match self.breaker.admits(now) {
+            Admission::Free => (usize::MAX, false),
+            Admission::Probe => (1, true),
+            Admission::Until(until) => return self.leave_alone(Some(until)),
+            Admission::Busy => return self.leave_alone(None),
+        };
+        let room = most.min(self.window.size().saturating_sub(self.in_flight) as usize);
         if room == 0 {
             return self.wait(None);
         }
-        let (room, probe) = match self.breaker.admits(now) {
-            Admission::Free => (room, false),
-            Admission::Probe => (1, true),
-            Admission::Until(until) => return self.wait(Some(until)),
-            Admission::Busy => return self.wait(None),
-        };
         let size = self.parcel_size();
         let refill = self.take((room * size).min(MAX_TAKEN.max(size)), cx, now);
         if self.ended {
@@ -154,6 +158,10 @@ impl Core {
         let due = *self.gathering_since.get_or_insert(now) + self.gathering_time();
         if self.held.len() < size && now < due {
             return Next::Wait(Some(refill.map_or(due, |refill| refill.min(due))));
+        }
+        if self.drop_expired(now) && self.held.is_empty() {
+            // Nothing is as old as that any more.
+            return self.next(cx, now);
         }
         Next::Send(self.parcel(size, probe))
     }
@@ -202,13 +210,29 @@ impl Core {
             if self.spec.wants(delivery.topic(), delivery.message()) {
                 index += 1;
             } else {
-                let ack = self.held.remove(index).ack();
-                if !ack.is_ready() {
-                    // Dropping it might withdraw it; nobody needs to know the outcome.
-                    tokio::spawn(ack);
-                }
+                detach(self.held.remove(index).ack());
             }
         }
+    }
+
+    /// Gives back what has expired while a batch was gathered, for the broker to discard and count; tells whether
+    /// there was any. What had expired before the broker gave it out (a dead letter redriven, for one) is to be sent.
+    fn drop_expired(&mut self, now: Instant) -> bool {
+        let gathered = self.gathering_since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
+        if gathered.is_zero() {
+            return false;
+        }
+        let time = Timestamp::now();
+        let expired = |delivery: &mut Delivery| {
+            let expiry = delivery.message().expires_at();
+            expiry.is_some_and(|expiry| expiry <= time && time.since(expiry) < gathered)
+        };
+        let before = self.held.len();
+        self.held.extract_if(.., expired).for_each(|delivery| detach(delivery.release()));
+        if self.held.is_empty() {
+            self.gathering_since = None;
+        }
+        self.held.len() < before
     }
 
     fn parcel(&mut self, size: usize, probe: bool) -> Parcel {
@@ -251,6 +275,20 @@ impl Core {
         Next::Wait(until)
     }
 
+    /// The endpoint is left alone for a while: what was gathered for it may go to another member meanwhile.
+    fn leave_alone(&mut self, until: Option<Instant>) -> Next {
+        self.stop_waiting();
+        self.give_back();
+        Next::Wait(until)
+    }
+
+    /// Gives back untried what was gathered.
+    fn give_back(&mut self) {
+        self.gathering_since = None;
+        // The first last: a broker puts each before what waits.
+        self.held.drain(..).rev().for_each(|delivery| detach(delivery.release()));
+    }
+
     fn stop_waiting(&mut self) {
         if std::mem::take(&mut self.waiting)
             && let Some(subscription) = &mut self.subscription
@@ -268,10 +306,7 @@ impl Core {
         if self.stopping || self.holds.any() {
             self.subscription = None;
             self.waiting = false;
-        }
-        if self.stopping {
-            // What was gathered goes back.
-            self.held.clear();
+            self.give_back();
         }
     }
 
@@ -282,7 +317,8 @@ impl Core {
             return Next::Send(self.parcel(self.parcel_size(), false));
         }
         if self.in_flight == 0 {
-            self.held.clear();
+            self.held.append(&mut self.kept);
+            self.give_back();
             return Next::Over;
         }
         Next::Wait(None)
@@ -363,11 +399,24 @@ impl Core {
         }
     }
 
-    /// A request is over and its messages are settled, but for those that stay in hand.
-    pub(crate) fn settled(&mut self, messages: usize, kept: impl IntoIterator<Item = Delivery>) {
+    /// A request is over and its messages are settled, but for those that are sent again before all else or kept.
+    pub(crate) fn settled(&mut self, messages: usize) {
         self.in_flight -= 1;
         self.messages_in_flight -= messages as u64;
-        self.held.splice(0..0, kept);
+    }
+
+    /// These are sent again, before all else.
+    pub(crate) fn send_again(&mut self, deliveries: impl IntoIterator<Item = Delivery>) {
+        self.held.splice(0..0, deliveries);
+    }
+
+    /// These stay in hand until the push is enabled again: given back, they would be dead by one more failure.
+    pub(crate) fn keep(&mut self, deliveries: impl IntoIterator<Item = Delivery>) {
+        if self.holds.disabled {
+            self.kept.extend(deliveries);
+        } else {
+            self.send_again(deliveries);
+        }
     }
 
     pub(crate) fn pause(&mut self) {
@@ -382,6 +431,8 @@ impl Core {
     pub(crate) fn resume(&mut self) {
         self.holds.paused = false;
         self.holds.disabled = false;
+        let kept = std::mem::take(&mut self.kept);
+        self.send_again(kept);
         self.breaker = Breaker::new();
         self.window.restart();
     }
@@ -419,7 +470,7 @@ impl Core {
 
     /// Messages in hand.
     pub(crate) fn in_flight(&self) -> u64 {
-        self.messages_in_flight + self.held.len() as u64
+        self.messages_in_flight + (self.held.len() + self.kept.len()) as u64
     }
 
     pub(crate) fn last_error(&self) -> Option<&str> {
@@ -432,6 +483,13 @@ impl Core {
 
     pub(crate) fn attempts(&self) -> Vec<Attempt> {
         self.attempts.newest_first()
+    }
+}
+
+/// Lets a settlement finish: dropping it might withdraw it, and nobody needs to know the outcome.
+fn detach(settle: Settle) {
+    if !settle.is_ready() {
+        tokio::spawn(settle);
     }
 }
 

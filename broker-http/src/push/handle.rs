@@ -106,7 +106,7 @@ pub trait PushObserver: Send + Sync {
 ///
 /// While it is paused or disabled it is no member of its group: its backlog is kept, nothing is
 /// counted, and nobody waits for it. Deliveries are taken from the broker only when they can be
-/// sent; what is being gathered for a batch stays in hand over a pause.
+/// sent; what is being gathered for a batch is given back untried by a pause.
 ///
 /// *Dropping* it is [`stop`](Self::stop). When the broker closes, a push delivers what can be
 /// delivered before the deadline and ends by itself; call [`drain`](Self::drain) first, so that an

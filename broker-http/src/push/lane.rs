@@ -209,7 +209,12 @@ async fn settle(
     }
     processing.over();
     let mut state = engine.lock();
-    state.core.settled(messages, kept);
+    state.core.settled(messages);
+    if divided {
+        state.core.send_again(kept)
+    } else {
+        state.core.keep(kept)
+    }
     engine.next_for(id, state)
 }
 

@@ -142,6 +142,22 @@ async fn messages_with_one_id_are_settled_each_by_its_own_entry() {
 }
 
 #[tokio::test]
+async fn what_expires_while_a_batch_is_gathered_is_not_pushed() {
+    let mut endpoint = Endpoint::always(status(200)).await;
+    let rig = Rig::new(&endpoint.url(), r#""mode":"batch","batch":{"max":10,"wait":"2s"}"#).await;
+    let short = Message::new("x").with_id("short".parse().unwrap()).with_ttl(std::time::Duration::from_millis(500));
+    rig.publish(numbered(1).chain([short])).await;
+    rig.drained().await;
+    assert_eq!(ids(&endpoint.next().await.body), ["m0"]);
+    assert!(endpoint.so_far().is_empty());
+    rig.until(async || {
+        let status = rig.broker.status().await.unwrap();
+        status.group(&rig.group).unwrap().counts.expired == 1
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_batch_fails_as_a_whole() {
     let mut endpoint = Endpoint::script([status(500), answer(r#"{"status":"RETRY"}"#), status(200)]).await;
     let rig = Rig::new(&endpoint.url(), &format!(r#"{QUICK},"mode":"batch""#)).await;

@@ -32,6 +32,34 @@ async fn subscriptions_outlive_a_restart() {
     assert!(kept.contains("hunter2"), "the state file keeps what pushes need");
 }
 
+/// It was not tried, and another member of the group waits for it.
+#[tokio::test]
+async fn a_batch_being_gathered_is_given_back_by_a_pause() {
+    let running = Running::start().await;
+    let batch = r#"{"filter":"a","group":"g","endpoint":"http://127.0.0.1:9/","mode":"batch","batch":{"wait":"1m"}}"#;
+    assert_eq!(running.put("gathers", batch).await.status, 201);
+    assert_eq!(running.put("pulls", r#"{"filter":"a","group":"g"}"#).await.status, 201);
+    for number in 0..3 {
+        running.post("/topics/a", &number.to_string()).await;
+    }
+    let status = async || running.get("/subscriptions/gathers").await.json()["status"].clone();
+    soon(async {
+        while status().await["in_flight"] != 3 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    assert_eq!(running.post("/subscriptions/gathers/pause", "").await.status, 200);
+    let mut pulled = Vec::new();
+    while pulled.len() < 3 {
+        let more = running.pull("pulls", "wait=20s").await;
+        assert!(!more.is_empty(), "what was gathered does not come: {:?}", status().await);
+        pulled.extend(more);
+    }
+    assert!(pulled.iter().all(|lease| lease.attempt == 1), "it was not tried: {pulled:?}");
+    assert_eq!(status().await["in_flight"], 0);
+}
+
 #[tokio::test]
 async fn a_broken_state_file_is_an_error_and_stays_as_it_is() {
     let folder = tempfile::tempdir().unwrap();

@@ -18,6 +18,7 @@ struct Broker {
     ended: Mutex<bool>,
     handed_out: AtomicUsize,
     acked: AtomicUsize,
+    released: AtomicUsize,
     stopped_waiting: AtomicUsize,
     left: AtomicUsize,
 }
@@ -77,9 +78,21 @@ impl Deliveries for Handed {
         1
     }
 
-    fn settle(&self, _: u32, settlement: Settlement) -> Settle {
-        assert_eq!(settlement, Settlement::Ack);
-        self.broker.acked.fetch_add(1, Ordering::Relaxed);
+    fn settle(&self, index: u32, settlement: Settlement) -> Settle {
+        match settlement {
+            Settlement::Ack => {
+                self.broker.acked.fetch_add(1, Ordering::Relaxed);
+            }
+            Settlement::Release => {
+                self.broker.released.fetch_add(1, Ordering::Relaxed);
+                let message = self.messages[index as usize].clone();
+                // As the brokers do, which discard what has expired.
+                if message.expires_at().is_none_or(|expiry| expiry > Timestamp::now()) {
+                    self.broker.queue.lock().push_front(message);
+                }
+            }
+            other => panic!("{other:?}"),
+        }
         Settle::done()
     }
 
@@ -129,7 +142,7 @@ fn come_back(core: &mut Core, parcel: Parcel, health: Health, now: Instant) {
     let count = parcel.deliveries.len();
     let settled: Vec<_> = parcel.deliveries.into_iter().map(Delivery::ack).collect();
     drop(settled);
-    core.settled(count, None);
+    core.settled(count);
 }
 
 fn fail_until_open(core: &mut Core, broker: &Broker, now: Instant) {
@@ -260,7 +273,8 @@ fn a_batch_that_is_refused_is_divided_and_counts_again() {
     let payload = |parcel: &Parcel| parcel.deliveries[0].message().payload().clone();
     assert_eq!((parcel.deliveries.len(), payload(&parcel)), (10, "0".into()));
     core.refused(10);
-    core.settled(10, parcel.deliveries);
+    core.settled(10);
+    core.send_again(parcel.deliveries);
     let mut sent = Vec::new();
     while let Next::Send(parcel) = next(&mut core, now) {
         sent.push((parcel.deliveries.len(), payload(&parcel)));
@@ -305,6 +319,110 @@ fn who_waits_for_an_operator_leaves_the_group() {
         core.resume();
         assert!(matches!(next(&mut core, now), Next::Subscribe));
     }
+}
+
+/// Another member would wait for it, and it was not tried.
+#[test]
+fn a_gathered_batch_is_given_back_by_whatever_keeps_it_from_being_sent() {
+    let now = Instant::now();
+    for how in ["paused", "disabled", "unconsented", "unauthorized", "open", "stopped", "closing"] {
+        let (mut core, broker) = core(r#""mode":"batch","batch":{"max":10,"wait":"1m"}"#, now);
+        broker.publish(3);
+        assert!(matches!(next(&mut core, now), Next::Wait(Some(_))));
+        assert_eq!(core.in_flight(), 3);
+        match how {
+            "paused" => core.pause(),
+            "disabled" => core.disable(),
+            "unconsented" => core.set_unconsented(true),
+            "unauthorized" => core.set_unauthorized(true),
+            "stopped" => core.stop(),
+            _ => {
+                if how == "closing" {
+                    core.drain();
+                }
+                (0..10).for_each(|_| assert_eq!(core.breaker.failed(now, false), core.is_open()));
+            }
+        }
+        let then = next(&mut core, now);
+        let ends = ["stopped", "closing"].contains(&how);
+        assert_eq!(matches!(then, Next::Over), ends, "{how}: {then:?}");
+        assert_eq!((core.in_flight(), broker.counted(|broker| &broker.released)), (0, 3), "{how}");
+        let back: Vec<_> = broker.queue.lock().iter().map(|message| message.payload().clone()).collect();
+        assert_eq!(back, ["0", "1", "2"], "{how}: in their order");
+        if how == "open" {
+            assert_eq!(broker.counted(|broker| &broker.stopped_waiting), 1, "it does not take them again");
+        }
+    }
+}
+
+#[test]
+fn a_batch_to_be_sent_again_in_smaller_ones_is_given_back_too() {
+    let now = Instant::now();
+    let (mut core, broker) = core(r#""mode":"batch","batch":{"max":10,"wait":"0s"}"#, now);
+    broker.publish(10);
+    let Next::Send(parcel) = next(&mut core, now) else { panic!("it is to be sent") };
+    core.pause();
+    core.refused(10);
+    core.settled(10);
+    core.send_again(parcel.deliveries);
+    assert!(matches!(next(&mut core, now), Next::Wait(None)));
+    assert_eq!((core.in_flight(), broker.counted(|broker| &broker.released)), (0, 10));
+}
+
+/// One more failure would be its last; it is given back by the end of the push alone.
+#[test]
+fn what_a_410_came_for_at_the_last_attempt_stays_in_hand() {
+    let now = Instant::now();
+    for ends in [false, true] {
+        let (mut core, broker) = core("", now);
+        broker.publish(1);
+        let Next::Send(parcel) = next(&mut core, now) else { panic!("it is to be sent") };
+        let verdict = Verdict { decision: Decision::Keep, health: Health::Gone, status: Some(410), reason: "".into() };
+        assert!(core.came_back(&parcel, &verdict, now));
+        core.settled(1);
+        core.keep(parcel.deliveries);
+        core.pause();
+        assert!(matches!(next(&mut core, now), Next::Wait(None)));
+        assert_eq!((core.in_flight(), broker.counted(|broker| &broker.released)), (1, 0));
+        if ends {
+            core.stop();
+            assert!(matches!(next(&mut core, now), Next::Over));
+            assert_eq!((core.in_flight(), broker.counted(|broker| &broker.released)), (0, 1));
+            continue;
+        }
+        core.resume();
+        assert!(matches!(next(&mut core, now), Next::Subscribe));
+        core.subscribed(Subscription::new(Member(Arc::clone(&broker))));
+        assert!(matches!(next(&mut core, now), Next::Send(_)));
+    }
+}
+
+#[test]
+fn what_expires_while_a_batch_is_gathered_is_not_sent() {
+    let now = Instant::now();
+    let (mut core, broker) = core(r#""mode":"batch","batch":{"max":10,"wait":"1m"}"#, now);
+    let expired = |ago: u64| {
+        let millis = Timestamp::now().as_millis() - i64::try_from(ago).unwrap();
+        Message::new("expired").with_expires_at(Timestamp::from_millis(millis))
+    };
+    broker.publish(2);
+    broker.queue.lock().push_front(expired(0));
+    // The broker gave this one out although it had expired, and had its reasons.
+    broker.queue.lock().push_back(expired(3_600_000));
+    let Next::Wait(Some(due)) = next(&mut core, now) else { panic!("it is to wait for more") };
+    let Next::Send(parcel) = next(&mut core, due) else { panic!("it is to be sent") };
+    let sent: Vec<_> = parcel.deliveries.iter().map(|delivery| delivery.message().payload().clone()).collect();
+    assert_eq!(sent, ["0", "1", "expired"]);
+    assert_eq!(broker.counted(|broker| &broker.released), 1);
+    come_back(&mut core, parcel, Health::Well, due);
+
+    broker.queue.lock().push_front(expired(0));
+    assert!(matches!(next(&mut core, due), Next::Wait(Some(_))));
+    let later = due + Duration::from_secs(60);
+    assert!(matches!(next(&mut core, later), Next::Wait(None)), "nothing is left to be sent");
+    assert_eq!(core.in_flight(), 0);
+    broker.publish(1);
+    assert!(matches!(next(&mut core, later), Next::Wait(Some(then)) if then == later + Duration::from_secs(60)));
 }
 
 #[test]
