@@ -95,7 +95,7 @@ pub struct SubscriptionSpec {
     /// Which servers are trusted and what is shown to them, where that differs from the daemon's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<PushTls>,
-    /// Deletes a pull subscription nobody pulled for so long.
+    /// Deletes a pull subscription nobody pulled, or read the group of by a stream, or held a lease of, for so long.
     #[serde(default, skip_serializing_if = "Option::is_none", with = "optional_duration")]
     pub expires: Option<Duration>,
 }

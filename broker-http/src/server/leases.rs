@@ -79,6 +79,8 @@ impl Tally {
 pub(crate) struct Holder {
     tally: Arc<Tally>,
     leased: AtomicUsize,
+    /// When the last of them ended.
+    emptied: Mutex<Option<Instant>>,
     /// Told when a lease ends, for a pull that waits for room.
     pub(crate) room: Notify,
 }
@@ -98,8 +100,16 @@ impl Holder {
         self.leased.load(Ordering::Acquire)
     }
 
+    /// When it last had leases, or places for some, if it ever had.
+    pub(crate) fn emptied(&self) -> Option<Instant> {
+        *self.emptied.lock()
+    }
+
     fn release(&self, places: usize) {
         if places > 0 {
+            if self.leased() <= places {
+                *self.emptied.lock() = Some(Instant::now());
+            }
             self.leased.fetch_sub(places, Ordering::AcqRel);
             self.room.notify_waiters();
         }

@@ -78,9 +78,17 @@ impl Pull {
         (self.pulling.load(Ordering::Acquire) == 0).then_some(last)
     }
 
-    /// When the subscription expires, unless somebody pulls before.
+    /// When the subscription expires, unless somebody pulls or settles before; while leases are held, or places for
+    /// them, its time does not run.
     pub(crate) fn expires(&self, after: Duration) -> Instant {
-        self.idle_since().unwrap_or_else(Instant::now) + after
+        let since = self.idle_since().filter(|_| self.holder.leased() == 0);
+        since.map_or_else(Instant::now, |since| self.holder.emptied().map_or(since, |emptied| emptied.max(since)))
+            + after
+    }
+
+    /// It was in use until now.
+    pub(crate) fn used(&self) {
+        *self.last.lock() = Instant::now();
     }
 
     /// Leaves the group if nobody pulled for long; the next pull joins again.
@@ -110,7 +118,7 @@ impl<'a> Pulling<'a> {
 
 impl Drop for Pulling<'_> {
     fn drop(&mut self) {
-        *self.0.last.lock() = Instant::now();
+        self.0.used();
         self.0.pulling.fetch_sub(1, Ordering::AcqRel);
     }
 }
@@ -417,7 +425,7 @@ pub(crate) async fn settle(
     let subscribed = shared.registry.find(&name_in_path(&uri)?)?;
     let pull = pulled(&subscribed)?;
     // Who settles is alive, whether it has room to pull or not.
-    *pull.last.lock() = Instant::now();
+    pull.used();
     // What it names counts until the answer does, which may name all of it.
     let (json, _reservation) = body::collect_json(&headers, body, &shared, caller.as_deref()).await?;
     let settlements: Settlements =

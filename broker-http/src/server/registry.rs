@@ -1,6 +1,7 @@
 //! The subscriptions alive: made, replaced, paused and deleted here, one change at a time.
 
 mod declared;
+mod readers;
 mod subscribed;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,6 +15,8 @@ use parking_lot::RwLock;
 use tokio::sync::{Mutex as AsyncMutex, MutexGuard, Notify};
 use tokio::time::Instant;
 
+use readers::Readers;
+pub(crate) use readers::Reading;
 pub(crate) use subscribed::Subscribed;
 use subscribed::{How, Inherited};
 
@@ -33,6 +36,7 @@ use crate::push::{Push, PushStatus};
 pub(crate) struct Registry {
     table: RwLock<BTreeMap<Box<str>, Arc<Subscribed>>>,
     pub(crate) groups: Groups,
+    readers: Readers,
     /// Those the operator declared.
     declared: RwLock<BTreeSet<GroupName>>,
     /// Held while something changes: a change asks the broker for several things in turn.
@@ -172,6 +176,18 @@ impl Registry {
         let table = self.table.read();
         let pulled = table.values().filter(|subscribed| subscribed.group == *group).find_map(|one| one.pull());
         pulled.map(|pull| Arc::clone(pull.holder.tally())).unwrap_or_default()
+    }
+
+    /// Subscriptions that are pulled from this group were in use until now.
+    fn used(&self, group: &Group) {
+        let table = self.table.read();
+        table.values().filter(|one| one.group == *group).filter_map(|one| one.pull()).for_each(Pull::used);
+    }
+
+    /// When a pull subscription expires, unless somebody pulls, reads its group or holds a lease before.
+    fn expires(&self, subscribed: &Subscribed, pull: &Pull) -> Option<Instant> {
+        let read = self.readers.read(&subscribed.group);
+        subscribed.spec.expires.map(|after| if read { Instant::now() + after } else { pull.expires(after) })
     }
 
     /// How long what is lent of a group is, as the subscription that is pulled from it says.
@@ -483,7 +499,7 @@ async fn tend(shared: &Weak<Shared>) -> Option<Instant> {
     for subscribed in shared.registry.table.read().values() {
         let Some(pull) = subscribed.pull() else { continue };
         pull.leave_if_idle();
-        match subscribed.spec.expires.map(|after| pull.expires(after)) {
+        match shared.registry.expires(subscribed, pull) {
             Some(at) if at <= now => expired.push(Arc::clone(subscribed)),
             Some(at) => next = next.min(at),
             None => {}
@@ -491,9 +507,12 @@ async fn tend(shared: &Weak<Shared>) -> Option<Instant> {
     }
     for subscribed in expired {
         let _changing = shared.registry.changing.lock().await;
-        // It may have been replaced or pulled while we waited.
+        // It may have been replaced or used while we waited.
         let alive = shared.registry.find(subscribed.name.as_str()).is_ok_and(|now| Arc::ptr_eq(&now, &subscribed));
-        let due = |pull: &Pull| subscribed.spec.expires.is_some_and(|after| pull.expires(after) <= Instant::now());
+        let due = |pull: &Pull| {
+            let expires = shared.registry.expires(&subscribed, pull);
+            expires.is_some_and(|at| at <= Instant::now())
+        };
         if alive && subscribed.pull().is_some_and(due) {
             tracing::info!(name = %subscribed.name, "a pull subscription nobody pulled expired");
             if let Err(problem) = shared.registry.remove(&shared, &subscribed, false).await {

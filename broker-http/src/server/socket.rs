@@ -85,17 +85,18 @@ pub(crate) async fn open(
         return Err(Problem::invalid("query parameter timeout: it is longer than zero and 12h at most"));
     }
     let name = group.as_ref().map(GroupName::to_string);
-    let ((subscription, tally), lease) = match group {
+    let (subscription, member, lease) = match group {
         Some(name) => {
             let group = Group::new(name.clone(), filter.clone());
-            let joined = join(&shared, filter, name, right.owner(), MAX_LENT).await?;
-            (joined, shared.registry.lease(&group))
+            let (subscription, member) = join(&shared, filter, name, right.owner(), MAX_LENT).await?;
+            (subscription, Some(member), shared.registry.lease(&group))
         }
-        None => ((copy(&shared, &filter, StartAt::New).await?, Arc::default()), None),
+        None => (copy(&shared, &filter, StartAt::New).await?, None, None),
     };
+    let (tally, reading) = member.unzip();
     // Whoever asks has the word, then the subscription.
     let hold = hold.or(lease).unwrap_or(DEFAULT_HOLD);
-    let holder = Arc::new(Holder::counted_by(tally));
+    let holder = Arc::new(Holder::counted_by(tally.unwrap_or_default()));
     let lending = Lending {
         shared: Arc::clone(&shared),
         reader,
@@ -120,7 +121,7 @@ pub(crate) async fn open(
     }
     shared.connections.serve(&wire, async move {
         // The connection counts among all for as long as it stands.
-        let _places = (place, connection);
+        let _places = (place, connection, reading);
         let Ok(connection) = upgrade.connection.await else { return };
         let config = WebSocketConfig::default()
             .max_message_size(Some(MAX_MESSAGE))

@@ -26,6 +26,7 @@ use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::query::{Query, name_in_path};
 use super::reader::Reader;
+use super::registry::Reading;
 use super::subscriptions::finish;
 use super::upgrade::Upgrade;
 use super::{Shared, acceptable, socket};
@@ -85,18 +86,21 @@ pub(crate) async fn stream(State(shared): State<Arc<Shared>>, request: Request) 
         return socket::open(upgrade, shared, (place, right, reader), connection, filter, group, hold).await;
     }
     let last = parts.headers.get("last-event-id").filter(|last| !last.is_empty());
-    let (subscription, seeking) = match (group, last) {
-        (Some(group), _) => (join(&shared, filter, group, right.owner(), MESSAGES_AT_ONCE * 2).await?, Seeking::No),
-        (None, None) => ((copy(&shared, &filter, StartAt::New).await?, Arc::default()), Seeking::No),
+    let (subscription, member, seeking) = match (group, last) {
+        (Some(group), _) => {
+            let (subscription, member) = join(&shared, filter, group, right.owner(), MESSAGES_AT_ONCE * 2).await?;
+            (subscription, Some(member), Seeking::No)
+        }
+        (None, None) => (copy(&shared, &filter, StartAt::New).await?, None, Seeking::No),
         (None, Some(last)) => {
             let (subscription, seeking) = resume(&shared, &filter, last).await?;
-            ((subscription, Arc::default()), seeking)
+            (subscription, None, seeking)
         }
     };
-    let (subscription, tally) = subscription;
+    let (tally, reading) = member.unzip();
     let events = Events {
         subscription,
-        tally,
+        tally: tally.unwrap_or_default(),
         written: Vec::new(),
         ready: Hand::default(),
         gap: matches!(seeking, Seeking::Missed).then_some(Gap::Unknown),
@@ -108,6 +112,7 @@ pub(crate) async fn stream(State(shared): State<Arc<Shared>>, request: Request) 
         reader,
         revoked: right.ended(),
         right,
+        _reading: reading,
         _place: place,
     };
     let mut response = Response::new(Body::new(events));
@@ -119,7 +124,7 @@ pub(crate) async fn stream(State(shared): State<Arc<Shared>>, request: Request) 
     Ok(response)
 }
 
-/// A member of a group, and where its work is counted. If no subscription has the group, one to pull is made of its
+/// A member of a group, where its work is counted, and that it reads. If no subscription has the group, one to pull is made of its
 /// name, so that it can be listed, purged and deleted.
 pub(crate) async fn join(
     shared: &Arc<Shared>,
@@ -127,8 +132,9 @@ pub(crate) async fn join(
     name: GroupName,
     owner: Option<GroupName>,
     max_in_flight: usize,
-) -> Answer<(Subscription, Arc<Tally>)> {
+) -> Answer<(Subscription, (Arc<Tally>, Reading))> {
     let group = Group::new(name, filter);
+    let reading = Reading::begin(shared, group.clone());
     let (making, wanted) = (Arc::clone(shared), group.clone());
     finish(async move {
         if making.registry.stand_for(&making, &wanted, owner).await? {
@@ -139,7 +145,7 @@ pub(crate) async fn join(
     .await?;
     let tally = shared.registry.tally(&group);
     let options = Subscribe::group(group.name).with_max_in_flight(max_in_flight)?;
-    Ok((shared.broker.subscribe(&group.filter, options).await?, tally))
+    Ok((shared.broker.subscribe(&group.filter, options).await?, (tally, reading)))
 }
 
 /// A copy of one's own, from `start` on. In hand of it are `max_in_flight` messages at most, whatever the broker; what
@@ -248,6 +254,7 @@ struct Events {
     reader: Reader,
     revoked: Ended,
     right: Arc<Right>,
+    _reading: Option<Reading>,
     _place: Place,
 }
 
