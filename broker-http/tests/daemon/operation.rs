@@ -738,9 +738,10 @@ async fn an_operator_steers_it_from_the_command_line() {
     let (code, said) = ask(&["subscription", "settle", "q", "--ack", lease]).await;
     assert!(code == Some(0) && said.contains("\"gone\": []"), "{said}");
     // A lease may begin like an option.
-    for option in ["--ack", "--retry", "--reject"] {
-        let (_, said) = ask(&["subscription", "settle", "q", option, "-Yw"]).await;
-        assert!(!said.contains("unexpected argument"), "{option}: {said}");
+    for option in ["--ack", "--retry", "--reject", "--release", "--for=1s --extend"] {
+        let args: Vec<_> = option.split(' ').chain(["-Yw"]).collect();
+        let (_, said) = ask(&[&["subscription", "settle", "q"], &args[..]].concat()).await;
+        assert!(said.contains("\"gone\": [\n    \"-Yw\"\n  ]"), "{option}: {said}");
     }
     let (_, said) = ask(&["topic", "list"]).await;
     assert!(said.lines().any(|line| line.starts_with("orders.a") && line.contains(" 2 ")), "{said}");
@@ -754,6 +755,54 @@ async fn an_operator_steers_it_from_the_command_line() {
     // Where nobody looks at a terminal it is drawn once.
     let (code, said) = ask(&["status"]).await;
     assert_eq!(code, Some(0), "{said}");
+}
+
+/// Whatever `/settle` can do.
+#[tokio::test]
+async fn what_was_pulled_is_settled_from_the_command_line() {
+    let daemon = Daemon::start(&[]).await;
+    let place = format!("http://{}", daemon.address);
+    let settle = async |args: &[&str]| {
+        let (code, said) = run(&[&["subscription", "settle", "q", "--broker", &place], args].concat()).await;
+        assert!(!said.contains("panicked"), "{said}");
+        (code, said)
+    };
+    let settled = async |args: &[&str]| {
+        let (code, said) = settle(args).await;
+        assert!(code == Some(0) && said.contains("\"gone\": []"), "{args:?}: {said}");
+    };
+    let lease = async |attempt: u64| {
+        let pulled = daemon.json("POST /subscriptions/q/pull?max=1&wait=20s", "").await["deliveries"][0].clone();
+        assert_eq!(pulled["attempt"], attempt, "{pulled}");
+        pulled["lease"].as_str().unwrap().to_owned()
+    };
+    daemon.send("PUT /subscriptions/q", r#"{"filter":"a","timeout":"3s","retry":{"initial":"1h","max":"1h"}}"#).await;
+    daemon.send("POST /topics/a", "x").await;
+    settled(&["--release", &lease(1).await]).await;
+    // The group's own backoff is an hour.
+    settled(&["--retry", &lease(1).await, "--delay", "10ms", "--reason", "not yet", "--status", "E1"]).await;
+    let held = lease(2).await;
+    settled(&["--extend", &held, "--for", "1h"]).await;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    settled(&["--reject", &held, "--reason", "no such account", "--status", "E42"]).await;
+    let dead = daemon.json("GET /subscriptions/q/dead", "").await["dead"][0].clone();
+    assert_eq!((&dead["reason"], &dead["status"]), (&json!("no such account"), &json!("E42")), "{dead}");
+
+    daemon.send("POST /topics/a", "y").await;
+    let folder = tempfile::tempdir().unwrap();
+    let file = write(&folder.path().join("settle.json"), &json!({ "ack": [lease(1).await] }).to_string());
+    settled(&["--file", &file]).await;
+    for (args, why) in [
+        (&["--extend", "x"][..], "--for"),
+        (&["--ack", "x", "--for", "1s"], "--extend"),
+        (&["--ack", "x", "--delay", "1s"], "--retry"),
+        (&["--ack", "x", "--reason", "r"], "--retry or --reject"),
+        (&["--ack", "x", "--file", "-"], "--file"),
+        (&["--retry", "x", "--delay", "soon"], "delay"),
+    ] {
+        let (code, said) = settle(args).await;
+        assert!(code != Some(0) && said.contains(why), "{args:?}: {said}");
+    }
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! What an operator asks of a daemon at work, over its own interface.
 
+mod settle;
 pub(crate) mod status;
 pub(crate) mod subscription;
 pub(crate) mod topic;

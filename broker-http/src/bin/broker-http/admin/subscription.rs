@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use broker_core::{Error, Result};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
+use super::settle::Settle;
 use super::status::{SUBSCRIPTION_COLUMNS, subscription_row, table};
 use super::{Daemon, Where, finish, segment};
 use crate::output::{fail, print, read_file, say};
@@ -77,20 +78,8 @@ pub(crate) enum Command {
         #[arg(long, default_value = "0s")]
         wait: String,
     },
-    /// Settle what was pulled
-    Settle {
-        #[command(flatten)]
-        named: Named,
-        /// Leases that are done
-        #[arg(long, value_name = "LEASE", allow_hyphen_values = true)]
-        ack: Vec<String>,
-        /// Leases to be delivered again
-        #[arg(long, value_name = "LEASE", allow_hyphen_values = true)]
-        retry: Vec<String>,
-        /// Leases that become dead letters
-        #[arg(long, value_name = "LEASE", allow_hyphen_values = true)]
-        reject: Vec<String>,
-    },
+    /// Settle what was pulled: done, to be tried again, dead, given back, or held for longer
+    Settle(Settle),
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -135,7 +124,7 @@ fn setting(text: &str) -> std::result::Result<(String, Value), String> {
 }
 
 /// Bytes of a file of settings; the daemon takes no more.
-const MAX_FILE: usize = 1 << 20;
+pub(super) const MAX_FILE: usize = 1 << 20;
 
 impl Put {
     async fn body(&self) -> Result<String> {
@@ -185,12 +174,10 @@ pub(crate) async fn run(command: Command) -> ExitCode {
         Command::Pull { named, max, wait } => {
             named.ask("POST", &format!("/pull?max={max}&wait={}", segment(&wait)), None).await
         }
-        Command::Settle { named, ack, retry, reject } => {
-            let leases =
-                |leases: Vec<String>| leases.into_iter().map(|lease| json!({ "lease": lease })).collect::<Vec<_>>();
-            let body = json!({ "ack": ack, "retry": leases(retry), "reject": leases(reject) });
-            named.ask("POST", "/settle", Some(&body.to_string())).await
-        }
+        Command::Settle(settle) => match settle.body().await {
+            Ok(body) => settle.named.ask("POST", "/settle", Some(&body)).await,
+            Err(error) => fail(&error),
+        },
     }
 }
 
