@@ -15,6 +15,7 @@ mod heads;
 mod inflate;
 mod limits;
 mod listen;
+mod member;
 mod memory;
 mod metered;
 mod origin;

@@ -184,6 +184,14 @@ impl Registry {
         table.values().filter(|one| one.group == *group).filter_map(|one| one.pull()).for_each(Pull::used);
     }
 
+    /// Whether all that is pulled from this group is paused; nothing that is pulled, nothing that is paused.
+    pub(crate) fn pauses(&self, group: &Group) -> bool {
+        let table = self.table.read();
+        let pulled = table.values().filter(|one| one.group == *group && one.pull().is_some());
+        let paused: Vec<_> = pulled.map(|one| one.is_paused()).collect();
+        !paused.is_empty() && paused.iter().all(|paused| *paused)
+    }
+
     /// When a pull subscription expires, unless somebody pulls, reads its group or holds a lease before.
     fn expires(&self, subscribed: &Subscribed, pull: &Pull) -> Option<Instant> {
         let read = self.readers.read(&subscribed.group);
@@ -268,6 +276,7 @@ impl Registry {
         let settings = self.groups.settings(&group);
         let subscribed = Arc::new(Subscribed::start(shared, name, (group, settings), spec, inherited)?);
         self.table.write().insert(subscribed.name.as_str().into(), Arc::clone(&subscribed));
+        self.readers.tell(&subscribed.group);
         // Once it is in the table: options that change from now on find it there.
         subscribed.reconsider(shared);
         subscribed.reauthorize(shared);
@@ -289,7 +298,9 @@ impl Registry {
         shared.asked.void(&subscribed.name);
         self.changed();
         subscribed.end(shared);
-        if !self.groups.leave(&subscribed.group) {
+        let last = self.groups.leave(&subscribed.group);
+        self.readers.tell(&subscribed.group);
+        if !last {
             self.redirect(shared, &subscribed.group).await;
         } else if !keep {
             shared.broker.delete_group(&subscribed.group).await?;
@@ -384,6 +395,7 @@ impl Registry {
         if !paused {
             subscribed.reconsider(shared);
         }
+        self.readers.tell(&subscribed.group);
         self.changed();
         Ok(subscribed)
     }

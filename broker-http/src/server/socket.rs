@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::Response;
-use broker_core::{Delivery, Group, GroupName, StartAt, Subscription, TopicFilter};
+use broker_core::{Delivery, Group, GroupName, StartAt, TopicFilter};
 use bytes::Bytes;
 use futures_util::future::{Fuse, FusedFuture};
 use futures_util::{FutureExt, SinkExt, StreamExt};
@@ -28,6 +28,7 @@ use tokio_tungstenite::tungstenite::{Error, Message};
 use super::access::Right;
 use super::chatter::Chatter;
 use super::leases::{Borrower, Hand, Holder, Places};
+use super::member::Member;
 use super::metrics::Refusal;
 use super::places;
 use super::problem::{Answer, Problem};
@@ -85,18 +86,17 @@ pub(crate) async fn open(
         return Err(Problem::invalid("query parameter timeout: it is longer than zero and 12h at most"));
     }
     let name = group.as_ref().map(GroupName::to_string);
-    let (subscription, member, lease) = match group {
+    let ((subscription, tally), lease) = match group {
         Some(name) => {
             let group = Group::new(name.clone(), filter.clone());
-            let (subscription, member) = join(&shared, filter, name, right.owner(), MAX_LENT).await?;
-            (subscription, Some(member), shared.registry.lease(&group))
+            let joined = join(&shared, filter, name, right.owner(), MAX_LENT).await?;
+            (joined, shared.registry.lease(&group))
         }
-        None => (copy(&shared, &filter, StartAt::New).await?, None, None),
+        None => ((copy(&shared, &filter, StartAt::New).await?.into(), Arc::default()), None),
     };
-    let (tally, reading) = member.unzip();
     // Whoever asks has the word, then the subscription.
     let hold = hold.or(lease).unwrap_or(DEFAULT_HOLD);
-    let holder = Arc::new(Holder::counted_by(tally.unwrap_or_default()));
+    let holder = Arc::new(Holder::counted_by(tally));
     let lending = Lending {
         shared: Arc::clone(&shared),
         reader,
@@ -121,7 +121,7 @@ pub(crate) async fn open(
     }
     shared.connections.serve(&wire, async move {
         // The connection counts among all for as long as it stands.
-        let _places = (place, connection, reading);
+        let _places = (place, connection);
         let Ok(connection) = upgrade.connection.await else { return };
         let config = WebSocketConfig::default()
             .max_message_size(Some(MAX_MESSAGE))
@@ -140,7 +140,7 @@ struct Lending {
     shared: Arc<Shared>,
     reader: Reader,
     /// `None` once it has ended; what is lent can still be settled.
-    subscription: Option<Subscription>,
+    subscription: Option<Member>,
     holder: Arc<Holder>,
     borrower: Borrower,
     hold: Duration,
@@ -252,8 +252,8 @@ impl Lending {
             let room = places.count();
             let receive = async {
                 match &mut self.subscription {
-                    Some(subscription) if room > 0 => subscription.receive(&mut batch, room).await,
-                    _ => std::future::pending().await,
+                    Some(subscription) => subscription.receive(&mut batch, room).await,
+                    None => std::future::pending().await,
                 }
             };
             tokio::select! {
@@ -300,7 +300,7 @@ impl Lending {
                 }
                 received = receive => match received {
                     Ok(1..) => {
-                        let gap = self.subscription.as_mut().and_then(Subscription::gap);
+                        let gap = self.subscription.as_mut().and_then(Member::gap);
                         if let Some(gap) = gap {
                             let text = serde_json::json!({ "gap": { "lost": gap.lost() } }).to_string().into();
                             send(socket, text, self.shared.limits().body_timeout).await?;

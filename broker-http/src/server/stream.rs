@@ -22,6 +22,7 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use super::access::{Action, Caller, Ended, Peer, Right};
 use super::leases::{Hand, Tally, detach};
+use super::member::Member;
 use super::metrics::Refusal;
 use super::problem::{Answer, Problem};
 use super::query::{Query, name_in_path};
@@ -86,21 +87,17 @@ pub(crate) async fn stream(State(shared): State<Arc<Shared>>, request: Request) 
         return socket::open(upgrade, shared, (place, right, reader), connection, filter, group, hold).await;
     }
     let last = parts.headers.get("last-event-id").filter(|last| !last.is_empty());
-    let (subscription, member, seeking) = match (group, last) {
-        (Some(group), _) => {
-            let (subscription, member) = join(&shared, filter, group, right.owner(), MESSAGES_AT_ONCE * 2).await?;
-            (subscription, Some(member), Seeking::No)
-        }
-        (None, None) => (copy(&shared, &filter, StartAt::New).await?, None, Seeking::No),
+    let ((subscription, tally), seeking) = match (group, last) {
+        (Some(group), _) => (join(&shared, filter, group, right.owner(), MESSAGES_AT_ONCE * 2).await?, Seeking::No),
+        (None, None) => ((copy(&shared, &filter, StartAt::New).await?.into(), Arc::default()), Seeking::No),
         (None, Some(last)) => {
             let (subscription, seeking) = resume(&shared, &filter, last).await?;
-            (subscription, None, seeking)
+            ((subscription.into(), Arc::default()), seeking)
         }
     };
-    let (tally, reading) = member.unzip();
     let events = Events {
         subscription,
-        tally: tally.unwrap_or_default(),
+        tally,
         written: Vec::new(),
         ready: Hand::default(),
         gap: matches!(seeking, Seeking::Missed).then_some(Gap::Unknown),
@@ -112,7 +109,6 @@ pub(crate) async fn stream(State(shared): State<Arc<Shared>>, request: Request) 
         reader,
         revoked: right.ended(),
         right,
-        _reading: reading,
         _place: place,
     };
     let mut response = Response::new(Body::new(events));
@@ -124,7 +120,7 @@ pub(crate) async fn stream(State(shared): State<Arc<Shared>>, request: Request) 
     Ok(response)
 }
 
-/// A member of a group, where its work is counted, and that it reads. If no subscription has the group, one to pull is made of its
+/// A member of a group, and where its work is counted. If no subscription has the group, one to pull is made of its
 /// name, so that it can be listed, purged and deleted.
 pub(crate) async fn join(
     shared: &Arc<Shared>,
@@ -132,7 +128,7 @@ pub(crate) async fn join(
     name: GroupName,
     owner: Option<GroupName>,
     max_in_flight: usize,
-) -> Answer<(Subscription, (Arc<Tally>, Reading))> {
+) -> Answer<(Member, Arc<Tally>)> {
     let group = Group::new(name, filter);
     let reading = Reading::begin(shared, group.clone());
     let (making, wanted) = (Arc::clone(shared), group.clone());
@@ -144,8 +140,7 @@ pub(crate) async fn join(
     })
     .await?;
     let tally = shared.registry.tally(&group);
-    let options = Subscribe::group(group.name).with_max_in_flight(max_in_flight)?;
-    Ok((shared.broker.subscribe(&group.filter, options).await?, (tally, reading)))
+    Ok((Member::join(shared, reading, max_in_flight).await?, tally))
 }
 
 /// A copy of one's own, from `start` on. In hand of it are `max_in_flight` messages at most, whatever the broker; what
@@ -239,7 +234,7 @@ impl Patience {
 
 /// The body: polled when there is room to write, so that what it gave before has been written.
 struct Events {
-    subscription: Subscription,
+    subscription: Member,
     tally: Arc<Tally>,
     written: Vec<Delivery>,
     /// Received and not written yet.
@@ -254,7 +249,6 @@ struct Events {
     reader: Reader,
     revoked: Ended,
     right: Arc<Right>,
-    _reading: Option<Reading>,
     _place: Place,
 }
 

@@ -237,6 +237,43 @@ async fn a_subscription_whose_group_is_read_by_a_stream_does_not_expire() {
     }
 }
 
+/// A pause is for all who take from the subscription.
+#[tokio::test]
+async fn a_paused_subscription_gives_nothing_to_streams_of_its_group() {
+    let running = with(r#"{"filter":"a"}"#).await;
+    let mut reader = running.connect().await;
+    reader.write_all(b"GET /topics/a/stream?group=q HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+    read_until(&mut reader, "connected").await;
+    running.post("/topics/a?id=before", "x").await;
+    read_until(&mut reader, "id: before").await;
+    for _ in 0..2 {
+        assert_eq!(running.post("/subscriptions/q/pause", "").await.status, 200);
+        running.post("/topics/a?id=during", "x").await;
+        let heard = tokio::time::timeout(Duration::from_millis(500), read_until(&mut reader, "id:")).await;
+        assert!(heard.is_err(), "{heard:?}");
+        assert_eq!(running.get("/subscriptions/q").await.json()["status"]["lag"], 1);
+        assert_eq!(running.post("/subscriptions/q/resume", "").await.status, 200);
+        read_until(&mut reader, "id: during").await;
+    }
+    // What is deleted while it is paused ends its streams, and is not made again by them.
+    running.post("/subscriptions/q/pause", "").await;
+    assert_eq!(running.delete("/subscriptions/q").await.status, 204);
+    read_until(&mut reader, "0\r\n\r\n").await;
+    assert_eq!(running.post("/topics/a", "x").await.json()["matched"], 0);
+
+    // One that comes during a pause is no other.
+    let running = with(r#"{"filter":"a"}"#).await;
+    running.post("/subscriptions/q/pause", "").await;
+    running.post("/topics/a?id=1", "x").await;
+    let mut reader = running.connect().await;
+    reader.write_all(b"GET /topics/a/stream?group=q HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+    read_until(&mut reader, "connected").await;
+    let heard = tokio::time::timeout(Duration::from_millis(500), read_until(&mut reader, "id:")).await;
+    assert!(heard.is_err(), "{heard:?}");
+    running.post("/subscriptions/q/resume", "").await;
+    read_until(&mut reader, "id: 1").await;
+}
+
 #[tokio::test]
 async fn leases_of_a_replaced_subscription_come_back_at_once() {
     let running = with(r#"{"filter":"a","timeout":"1h"}"#).await;

@@ -55,6 +55,30 @@ impl Socket {
 }
 
 #[tokio::test]
+async fn a_paused_subscription_lends_nothing_until_it_is_resumed() {
+    let running = Running::start().await;
+    running.put("q", r#"{"filter":"a"}"#).await;
+    let mut socket = Socket::open(&running, "/topics/a/stream?group=q").await;
+    socket.say(json!({"credit": 10})).await;
+    running.post("/topics/a?id=1", "x").await;
+    let first = socket.deliveries(1).await;
+    running.post("/subscriptions/q/pause", "").await;
+    running.post("/topics/a?id=2", "x").await;
+    // What is lent can be settled.
+    socket.say(json!({"ack": [first[0]["lease"]]})).await;
+    soon(async {
+        while running.get("/subscriptions/q").await.json()["status"]["lag"] != 1 {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    let heard = tokio::time::timeout(std::time::Duration::from_millis(500), socket.hear()).await;
+    assert!(heard.is_err(), "{heard:?}");
+    running.post("/subscriptions/q/resume", "").await;
+    assert_eq!(socket.deliveries(1).await[0]["event"]["id"], "2");
+}
+
+#[tokio::test]
 async fn credit_decides_how_much_is_sent() {
     let running = Running::start().await;
     running.put("q", r#"{"filter":"a","retry":{"initial":"1ms","max":"1ms"}}"#).await;
