@@ -75,11 +75,17 @@ enum Command {
 
 fn main() -> ExitCode {
     let typed = with_default_command(std::env::args_os().collect());
-    let cli = Cli::try_parse_from(&typed).unwrap_or_else(|error| {
-        let variable = config::at_fault(&error, &typed);
-        variable.inspect(|told| output::show(&format!("broker-http: {told}\n")));
-        error.exit()
-    });
+    let cli = match Cli::try_parse_from(&typed) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help goes this way, too, and ends well.
+            let _ = error.print();
+            if let Some(told) = config::at_fault(&error, &typed) {
+                output::say!("broker-http: {told}");
+            }
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
