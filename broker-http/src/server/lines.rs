@@ -7,7 +7,7 @@ use axum::body::Body;
 use axum::response::Response;
 use broker_core::{Error, ErrorKind, TopicFilter};
 use bytes::{Buf, Bytes, BytesMut};
-use futures_util::stream;
+use futures_util::{FutureExt as _, stream};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 
 use super::access::{Action, Caller, Ended, Right};
@@ -23,6 +23,9 @@ use crate::traces::Parent;
 
 /// Lines published in one go.
 pub(crate) const AT_ONCE: usize = 128;
+
+/// Bytes that are read, where they have arrived, before the lines before them are published.
+const AHEAD_BYTES: usize = 16 << 10;
 
 /// The lines of a body that say something, with their numbers.
 pub(crate) fn of(body: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
@@ -129,6 +132,7 @@ impl Lines {
         let mut messages = Outgoing::to(&published, self.reservation.bytes());
         let mut out = Vec::new();
         let max = self.shared.limits().message_body_bytes * 2;
+        let mut ahead = 0;
         loop {
             match self.next_line(max) {
                 Some(Ok((number, line))) => {
@@ -147,8 +151,14 @@ impl Lines {
                         tell(&problem, &mut out);
                     }
                 }
-                // What has arrived is answered before more is waited for.
-                None if messages.len() > 0 || !out.is_empty() => break,
+                // What has arrived is answered before more is waited for; where each line came in a frame of its own, together.
+                None if messages.len() > 0 || !out.is_empty() => {
+                    let is_over = self.ended || self.failed.is_some() || ahead > AHEAD_BYTES;
+                    if is_over || self.read().now_or_never().is_none() {
+                        break;
+                    }
+                    ahead += self.unread.len();
+                }
                 None => match self.failed.take() {
                     Some(problem) => tell(&problem, &mut out),
                     None if self.ended => return None,

@@ -175,6 +175,13 @@ const FAREWELL: Duration = Duration::from_secs(1);
 /// The parser's own bound of headers, which costs nothing.
 const USUAL_HEADERS: usize = 100;
 
+/// Bytes of one stream's body that are on their way, as RFC 9113 has it.
+const STREAM_WINDOW: u32 = (1 << 16) - 1;
+/// Of all streams of a connection. h2 takes many small frames that nobody has read yet for an attack, from half of this on, 256
+/// bytes a frame: a line a frame, as some clients stream NDJSON, is none, while a stream's window is full of lines of eight
+/// bytes.
+const CONNECTION_WINDOW: u32 = 4 << 20;
+
 fn make_builder(limits: &Limits) -> Builder<TokioExecutor> {
     let mut builder = Builder::new(TokioExecutor::new());
     let mut http1 = builder.http1();
@@ -193,7 +200,8 @@ fn make_builder(limits: &Limits) -> Builder<TokioExecutor> {
         .max_pending_accept_reset_streams(64)
         .max_local_error_reset_streams(256)
         .keep_alive_interval(limits.header_timeout)
-        .adaptive_window(true);
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW);
     builder
 }
 

@@ -41,3 +41,48 @@ async fn many_requests_share_a_connection() {
         assert_eq!(soon(sender.send_request(request)).await.unwrap().status().as_u16(), status);
     }
 }
+
+/// As clients do that send what an iterator gives: a line a frame, faster than it is read.
+#[tokio::test]
+async fn a_line_may_be_a_frame() {
+    const LINES: usize = 10_000;
+    let running = Running::start().await;
+    let (send, connection) = h2::client::handshake(running.connect().await).await.unwrap();
+    tokio::spawn(connection);
+    for accept in ["application/x-ndjson", "application/json"] {
+        let request = Request::post("http://localhost/topics/a")
+            .header("content-type", "application/x-ndjson")
+            .header("accept", accept)
+            .body(())
+            .unwrap();
+        let mut send = soon(send.clone().ready()).await.unwrap();
+        let (answer, mut body) = send.send_request(request, false).unwrap();
+        let line = Bytes::from_static(b"{\"payload\":1}\n");
+        let lines = async {
+            for left in (0..LINES).rev() {
+                body.reserve_capacity(line.len());
+                while body.capacity() < line.len() {
+                    // The answer says why it ended.
+                    let Some(Ok(_)) = std::future::poll_fn(|cx| body.poll_capacity(cx)).await else { return };
+                }
+                if body.send_data(line.clone(), left == 0).is_err() {
+                    return;
+                }
+            }
+        };
+        let results = async {
+            let mut results = answer.await.unwrap().into_body();
+            let mut text = Vec::new();
+            while let Some(data) = results.data().await {
+                let data = data.unwrap();
+                results.flow_control().release_capacity(data.len()).unwrap();
+                text.extend_from_slice(&data);
+            }
+            text
+        };
+        let (_, results) = soon(futures_util::future::join(lines, results)).await;
+        let results = String::from_utf8(results).unwrap();
+        let said = results.matches("\"matched\"").count();
+        assert_eq!(said, LINES, "{accept}: {}", &results[..results.len().min(300)]);
+    }
+}
