@@ -40,7 +40,7 @@ pub fn push_answer(status: u16, headers: &HeaderMap, body: &[u8]) {
     }
     let policy = RetryPolicy::default();
     for attempt in [1, 2, u32::MAX] {
-        match settlement(&verdict.decision, verdict.status, &verdict.reason, &policy, attempt) {
+        match settlement(&verdict.decision, verdict.status, &verdict.reason, &policy, attempt, None) {
             Some(Settlement::Retry { after: Some(after), .. }) => {
                 let Decision::Retry { floor, .. } = verdict.decision else { continue };
                 assert!(floor.is_none_or(|floor| floor <= after));

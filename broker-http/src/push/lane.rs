@@ -17,8 +17,8 @@ use super::engine::Engine;
 use super::resend::Resends;
 use super::timer::Timer;
 use super::verdict::{self, Decision, Item, Outcome, Verdict};
-use crate::Mode;
 use crate::traces::Processing;
+use crate::{Mode, SubscriptionSpec};
 
 /// Carries parcels until there has been none for a while.
 pub(crate) async fn run(engine: Arc<Engine>, id: usize, parcel: Parcel) {
@@ -182,6 +182,7 @@ async fn settle(
         tracing::warn!(subscription = %engine.name, "the endpoint is gone; the subscription is disabled until it is resumed");
     }
     let now = Timestamp::now();
+    let least = least_wait(&engine.spec);
     let mut kept = Vec::new();
     let mut settling = SmallVec::new();
     for (index, delivery) in parcel.deliveries.into_iter().enumerate() {
@@ -192,7 +193,7 @@ async fn settle(
             kept.push(delivery);
             continue;
         }
-        match verdict::settlement(decision, verdict.status, reason, &engine.policy, delivery.attempt()) {
+        match verdict::settlement(decision, verdict.status, reason, &engine.policy, delivery.attempt(), least) {
             Some(settlement) => {
                 if let (Some(observer), Decision::Ack) = (&engine.observer, decision) {
                     observer.delivered(now.since(delivery.message().timestamp()));
@@ -216,6 +217,13 @@ async fn settle(
         state.core.keep(kept)
     }
     engine.next_for(id, state)
+}
+
+/// How long a message is not pushed again. Where no attempt is in the body, nothing but the second tells two signed pushes
+/// of it apart: within one they are the same to whoever refuses what he has seen (Standard Webhooks, "Replay attacks").
+fn least_wait(spec: &SubscriptionSpec) -> Option<Duration> {
+    let alike = spec.signing.is_some() && matches!(spec.mode, Mode::Binary | Mode::Raw);
+    alike.then_some(Duration::from_secs(1))
 }
 
 /// Settles a delivery. What the broker took at once costs nothing more.

@@ -239,7 +239,7 @@ pub(crate) fn judge_items<'a>(body: &[u8], ids: impl Iterator<Item = Cow<'a, str
     Some(ids.map(judge).collect())
 }
 
-/// The settlement of delivery number `attempt`. `None` keeps it in hand.
+/// The settlement of delivery number `attempt`, which is not pushed again before `least` is over. `None` keeps it in hand.
 ///
 /// The wait is drawn here only where the group's own draw would not do: `Retry-After` is a floor
 /// under the backoff, and the slow end is the upper half of the longest backoff.
@@ -249,6 +249,7 @@ pub(crate) fn settlement(
     reason: &str,
     policy: &RetryPolicy,
     attempt: u32,
+    least: Option<Duration>,
 ) -> Option<Settlement> {
     let failure = || {
         let failure = Failure::new(reason);
@@ -261,12 +262,13 @@ pub(crate) fn settlement(
         Decision::Ack => Settlement::Ack,
         Decision::Reject => Settlement::Reject(failure()),
         Decision::Retry { slow, floor } => {
+            let floor = (*floor).max(least);
             let drawn = if *slow {
                 Some(policy.ceiling(u32::MAX).mul_f64(0.5 + fastrand::f64() / 2.0))
             } else {
                 floor.map(|_| policy.backoff(attempt))
             };
-            Settlement::Retry { after: drawn.max(*floor), failure: Some(failure()) }
+            Settlement::Retry { after: drawn.max(floor), failure: Some(failure()) }
         }
         // What would be its last failure must not cost a message that is to be kept.
         Decision::Keep if policy.is_exhausted(attempt) => return None,
@@ -426,15 +428,15 @@ mod tests {
     fn settlements() {
         let (initial, max) = (Duration::from_secs(1), Duration::from_secs(600));
         let policy = RetryPolicy::default().with_backoff(initial, max, 2.0).unwrap().with_max_attempts(3).unwrap();
-        let after = |decision, attempt| match settlement(&decision, Some(500), "because", &policy, attempt) {
+        let after = |decision, attempt| match settlement(&decision, Some(500), "because", &policy, attempt, None) {
             Some(Settlement::Retry { after, failure: Some(failure) }) => {
                 assert_eq!((failure.reason(), failure.status()), ("because", Some("500")));
                 after
             }
             other => panic!("{other:?}"),
         };
-        assert_eq!(settlement(&Decision::Ack, Some(200), "", &policy, 1), Some(Settlement::Ack));
-        let rejected = settlement(&Decision::Reject, None, "because", &policy, 1);
+        assert_eq!(settlement(&Decision::Ack, Some(200), "", &policy, 1, None), Some(Settlement::Ack));
+        let rejected = settlement(&Decision::Reject, None, "because", &policy, 1, None);
         assert_eq!(rejected, Some(Settlement::Reject(Failure::new("because"))));
         assert_eq!(after(Decision::RETRY, 1), None, "the group draws");
         let floor = Duration::from_secs(5);
@@ -442,10 +444,12 @@ mod tests {
             assert_eq!(after(Decision::Retry { slow: false, floor: Some(floor) }, 1), Some(floor));
             let slow = after(Decision::Retry { slow: true, floor: None }, 1).unwrap();
             assert!((max / 2..=max).contains(&slow), "{slow:?}");
+            let spaced = settlement(&Decision::RETRY, None, "", &policy, 1, Some(floor));
+            assert!(matches!(spaced, Some(Settlement::Retry { after: Some(after), .. }) if after >= floor));
             let both = after(Decision::Retry { slow: true, floor: Some(max) }, 1).unwrap();
             assert_eq!(both, max);
         }
         assert_eq!(after(Decision::Keep, 2), Some(Duration::ZERO));
-        assert_eq!(settlement(&Decision::Keep, Some(410), "", &policy, 3), None, "kept in hand");
+        assert_eq!(settlement(&Decision::Keep, Some(410), "", &policy, 3, None), None, "kept in hand");
     }
 }

@@ -19,7 +19,7 @@ use crate::event::{Decoded, Format, Options, binary, json};
 ///
 /// An extractor does not see what its handler answers. So the same push again, word for word, is
 /// refused with 409, whatever became of it, and so is a retry within the second of the push before it,
-/// which is signed alike; our engine comes again two seconds later. Behind a
+/// which is signed alike; our engine lets a second pass before it pushes a signed message again. Behind a
 /// [`VerifyLayer`](super::VerifyLayer), which sees the answer, it does not verify again and refuses
 /// nothing; the state may then be `()`.
 ///
