@@ -20,8 +20,8 @@ use crate::channel::OwnChannel;
 use crate::error::{from_lapin, is_final};
 use crate::link::{Wait, closed};
 use crate::member::{Member, Undecodable};
-use crate::topology;
-use crate::wire;
+use crate::naming::Made;
+use crate::{groups, topology, wire};
 
 /// How long acks wait for more of them, so that one frame stands for many.
 const COALESCE: Duration = Duration::from_millis(1);
@@ -163,7 +163,7 @@ async fn open(member: &Member, patient: bool) -> Result<Opened> {
     let patience = if patient { Duration::from_secs(365 * 24 * 3600) } else { shared.options.connect_timeout };
     let live = shared.consuming.live(Instant::now() + patience, patient).await?;
     let opening = async {
-        let channel = live.channel().await?;
+        let mut channel = live.channel().await?;
         let queue = match &member.group {
             Some(group) => {
                 let names = &member.known.names;
@@ -173,8 +173,13 @@ async fn open(member: &Member, patient: bool) -> Result<Opened> {
                 let last = queues.last().filter(|last| **last != member.queue);
                 let asked: Vec<_> = std::iter::once(&member.queue).chain(last).collect();
                 if !topology::stand(&channel, names, &asked).await? {
-                    member.deleted();
-                    return Err(deleted(group));
+                    let can_be_lost = names.made == Made::ByUs && !shared.options.passive;
+                    if !can_be_lost || topology::queue_state(&live, &names.deleted).await?.is_some() {
+                        member.deleted();
+                        return Err(deleted(group));
+                    }
+                    groups::restore(shared, group, &member.known).await?;
+                    channel = live.channel().await?;
                 }
                 topology::declare_group(&channel, names, &member.filter, ordered, queues, &shared.options)
                     .await

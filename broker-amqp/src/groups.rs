@@ -107,8 +107,12 @@ impl Asked<'_> {
     /// There is none: makes it as it is asked for.
     async fn make(&self, shared: &Shared) -> Result<Known> {
         if self.names.made == Made::ByUs {
-            // Of one that was half made: who is bound to it would be sent what nobody reads.
-            on_channel(self.live, async |channel| topology::delete_exchange(channel, &self.names.queue).await).await?;
+            on_channel(self.live, async |channel| {
+                topology::delete(channel, &self.names.deleted).await?;
+                // Of one that was half made: who is bound to it would be sent what nobody reads.
+                topology::delete_exchange(channel, &self.names.queue).await
+            })
+            .await?;
             settings::write(self.live, &shared.writer, self.names, self.defaults).await?;
         }
         let queues = new_queues(self.names, self.defaults.ordered, &shared.options)?;
@@ -232,8 +236,29 @@ pub(crate) async fn delete(shared: &Shared, group: &Group) -> Result<bool> {
     Ok(!queues.is_empty())
 }
 
+/// Makes a group again whose queues a member found gone and nobody deleted: the server has lost them.
+pub(crate) async fn restore(shared: &Shared, group: &Group, known: &Known) -> Result<()> {
+    let Known { names, queues, settings, .. } = known;
+    let live = shared.connection().await?;
+    let restore = async || {
+        if queue_state(&live, &names.settings).await?.is_none() {
+            tracing::warn!(%group, "the server has lost the group; it is made again");
+            settings::write(&live, &shared.writer, names, settings).await?;
+        }
+        on_channel(&live, async |channel| {
+            let (filter, ordered) = (&group.filter, settings.ordered);
+            topology::declare_group(channel, names, filter, ordered, queues, &shared.options).await
+        })
+        .await
+    };
+    shared.bounded(topology::alone(&live, &names.making, patience(shared), restore)).await
+}
+
 async fn delete_queues(live: &Live, names: &GroupNames, queues: &[ShortString]) -> Result<()> {
     on_channel(live, async |channel| {
+        if names.made == Made::ByUs {
+            topology::mark_deleted(channel, names).await?;
+        }
         let delete = async || {
             if names.has_lanes(queues) {
                 topology::delete_exchange(channel, &names.queue).await?;

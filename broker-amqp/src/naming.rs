@@ -50,6 +50,8 @@ pub(crate) struct GroupNames {
     pub(crate) settings: ShortString,
     /// The queue that is there while somebody makes the group.
     pub(crate) making: ShortString,
+    /// The queue that is there for a while after the group was deleted.
+    pub(crate) deleted: ShortString,
     pub(crate) made: Made,
 }
 
@@ -79,6 +81,7 @@ impl GroupNames {
             dead: short(&what, &format!("broker.dead:{queue}"))?,
             settings: short(&what, &format!("broker.settings:{queue}"))?,
             making: short(&what, &format!("broker.making:{queue}"))?,
+            deleted: short(&what, &format!("broker.deleted:{queue}"))?,
             made,
         })
     }

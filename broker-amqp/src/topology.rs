@@ -82,6 +82,18 @@ pub(crate) async fn stand(channel: &Channel, names: &GroupNames, queues: &[&Shor
     Ok(true)
 }
 
+/// How long it is known of a group that it was deleted: a member that is away for longer makes it again, as one does whose
+/// server has lost it.
+const KNOWN_DELETED: Duration = Duration::from_secs(15 * 60);
+
+/// Leaves a mark that a group was deleted, for its members that are away.
+pub(crate) async fn mark_deleted(channel: &Channel, names: &GroupNames) -> Result<()> {
+    let expires = i64::try_from(KNOWN_DELETED.as_millis()).unwrap_or(i64::MAX);
+    let arguments = table([("x-expires", AMQPValue::LongLongInt(expires))]);
+    let declared = channel.queue_declare(names.deleted.clone(), QueueDeclareOptions::durable(), arguments).await;
+    declared.map(drop).map_err(from_lapin)
+}
+
 /// The exchange of topics.
 pub(crate) async fn declare_exchange(channel: &Channel, options: &AmqpOptions) -> Result<()> {
     let durable = !options.go_micro;

@@ -8,7 +8,7 @@ mod amqp_server;
 use std::time::Duration;
 
 use amqp_server::{TURN, address, at, ctl, join, names, next, open, open_as_it_is, ours, raw, server, unique, within};
-use broker_amqp::lapin::options::{ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions};
+use broker_amqp::lapin::options::{ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions};
 use broker_amqp::lapin::types::{AMQPValue, FieldTable};
 use broker_core::{
     Broker, BrokerExt, Delivery, ErrorKind, Group, GroupOptions, Message, PublisherOptions, RetryPolicy, State,
@@ -221,6 +221,57 @@ async fn who_was_away_when_its_group_was_deleted_ends() {
         assert!(other.create_group(&group, options).await.unwrap(), "{kind}: its queue came back");
         assert!(other.delete_group(&group).await.unwrap());
         other.close(PATIENCE).await;
+    }
+}
+
+/// A server whose data was wiped, or another of the list: what nobody deleted is made again by those who come back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_that_the_server_has_lost_is_made_again_whole() {
+    let _turn = TURN.lock().await;
+    for (kind, queues) in [("queue_type=quorum", ""), ("ordered_queues=3", "/0 /1 /2")] {
+        let (topic, group) = names("lost");
+        let proxy = Proxy::start(address()).await.unwrap();
+        let away = open(&format!("{}?{kind}", at(&proxy.address().to_string(), None))).unwrap();
+        let other = open(&format!("{}?{kind}", server())).unwrap();
+        let options = GroupOptions::new().with_ordered(!queues.is_empty());
+        let options = options.with_retry(RetryPolicy::default().with_max_attempts(7).unwrap());
+        let joining = Subscribe::group(group.name.clone()).with_options(options.clone());
+        let mut member = away.subscribe(&group.filter, joining).await.unwrap();
+        other.publish(&topic, Message::new("1").with_key("k")).await.unwrap();
+        next(&mut member).await.ack().await.unwrap();
+        proxy.set(Fault::Refuse);
+        proxy.cut();
+        let (connection, channel) = raw().await;
+        for queue in queues.split(' ').map(|lane| format!("{group}{lane}")).chain([format!("broker.settings:{group}")])
+        {
+            channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
+        }
+        connection.close(200, "".into()).await.unwrap();
+        proxy.set(Fault::None);
+        // Until it is bound again, a message has nowhere to go.
+        let again = PublisherOptions::new().with_require_route(true);
+        let publisher = other.publisher(&topic, again).unwrap();
+        within("the group", async {
+            while publisher.publish(Message::new("2").with_key("k")).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        })
+        .await;
+        let delivery = next(&mut member).await;
+        assert_eq!(delivery.message().payload().as_ref(), b"2");
+        delivery.ack().await.unwrap();
+        // Its settings, too: who joins with others is told.
+        let third = open(&format!("{}?{kind}", server())).unwrap();
+        let other_retry = options.clone().with_retry(RetryPolicy::default().with_max_attempts(3).unwrap());
+        let error = third.create_group(&group, other_retry).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+        assert!(!third.create_group(&group, options).await.unwrap(), "{kind}: it stands");
+        drop(member);
+        away.close(PATIENCE).await;
+        assert!(other.delete_group(&group).await.unwrap());
+        for broker in [other, third] {
+            broker.close(PATIENCE).await;
+        }
     }
 }
 
