@@ -107,9 +107,8 @@ impl Holder {
 
     fn release(&self, places: usize) {
         if places > 0 {
-            if self.leased() <= places {
-                *self.emptied.lock() = Some(Instant::now());
-            }
+            // Before they are fewer: whether these are the last is not known while others are released.
+            *self.emptied.lock() = Some(Instant::now());
             self.leased.fetch_sub(places, Ordering::AcqRel);
             self.room.notify_waiters();
         }

@@ -155,6 +155,8 @@ impl Lines {
                 None if messages.len() > 0 || !out.is_empty() => {
                     let is_over = self.ended || self.failed.is_some() || ahead > AHEAD_BYTES;
                     if is_over || self.read().now_or_never().is_none() {
+                        // The next line's time begins where it is waited for, after the results of those before it.
+                        self.line_ended = true;
                         break;
                     }
                     ahead += self.unread.len();

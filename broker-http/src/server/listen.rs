@@ -178,9 +178,9 @@ const USUAL_HEADERS: usize = 100;
 /// Bytes of one stream's body that are on their way, as RFC 9113 has it.
 const STREAM_WINDOW: u32 = (1 << 16) - 1;
 /// Of all streams of a connection. h2 takes many small frames that nobody has read yet for an attack, from half of this on, 256
-/// bytes a frame: a line a frame, as some clients stream NDJSON, is none, while a stream's window is full of lines of eight
-/// bytes.
-const CONNECTION_WINDOW: u32 = 4 << 20;
+/// bytes a frame: a line a frame, as some clients stream NDJSON, is none: the windows of three such
+/// streams may be full of lines of fourteen bytes.
+const CONNECTION_WINDOW: u32 = 8 << 20;
 
 fn make_builder(limits: &Limits) -> Builder<TokioExecutor> {
     let mut builder = Builder::new(TokioExecutor::new());

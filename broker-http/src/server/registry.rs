@@ -501,6 +501,8 @@ fn limit(spec: &mut SubscriptionSpec, permission: Option<&Permission>) {
 
 /// How often members are looked at that nobody pulls through.
 const IDLE_LOOK: Duration = Duration::from_secs(10);
+/// The least: what expires at once but for its readers is not looked at all the time.
+const LEAST_LOOK: Duration = Duration::from_millis(50);
 
 /// Deletes what expired and tells when to look again; `None` once the server is gone.
 async fn tend(shared: &Weak<Shared>) -> Option<Instant> {
@@ -513,7 +515,7 @@ async fn tend(shared: &Weak<Shared>) -> Option<Instant> {
         pull.leave_if_idle();
         match shared.registry.expires(subscribed, pull) {
             Some(at) if at <= now => expired.push(Arc::clone(subscribed)),
-            Some(at) => next = next.min(at),
+            Some(at) => next = next.min(at.max(now + LEAST_LOOK)),
             None => {}
         }
     }

@@ -29,7 +29,8 @@ impl Told {
         if let Ok(asking) = Arc::clone(&self.asking).try_lock_owned() {
             let (broker, last) = (Arc::clone(broker), self.last.clone());
             tokio::spawn(async move {
-                let said = broker.status().await.ok();
+                // One that never answers is asked again.
+                let said = timeout(STALE, broker.status()).await.ok().and_then(Result::ok);
                 // Before it is told: who comes in between asks anew, and waits for nothing that was told before.
                 drop(asking);
                 last.send_replace(said.map(|status| (Instant::now(), Arc::new(status))));

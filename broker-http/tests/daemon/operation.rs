@@ -778,14 +778,14 @@ async fn what_was_pulled_is_settled_from_the_command_line() {
         assert_eq!(pulled["attempt"], attempt, "{pulled}");
         pulled["lease"].as_str().unwrap().to_owned()
     };
-    daemon.send("PUT /subscriptions/q", r#"{"filter":"a","timeout":"3s","retry":{"initial":"1h","max":"1h"}}"#).await;
+    daemon.send("PUT /subscriptions/q", r#"{"filter":"a","timeout":"8s","retry":{"initial":"1h","max":"1h"}}"#).await;
     daemon.send("POST /topics/a", "x").await;
     settled(&["--release", &lease(1).await]).await;
     // The group's own backoff is an hour.
     settled(&["--retry", &lease(1).await, "--delay", "10ms", "--reason", "not yet", "--status", "E1"]).await;
     let held = lease(2).await;
     settled(&["--extend", &held, "--for", "1h"]).await;
-    tokio::time::sleep(Duration::from_secs(4)).await;
+    tokio::time::sleep(Duration::from_secs(9)).await;
     settled(&["--reject", &held, "--reason", "no such account", "--status", "E42"]).await;
     let dead = daemon.json("GET /subscriptions/q/dead", "").await["dead"][0].clone();
     assert_eq!((&dead["reason"], &dead["status"]), (&json!("no such account"), &json!("E42")), "{dead}");

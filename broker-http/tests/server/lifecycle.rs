@@ -138,10 +138,21 @@ async fn a_drain_ends_streams_and_idle_connections() {
     let mut stream = running.connect().await;
     stream.write_all(b"GET /topics/a/stream HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
     crate::support::read_until(&mut stream, "connected").await;
+    // One that a pause has sent out of its group, too.
+    running.put("q", r#"{"filter":"a"}"#).await;
+    let mut paused = running.connect().await;
+    paused.write_all(b"GET /topics/a/stream?group=q HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+    crate::support::read_until(&mut paused, "connected").await;
+    assert_eq!(running.post("/subscriptions/q/pause", "").await.status, 200);
     let report = soon(running.server.drain(Duration::from_secs(20))).await;
     assert!(report.complete);
+    for mut stream in [stream, paused] {
+        let mut rest = Vec::new();
+        soon(stream.read_to_end(&mut rest)).await.unwrap();
+        let rest = String::from_utf8_lossy(&rest);
+        assert!(rest.ends_with("0\r\n\r\n"), "cut: {rest:?}");
+    }
     let mut rest = Vec::new();
-    soon(stream.read_to_end(&mut rest)).await.unwrap();
     soon(idle.read_to_end(&mut rest)).await.unwrap();
 }
 

@@ -196,12 +196,12 @@ async fn a_subscription_somebody_pulls_does_not_expire() {
 
 #[tokio::test]
 async fn a_subscription_whose_lease_is_held_does_not_expire() {
-    let running = with(r#"{"filter":"a","expires":"300ms","timeout":"1h"}"#).await;
+    let running = with(r#"{"filter":"a","expires":"2s","timeout":"1h"}"#).await;
     for id in 1..=2 {
         running.post(&format!("/topics/a?id={id}"), "x").await;
     }
     let leases = running.pull("q", "max=1&wait=10s").await;
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
     assert_eq!(running.get("/subscriptions/q").await.status, 200);
     assert!(running.settle("q", json!({"ack": [leases[0].lease]})).await.is_empty());
     // And then it does.
@@ -219,12 +219,12 @@ async fn a_subscription_whose_group_is_read_by_a_stream_does_not_expire() {
     const SOCKET: &str = "upgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-version: 13\r\n\
         sec-websocket-key: YWFhYWFhYWFhYWFhYWFhYQ==\r\n";
     for (headers, greeting) in [("", "connected"), (SOCKET, "101 Switching")] {
-        let running = with(r#"{"filter":"a","expires":"300ms"}"#).await;
+        let running = with(r#"{"filter":"a","expires":"2s"}"#).await;
         let mut reader = running.connect().await;
         let opening = format!("GET /topics/a/stream?group=q HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n");
         reader.write_all(opening.as_bytes()).await.unwrap();
         read_until(&mut reader, greeting).await;
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        tokio::time::sleep(Duration::from_secs(3)).await;
         assert_eq!(running.get("/subscriptions/q").await.status, 200, "{greeting}");
         assert_eq!(running.post("/topics/a", "x").await.json()["matched"], 1, "{greeting}");
         drop(reader);
