@@ -150,6 +150,11 @@ impl Shared {
         }
     }
 
+    /// As [`know`](Self::know), of one that a member goes by.
+    pub(crate) fn remember(&self, group: &Group, known: &Arc<Known>) {
+        self.groups.lock().entry(group.clone()).or_insert_with(|| Arc::clone(known));
+    }
+
     pub(crate) fn forget(&self, group: &Group) {
         self.groups.lock().remove(group);
     }

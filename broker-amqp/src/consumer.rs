@@ -174,11 +174,10 @@ async fn open(member: &Member, patient: bool) -> Result<Opened> {
                 let asked: Vec<_> = std::iter::once(&member.queue).chain(last).collect();
                 if !topology::stand(&channel, names, &asked).await? {
                     let can_be_lost = names.made == Made::ByUs && !shared.options.passive;
-                    if !can_be_lost || topology::queue_state(&live, &names.deleted).await?.is_some() {
+                    if !can_be_lost || !groups::restore(shared, group, &member.known).await? {
                         member.deleted();
                         return Err(deleted(group));
                     }
-                    groups::restore(shared, group, &member.known).await?;
                     channel = live.channel().await?;
                 }
                 topology::declare_group(&channel, names, &member.filter, ordered, queues, &shared.options)

@@ -14,7 +14,7 @@ use lapin::types::ShortString;
 
 use crate::AmqpOptions;
 use crate::broker::Shared;
-use crate::error::from_lapin;
+use crate::error::{from_lapin, is_queue_limit};
 use crate::ladder::{Leads, Rung};
 use crate::link::Live;
 use crate::management;
@@ -208,9 +208,15 @@ pub(crate) async fn alter(shared: &Shared, group: &Group, options: &GroupOptions
 pub(crate) async fn delete(shared: &Shared, group: &Group) -> Result<bool> {
     let names = GroupNames::of(group, &shared.options)?;
     let live = shared.connection().await?;
+    let is_ours = names.made == Made::ByUs && !shared.options.passive;
     let delete = async || {
         let queues = topology::group_queues(&live, &names).await?;
         if !queues.is_empty() {
+            if is_ours {
+                let marked = on_channel(&live, async |channel| topology::mark_deleted(channel, &names).await).await;
+                // Where there is room for no queue more, deleting is what makes some.
+                marked.or_else(|error| if is_queue_limit(&error) { Ok(()) } else { Err(error) })?;
+            }
             delete_queues(&live, &names, &queues).await?;
         }
         Ok(queues)
@@ -219,11 +225,13 @@ pub(crate) async fn delete(shared: &Shared, group: &Group) -> Result<bool> {
         .bounded(async {
             shared.forget(group);
             let is_there = !topology::group_queues(&live, &names).await?.is_empty();
-            if is_there && names.made == Made::ByUs && !shared.options.passive {
-                // Who makes one of the name does so before or after.
-                topology::alone(&live, &names.making, patience(shared), delete).await
-            } else {
-                delete().await
+            if !is_there || !is_ours {
+                return delete().await;
+            }
+            // Who makes one of the name does so before or after.
+            match topology::alone(&live, &names.making, patience(shared), delete).await {
+                Err(error) if is_queue_limit(&error) => delete().await,
+                deleted => deleted,
             }
         })
         .await?;
@@ -236,29 +244,46 @@ pub(crate) async fn delete(shared: &Shared, group: &Group) -> Result<bool> {
     Ok(!queues.is_empty())
 }
 
-/// Makes a group again whose queues a member found gone and nobody deleted: the server has lost them.
-pub(crate) async fn restore(shared: &Shared, group: &Group, known: &Known) -> Result<()> {
-    let Known { names, queues, settings, .. } = known;
+/// Makes a group again whose queues a member found gone: the server has lost them. False if somebody has deleted it, and
+/// perhaps made another of the name.
+pub(crate) async fn restore(shared: &Shared, group: &Group, known: &Arc<Known>) -> Result<bool> {
+    let Known { names, queues, settings, .. } = &**known;
     let live = shared.connection().await?;
     let restore = async || {
-        if queue_state(&live, &names.settings).await?.is_none() {
-            tracing::warn!(%group, "the server has lost the group; it is made again");
-            settings::write(&live, &shared.writer, names, settings).await?;
+        let there = topology::group_queues(&live, names).await?;
+        let is_other = !there.is_empty() && there != *queues;
+        if is_other || queue_state(&live, &names.deleted).await?.is_some() {
+            return Ok(false);
+        }
+        // Without its message, which a try before this one may not have come to write, they are as known here.
+        match settings::read(&live, &shared.writer, group, names, settings).await? {
+            Some(found) => {
+                let fixed = |settings: &GroupSettings| (settings.ordered, settings.retry, settings.dead_letter.clone());
+                if fixed(&found) != fixed(settings) {
+                    return Ok(false);
+                }
+            }
+            None => {
+                tracing::warn!(%group, "the server has lost the group; it is made again");
+                settings::write(&live, &shared.writer, names, settings).await?;
+            }
         }
         on_channel(&live, async |channel| {
             let (filter, ordered) = (&group.filter, settings.ordered);
             topology::declare_group(channel, names, filter, ordered, queues, &shared.options).await
         })
-        .await
+        .await?;
+        Ok(true)
     };
-    shared.bounded(topology::alone(&live, &names.making, patience(shared), restore)).await
+    let restored = shared.bounded(topology::alone(&live, &names.making, patience(shared), restore)).await?;
+    if restored {
+        shared.remember(group, known);
+    }
+    Ok(restored)
 }
 
 async fn delete_queues(live: &Live, names: &GroupNames, queues: &[ShortString]) -> Result<()> {
     on_channel(live, async |channel| {
-        if names.made == Made::ByUs {
-            topology::mark_deleted(channel, names).await?;
-        }
         let delete = async || {
             if names.has_lanes(queues) {
                 topology::delete_exchange(channel, &names.queue).await?;

@@ -269,6 +269,8 @@ impl Publishing {
             }
             self.queued.fetch_sub(1, Ordering::AcqRel);
         }
+        // Whatever became of those it was looked up for, the next that finds it missing looks again.
+        waiting.sought = false;
         topic.direct.store(true, Ordering::Release);
     }
 

@@ -224,6 +224,32 @@ async fn who_was_away_when_its_group_was_deleted_ends() {
     }
 }
 
+/// And of one that was made again with other queues, it makes none of its own beside them.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_was_away_when_its_group_was_made_with_other_queues_ends() {
+    let _turn = TURN.lock().await;
+    let (_, group) = names("away-anew");
+    let proxy = Proxy::start(address()).await.unwrap();
+    let away = open(&at(&proxy.address().to_string(), None)).unwrap();
+    let other = open(&format!("{}?ordered_queues=3", server())).unwrap();
+    let mut member = join(&away, &group).await;
+    proxy.set(Fault::Refuse);
+    proxy.cut();
+    assert!(other.delete_group(&group).await.unwrap());
+    assert!(other.create_group(&group, GroupOptions::new().with_ordered(true)).await.unwrap());
+    proxy.set(Fault::None);
+    let error = within("the end", member.next()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+    let (connection, channel) = raw().await;
+    let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    assert!(channel.queue_declare(group.to_string().into(), passive, FieldTable::default()).await.is_err());
+    let _ = connection.close(200, "".into()).await;
+    drop(member);
+    away.close(PATIENCE).await;
+    assert!(other.delete_group(&group).await.unwrap());
+    other.close(PATIENCE).await;
+}
+
 /// A server whose data was wiped, or another of the list: what nobody deleted is made again by those who come back.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_group_that_the_server_has_lost_is_made_again_whole() {
@@ -313,6 +339,7 @@ async fn a_group_that_is_deleted_while_others_join_it_stands_or_does_not() {
         assert!(owner.delete_group(&group).await.unwrap());
     }
     println!("joined and then deleted: {gone}, deleted and then made: {stood}");
+    assert!(gone + stood > 0, "no round was decided");
     for broker in brokers {
         broker.close(PATIENCE).await;
     }

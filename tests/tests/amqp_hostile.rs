@@ -15,7 +15,7 @@ use std::time::Duration;
 use amqp_server::slow::Slow;
 use amqp_server::stranger::{Stranger, nested, string, table};
 use amqp_server::{TURN, address, at, open, server};
-use broker_core::{Broker, BrokerExt, Group, GroupOptions, Message, Subscribe, Subscription, Topic};
+use broker_core::{Broker, BrokerExt, ErrorKind, Group, GroupOptions, Message, Subscribe, Subscription, Topic};
 use tokio::time::timeout;
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -69,9 +69,15 @@ async fn receive(member: &mut Subscription) -> Message {
 async fn dead(broker: &dyn Broker, group: &Group) -> Message {
     let found = async {
         loop {
-            if let Some(letter) = broker.dead_letters(group, 1).await.unwrap().pop() {
-                assert!(letter.failure.reason().contains("undecodable"), "{letter:?}");
-                return letter.message;
+            match broker.dead_letters(group, 1).await {
+                Ok(mut letters) => {
+                    if let Some(letter) = letters.pop() {
+                        assert!(letter.failure.reason().contains("undecodable"), "{letter:?}");
+                        return letter.message;
+                    }
+                }
+                // The server has declared the queue, and does not find its process yet (`noproc`).
+                Err(error) => assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}"),
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }

@@ -14,6 +14,7 @@ use bytes::Bytes;
 use lapin::types::ShortString;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::acks::{Acks, Said};
@@ -33,6 +34,8 @@ pub(crate) struct Inbound {
     pub(crate) first: Timestamp,
     pub(crate) redeliveries: u64,
     pub(crate) tag: u64,
+    /// When the server handed it over.
+    pub(crate) since: Instant,
 }
 
 /// What is known of a group as long as the broker lives.
@@ -284,7 +287,15 @@ impl Member {
                         let Undecodable { reason, message, topic } = undecodable;
                         let topic = topic.or_else(|| self.filter.topic()).unwrap_or_else(unknown_topic);
                         // It was delivered to nobody.
-                        let inbound = Inbound { message, topic, attempt: 0, first: now, redeliveries: 0, tag };
+                        let inbound = Inbound {
+                            message,
+                            topic,
+                            attempt: 0,
+                            first: now,
+                            redeliveries: 0,
+                            tag,
+                            since: Instant::now(),
+                        };
                         aside.push((inbound, Aside::Undecodable(reason)));
                     }
                 }
@@ -324,6 +335,7 @@ impl Member {
             first: remembered.map(|one| one.first).or(arrived.first).unwrap_or(now),
             redeliveries: arrived.redeliveries,
             tag,
+            since: Instant::now(),
         }
     }
 

@@ -21,6 +21,8 @@ use crate::writer::{Envelope, Route};
 /// The server takes back what is unacked for half an hour: what the client holds longer than this goes
 /// back first, and is held again when it comes.
 const MAX_HOLD: Duration = Duration::from_secs(15 * 60);
+/// With what its reader held it before, or it was held for another retry.
+const MAX_HELD: Duration = Duration::from_secs(25 * 60);
 /// A message that nobody wanted yet, and that has been round this often, is sent anew: the server's count of redeliveries
 /// would otherwise be taken for that of a message which breaks its readers.
 const RENEW_AFTER: u64 = 8;
@@ -32,6 +34,11 @@ const MAX_REFUSED: Duration = Duration::from_secs(60);
 const GRACE: Duration = Duration::from_millis(250);
 /// Attempts of held messages that are remembered at most.
 const MAX_REMEMBERED: usize = 65_536;
+
+/// How long a delivery may be held from now on.
+fn longest_hold(item: &Inbound) -> Duration {
+    MAX_HOLD.min(MAX_HELD.saturating_sub(item.since.elapsed()))
+}
 
 impl Member {
     pub(super) fn settle(self: &Arc<Self>, epoch: u64, item: &Inbound, settlement: Settlement) -> Settle {
@@ -158,17 +165,18 @@ impl Member {
     /// Keeps a delivery here, unacked, until it is due. One that `holds` its key back comes before all others of it.
     pub(super) fn hold(self: &Arc<Self>, epoch: u64, item: Inbound, wait: Duration, holds: bool) {
         let member = Arc::clone(self);
+        let longest = longest_hold(&item);
         self.shared.spawn(async move {
             tokio::select! {
                 () = member.stop.cancelled() => return,
-                () = tokio::time::sleep(wait.min(MAX_HOLD)) => {}
+                () = tokio::time::sleep(wait.min(longest)) => {}
             }
             let waker = {
                 let mut state = member.state.lock();
                 if !state.is(epoch) {
                     return;
                 }
-                if wait > MAX_HOLD {
+                if wait > longest {
                     state.give_back(item.tag, item.message.key().filter(|_| holds));
                 } else if holds {
                     state.lanes.again(item);
@@ -287,7 +295,7 @@ impl Member {
 
     /// Goes on publishing what takes a delivery's place: as long as the delivery can be kept.
     async fn replace_at_last(&self, epoch: u64, item: Inbound, by: Option<Envelope>, replaced: Replaced) {
-        let until = Instant::now() + MAX_HOLD;
+        let until = Instant::now() + longest_hold(&item);
         let mut wait = Wait::new(MAX_REFUSED);
         while Instant::now() < until && !self.stop.is_cancelled() {
             tokio::select! {

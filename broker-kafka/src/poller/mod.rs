@@ -221,11 +221,12 @@ impl Poller {
         self.member.entry.failed(error.message());
         if fatal {
             self.member.end_lost(error);
-        } else if error.kind() == ErrorKind::Unauthorized && !self.stood() {
-            self.member.end(Instant::now() + self.admin.config().drain_timeout, Some(error));
-        } else {
+        } else if error.kind() != ErrorKind::Unauthorized {
             self.admin.health().failed(error);
+        } else if !self.stood() {
+            self.member.end(Instant::now() + self.admin.config().drain_timeout, Some(error));
         }
+        // What one may not read is this subscription's, and says nothing of the connections of the others.
     }
 
     /// Whether the server has let it read, as far as is known. Who may not any more may be allowed to again; who never might

@@ -81,7 +81,7 @@ async fn acks_while_a_member_goes() -> Result<bool> {
             Err(_) => is_hit |= is_open && !closing.is_finished(),
         }
     }
-    assert!(!acked.is_empty() && acked.len() < MESSAGES, "{} of {MESSAGES} acked before its end", acked.len());
+    assert!(!acked.is_empty(), "none was acked before its end");
     closing.await.unwrap()?;
     let mut next = join(&broker, &group, GroupOptions::new()).await?;
     let mut came = std::collections::BTreeSet::new();
