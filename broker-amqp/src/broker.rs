@@ -20,13 +20,13 @@ use tokio_util::sync::CancellationToken;
 use crate::AmqpOptions;
 use crate::balance::{self, Receivers};
 use crate::consumer::{self, Receiver};
-use crate::groups;
 use crate::link::{Link, LinkState, Live, closed};
 use crate::member::{Known, Member};
 use crate::naming::short;
 use crate::topology::{self, QueueState};
 use crate::wire::Travel;
 use crate::writer::{Envelope, Route, Writer};
+use crate::{dead_letters, groups};
 
 /// What AMQP's prefetch can count.
 const MAX_IN_FLIGHT: usize = u16::MAX as usize;
@@ -374,17 +374,17 @@ impl Broker for AmqpBroker {
 
     fn dead_letters(&self, group: &Group, max: usize) -> BoxFuture<'_, Result<Vec<DeadLetter>>> {
         let group = group.clone();
-        Box::pin(async move { groups::dead_letters(&self.shared, &group, max).await })
+        Box::pin(async move { dead_letters::show(&self.shared, &group, max).await })
     }
 
     fn purge_dead_letters(&self, group: &Group) -> BoxFuture<'_, Result<u64>> {
         let group = group.clone();
-        Box::pin(async move { groups::purge_dead_letters(&self.shared, &group).await })
+        Box::pin(async move { dead_letters::purge(&self.shared, &group).await })
     }
 
     fn redrive(&self, group: &Group, max: u64) -> BoxFuture<'_, Result<u64>> {
         let group = group.clone();
-        Box::pin(async move { groups::redrive(&self.shared, &group, max).await })
+        Box::pin(async move { dead_letters::redrive(&self.shared, &group, max).await })
     }
 
     fn status(&self) -> BoxFuture<'_, Result<Status>> {

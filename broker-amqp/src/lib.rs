@@ -15,6 +15,7 @@ mod lanes;
 mod member;
 
 // What stands on the server.
+mod dead_letters;
 mod groups;
 mod ladder;
 mod management;
