@@ -1,5 +1,6 @@
 //! TLS on the listener: who is there, client certificates, certificates that change.
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -175,15 +176,12 @@ async fn hear(stream: &mut (impl AsyncReadExt + Unpin), end: &str) {
     }
 }
 
-#[tokio::test]
-async fn a_client_certificate_counts_as_long_as_the_authorities_vouch_for_it() {
-    let folder = tempfile::tempdir().unwrap();
-    let (servers, old, new) = (authority(), authority(), authority());
-    write(folder.path(), &servers, "localhost");
-    let path = folder.path().join("clients.pem");
-    std::fs::write(&path, old.pem()).unwrap();
-    let files = TlsFiles::new(folder.path().join("cert.pem"), folder.path().join("key.pem"));
-    let tls = Tls::load(files.with_client_ca(&path)).unwrap();
+/// A server that lets in as `billing` whoever shows a certificate of that name by `clients`, a file that a reload reads again.
+async fn serve_billing(folder: &Path, servers: &Authority, clients: &Authority) -> (Tls, SocketAddr) {
+    write(folder, servers, "localhost");
+    std::fs::write(folder.join("clients.pem"), clients.pem()).unwrap();
+    let files = TlsFiles::new(folder.join("cert.pem"), folder.join("key.pem"));
+    let tls = Tls::load(files.with_client_ca(folder.join("clients.pem"))).unwrap();
     let rule = Identity::new("billing").unwrap().with_certificate("billing.internal".parse().unwrap());
     let rule = rule.allowing([Action::Publish, Action::Subscribe], [">".parse().unwrap()]);
     let options = ServerOptions::new().with_access(Access::new([rule]).unwrap());
@@ -192,6 +190,15 @@ async fn a_client_certificate_counts_as_long_as_the_authorities_vouch_for_it() {
     let address = listener.local_addr().unwrap();
     let serving = tls.clone();
     tokio::spawn(async move { server.serve_tls(listener, serving).await });
+    (tls, address)
+}
+
+#[tokio::test]
+async fn a_client_certificate_counts_as_long_as_the_authorities_vouch_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (servers, old, new) = (authority(), authority(), authority());
+    let path = folder.path().join("clients.pem");
+    let (tls, address) = serve_billing(folder.path(), &servers, &old).await;
 
     let connector = client(&servers, Some(issue(&old, "billing.internal")));
     let connect = async || {
@@ -218,17 +225,7 @@ async fn a_client_certificate_counts_as_long_as_the_authorities_vouch_for_it() {
 async fn a_client_certificate_that_ends_ends_what_it_proves_over_connections_that_stand() {
     let folder = tempfile::tempdir().unwrap();
     let (servers, clients) = (authority(), authority());
-    write(folder.path(), &servers, "localhost");
-    std::fs::write(folder.path().join("clients.pem"), clients.pem()).unwrap();
-    let files = TlsFiles::new(folder.path().join("cert.pem"), folder.path().join("key.pem"));
-    let tls = Tls::load(files.with_client_ca(folder.path().join("clients.pem"))).unwrap();
-    let rule = Identity::new("billing").unwrap().with_certificate("billing.internal".parse().unwrap());
-    let rule = rule.allowing([Action::Publish, Action::Subscribe], [">".parse().unwrap()]);
-    let options = ServerOptions::new().with_access(Access::new([rule]).unwrap());
-    let server = Server::new(Arc::new(MemoryBroker::new()), options);
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    tokio::spawn(async move { server.serve_tls(listener, tls).await });
+    let (_, address) = serve_billing(folder.path(), &servers, &clients).await;
 
     let ends = std::time::SystemTime::now() + Duration::from_secs(4);
     let key = KeyPair::generate().unwrap();
@@ -253,18 +250,7 @@ async fn a_client_certificate_that_ends_ends_what_it_proves_over_connections_tha
 async fn a_client_certificate_that_ended_is_nobodys_when_its_session_is_resumed() {
     let folder = tempfile::tempdir().unwrap();
     let (servers, clients) = (authority(), authority());
-    write(folder.path(), &servers, "localhost");
-    std::fs::write(folder.path().join("clients.pem"), clients.pem()).unwrap();
-    let files = TlsFiles::new(folder.path().join("cert.pem"), folder.path().join("key.pem"));
-    let tls = Tls::load(files.with_client_ca(folder.path().join("clients.pem"))).unwrap();
-    let rule = Identity::new("billing").unwrap().with_certificate("billing.internal".parse().unwrap());
-    let rule = rule.allowing([Action::Publish], [">".parse().unwrap()]);
-    let options = ServerOptions::new().with_access(Access::new([rule]).unwrap());
-    let server = Server::new(Arc::new(MemoryBroker::new()), options);
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let serving = tls.clone();
-    tokio::spawn(async move { server.serve_tls(listener, serving).await });
+    let (_, address) = serve_billing(folder.path(), &servers, &clients).await;
 
     let ends = std::time::SystemTime::now() + Duration::from_secs(6);
     let connectors = [&rustls::version::TLS12, &rustls::version::TLS13].map(|version| {
@@ -295,19 +281,8 @@ async fn a_client_certificate_that_ended_is_nobodys_when_its_session_is_resumed(
 async fn no_session_outlives_the_authority_that_vouched_for_it() {
     let folder = tempfile::tempdir().unwrap();
     let (servers, old, new) = (authority(), authority(), authority());
-    write(folder.path(), &servers, "localhost");
     let path = folder.path().join("clients.pem");
-    std::fs::write(&path, old.pem()).unwrap();
-    let files = TlsFiles::new(folder.path().join("cert.pem"), folder.path().join("key.pem"));
-    let tls = Tls::load(files.with_client_ca(&path)).unwrap();
-    let rule = Identity::new("billing").unwrap().with_certificate("billing.internal".parse().unwrap());
-    let rule = rule.allowing([Action::Publish], [">".parse().unwrap()]);
-    let options = ServerOptions::new().with_access(Access::new([rule]).unwrap());
-    let server = Server::new(Arc::new(MemoryBroker::new()), options);
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let serving = tls.clone();
-    tokio::spawn(async move { server.serve_tls(listener, serving).await });
+    let (tls, address) = serve_billing(folder.path(), &servers, &old).await;
     let connectors = [&rustls::version::TLS12, &rustls::version::TLS13]
         .map(|version| client_of(&[version], &servers, Some(issue(&old, "billing.internal"))));
     for connector in &connectors {
