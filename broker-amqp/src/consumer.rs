@@ -157,7 +157,7 @@ fn deleted(group: &Group) -> Error {
 
 type Opened = (OwnChannel, lapin::Consumer, ShortString);
 
-async fn open(member: &Member, patient: bool) -> Result<Opened> {
+async fn open(member: &Arc<Member>, patient: bool) -> Result<Opened> {
     let shared = &member.shared;
     // Once it stood, it waits for the connection as long as it takes.
     let patience = if patient { Duration::from_secs(365 * 24 * 3600) } else { shared.options.connect_timeout };
@@ -167,7 +167,6 @@ async fn open(member: &Member, patient: bool) -> Result<Opened> {
         let queue = match &member.group {
             Some(group) => {
                 let names = &member.known.names;
-                let ordered = member.known.settings.ordered;
                 let queues = &member.known.queues;
                 // Declaring would make it anew. Several are deleted from the last on.
                 let last = queues.last().filter(|last| **last != member.queue);
@@ -180,9 +179,9 @@ async fn open(member: &Member, patient: bool) -> Result<Opened> {
                     }
                     channel = live.channel().await?;
                 }
-                topology::declare_group(&channel, names, &member.filter, ordered, queues, &shared.options)
-                    .await
-                    .map_err(|error| topology::conflict(group, error))?;
+                // To its end, though the subscription may end meanwhile: what was made by mistake would be left otherwise.
+                let declared = tokio::spawn(declare(Arc::clone(member), group.clone(), channel)).await;
+                channel = declared.unwrap_or_else(|_| Err(closed()))?;
                 member.queue.clone()
             }
             None => topology::declare_own(&channel, &member.filter, &shared.options).await?,
@@ -195,6 +194,20 @@ async fn open(member: &Member, patient: bool) -> Result<Opened> {
         Ok(opened) => opened,
         Err(_) => Err(Error::timeout("RabbitMQ did not answer in time")),
     }
+}
+
+/// Declares a group that stands.
+async fn declare(member: Arc<Member>, group: Group, channel: OwnChannel) -> Result<OwnChannel> {
+    let (shared, known) = (&member.shared, &member.known);
+    let ordered = known.settings.ordered;
+    topology::declare_group(&channel, &known.names, &member.filter, ordered, &known.queues, &shared.options)
+        .await
+        .map_err(|error| topology::conflict(&group, error))?;
+    if groups::was_deleted(shared, known).await? {
+        member.deleted();
+        return Err(deleted(&group));
+    }
+    Ok(channel)
 }
 
 enum Ended {

@@ -132,8 +132,13 @@ impl Asked<'_> {
             settings = settings::read(live, &shared.writer, group, names, defaults).await?;
             match &settings {
                 Some(settings) => options.check_joins(group, settings)?,
-                // Either nobody left any, or they are gone already, and the queues before them.
-                None if topology::group_queues(live, names).await?.is_empty() => return Err(missing(group)),
+                // Either nobody left any, or they are gone already, and the queues before them: or declared again by one of its
+                // members that did not come to notice.
+                None if topology::group_queues(live, names).await?.is_empty()
+                    || queue_state(live, &names.deleted).await?.is_some() =>
+                {
+                    return Err(missing(group));
+                }
                 None => {}
             }
         }
@@ -277,6 +282,34 @@ pub(crate) async fn restore(shared: &Shared, group: &Group, known: &Arc<Known>) 
         shared.remember(group, known);
     }
     Ok(restored)
+}
+
+/// Whether a group that a member declared just now had been deleted after the member found it, so that this alone made it: then it is
+/// deleted again.
+pub(crate) async fn was_deleted(shared: &Shared, known: &Known) -> Result<bool> {
+    let Known { names, queues, .. } = known;
+    if names.made != Made::ByUs || shared.options.passive {
+        return Ok(false);
+    }
+    let live = shared.settling_connection().await?;
+    // With its settings there, who deletes it has yet to delete once more what was declared.
+    let is_left = async || {
+        let has_settings = queue_state(&live, &names.settings).await?.is_some();
+        Ok(!has_settings && queue_state(&live, &names.deleted).await?.is_some())
+    };
+    let delete = async || {
+        // Another may have been made of the name.
+        let is_left = is_left().await?;
+        if is_left {
+            delete_queues(&live, names, queues).await?;
+        }
+        Ok(is_left)
+    };
+    shared
+        .bounded(async {
+            Ok(is_left().await? && topology::alone(&live, &names.making, patience(shared), delete).await?)
+        })
+        .await
 }
 
 async fn delete_queues(live: &Live, names: &GroupNames, queues: &[ShortString]) -> Result<()> {

@@ -224,6 +224,36 @@ async fn who_was_away_when_its_group_was_deleted_ends() {
     }
 }
 
+/// Nor while it is on its way back: what it found at first, and declares, may be deleted in between.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_comes_back_while_its_group_is_deleted_ends() {
+    let _turn = TURN.lock().await;
+    let other = open(server()).unwrap();
+    let rounds = (0..24).map(async |round| {
+        let (_, group) = names("back");
+        let ordered = round % 2 == 0;
+        let kind = if ordered { "ordered_queues=2" } else { "queue_type=quorum" };
+        let proxy = Proxy::start(address()).await.unwrap();
+        let away = open(&format!("{}?{kind}", at(&proxy.address().to_string(), None))).unwrap();
+        let joining = Subscribe::group(group.name.clone()).with_options(GroupOptions::new().with_ordered(ordered));
+        let mut member = away.subscribe(&group.filter, joining).await.unwrap();
+        // Slow enough that the deletion fits between a question of the member's and the next.
+        proxy.set(Fault::Delay(Duration::from_millis(40)));
+        proxy.cut();
+        tokio::time::sleep(Duration::from_millis(50 * round)).await;
+        assert!(other.delete_group(&group).await.unwrap());
+        let error = within("the end", member.next()).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound, "round {round}: {error}");
+        drop(member);
+        away.close(PATIENCE).await;
+        let again = GroupOptions::new().with_ordered(ordered);
+        assert!(other.create_group(&group, again).await.unwrap(), "round {round}: its queue came back");
+        assert!(other.delete_group(&group).await.unwrap());
+    });
+    futures_util::future::join_all(rounds).await;
+    other.close(PATIENCE).await;
+}
+
 /// And of one that was made again with other queues, it makes none of its own beside them.
 #[tokio::test(flavor = "multi_thread")]
 async fn who_was_away_when_its_group_was_made_with_other_queues_ends() {
