@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use amqp_server::{TURN, address, at, ctl, join, names, next, open, open_as_it_is, ours, raw, server};
+use amqp_server::{TURN, address, at, ctl, join, names, next, open, open_as_it_is, ours, raw, server, unique};
 use broker_amqp::lapin::options::{
     BasicPublishOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions,
     QueueDeleteOptions,
@@ -23,7 +23,7 @@ use broker_amqp::lapin::types::{AMQPValue, FieldTable};
 use broker_amqp::lapin::{BasicProperties, ExchangeKind};
 use broker_core::{
     Broker, BrokerExt, DeadLetter, Delivery, ErrorKind, Group, GroupOptions, Message, PublisherOptions, RetryPolicy,
-    Subscribe, Topic,
+    Subscribe, Timestamp, Topic,
 };
 use broker_tests::{Fault, Proxy};
 use tokio::sync::Notify;
@@ -71,6 +71,41 @@ async fn a_dead_letter_is_kept_though_its_queue_was_deleted() {
     let kept = letters(broker.as_ref(), &group, 1).await;
     assert_eq!(kept.first().unwrap().message.payload(), "second");
     drop(member);
+    clean(broker, &group).await;
+}
+
+/// An operator deletes queues that nobody reads, delay queues among them: what is to wait makes them again.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_to_wait_is_not_lost_though_its_delay_queue_was_deleted() {
+    let _turn = TURN.lock().await;
+    let (topic, group) = names("delays");
+    let exchange = unique("delays");
+    let broker = open(&format!("{}?exchange={exchange}", server())).unwrap();
+    let mut member = join(broker.as_ref(), &group).await;
+    let (connection, channel) = raw().await;
+    let delayed = async || {
+        let due = Timestamp::now().after(Duration::from_secs(1));
+        broker.publish(&topic, Message::new("later").with_deliver_at(due)).await.unwrap();
+    };
+    delayed().await;
+    next(&mut member).await.retry_after(Duration::from_secs(1)).await.unwrap();
+    next(&mut member).await.ack().await.unwrap();
+    for queue in [format!("broker.delay.{exchange}.2s"), "broker.retry.2s".to_owned()] {
+        channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
+    }
+    delayed().await;
+    let delivery = next(&mut member).await;
+    assert_eq!((delivery.message().payload().as_ref(), delivery.attempt()), (b"later".as_slice(), 1));
+    delivery.retry_after(Duration::from_secs(1)).await.unwrap();
+    let delivery = next(&mut member).await;
+    assert_eq!(delivery.attempt(), 2);
+    delivery.ack().await.unwrap();
+    drop(member);
+    channel.queue_delete(format!("broker.delay.{exchange}.2s").into(), QueueDeleteOptions::default()).await.unwrap();
+    for exchange in [format!("broker.delay.{exchange}.2s"), exchange.clone()] {
+        channel.exchange_delete(exchange.into(), ExchangeDeleteOptions::default()).await.unwrap();
+    }
+    connection.close(200, "OK".into()).await.unwrap();
     clean(broker, &group).await;
 }
 

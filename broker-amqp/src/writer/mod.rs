@@ -21,6 +21,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::AmqpOptions;
+use crate::ladder::Rung;
 use crate::link::{Link, closed};
 use crate::returns::Identity;
 use crate::wire::{self, Travel};
@@ -63,7 +64,8 @@ struct Entry {
     envelope: Envelope,
     /// Where it was last sent to.
     key: ShortString,
-    delayed: bool,
+    /// The delay queue that it was sent to, if it was.
+    rung: Option<Rung>,
     /// Was under way when the server closed the channel over a message: it is sent again with nothing
     /// beside it, so that the next time it is clear whose fault it was.
     alone: bool,
@@ -141,7 +143,7 @@ impl Writer {
             return Operation::from(closed());
         }
         let (ticket, publish) = self.confirms.issue();
-        let entry = Entry { ticket, deadline, envelope, key: ShortString::default(), delayed: false, alone: false };
+        let entry = Entry { ticket, deadline, envelope, key: ShortString::default(), rung: None, alone: false };
         self.pending.fetch_add(1, Ordering::Relaxed);
         let publish = if queue.beyond.is_empty() && self.has_room() {
             self.admit(&mut queue, entry);

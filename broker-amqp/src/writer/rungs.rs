@@ -42,6 +42,11 @@ impl Rungs {
         self.standing.clear();
     }
 
+    /// One was found gone.
+    pub(super) fn is_gone(&mut self, rung: Rung) {
+        self.standing.remove(&rung);
+    }
+
     pub(super) fn stands(&self, rung: Rung) -> bool {
         self.standing.contains(&rung)
     }

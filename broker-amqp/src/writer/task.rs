@@ -224,7 +224,7 @@ impl Task {
             }
         };
         for Decided { item, returned } in returns.end() {
-            self.acked(&item, returned);
+            self.acked(item, returned);
         }
         // A publish that came after only tells that the channel is closed; others may tell why.
         let errors = flight.drain().into_iter().filter_map(|(_, result)| result.err());
@@ -302,7 +302,7 @@ impl Task {
             None => exchange,
         };
         entry.key = key.clone();
-        entry.delayed = rung.is_some();
+        entry.rung = rung;
         self.number += 1;
         Ok(Outgoing {
             number: self.number,
@@ -349,7 +349,7 @@ impl Task {
                     Ok(_) => {
                         if let Some(entry) = self.sent.remove(&number) {
                             if returns.is_idle() && !carried {
-                                self.acked(&entry, false);
+                                self.acked(entry, false);
                             } else {
                                 batch.push((entry.identity(), carried, entry));
                             }
@@ -368,7 +368,7 @@ impl Task {
             }
             if !batch.is_empty() || self.sent.is_empty() {
                 for Decided { item, returned } in returns.confirmed(batch, flight.len() + later.len()) {
-                    self.acked(&item, returned);
+                    self.acked(item, returned);
                 }
             }
             resolved = later;
@@ -376,7 +376,12 @@ impl Task {
         None
     }
 
-    fn acked(&self, entry: &Entry, returned: bool) {
+    fn acked(&mut self, entry: Entry, returned: bool) {
+        if let Some(rung) = entry.rung.filter(|_| returned) {
+            // Somebody has deleted the delay queue, and not the exchange before it: the message is nowhere.
+            self.rungs.is_gone(rung);
+            return self.rungs.wait_for(rung, entry);
+        }
         let message = &entry.envelope.message;
         let result = match &entry.envelope.route {
             Route::Topic(topic) if returned && entry.envelope.require_route => {
@@ -388,11 +393,11 @@ impl Task {
             _ => {
                 let mut receipt = Receipt::new(message.id().clone());
                 // Where a message goes when its delay is over is known then.
-                receipt.routed = (!entry.delayed).then_some(!returned);
+                receipt.routed = entry.rung.is_none().then_some(!returned);
                 Ok(receipt)
             }
         };
-        self.writer.finish(entry, result);
+        self.writer.finish(&entry, result);
     }
 }
 
