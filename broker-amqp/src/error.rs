@@ -14,6 +14,9 @@ const ABSENT: [&str; 4] = [
 /// How the server says that it lets nobody in for now.
 const FULL: [&str; 2] = ["connection limit", "is down"];
 
+/// How the server says, as it says that something is not allowed, that a user has all the channels it may.
+const NO_MORE_CHANNELS: &str = "has reached the maximum allowed";
+
 /// How the server says, as it says that two declarations differ, that the virtual host has all the queues it may.
 const NO_MORE_QUEUES: &str = "queue limit in vhost";
 
@@ -32,6 +35,10 @@ fn describe(error: &lapin::Error) -> (ErrorKind, String) {
             let text = said.get_message().as_str();
             if text.contains(NO_MORE_QUEUES) {
                 let advice = "raise it with rabbitmqctl set_vhost_limits, or delete queues";
+                return (ErrorKind::Unavailable, format!("the server says: {text}; {advice}"));
+            }
+            if text.contains(NO_MORE_CHANNELS) {
+                let advice = "raise it with rabbitmqctl set_user_limits; every subscription has a channel";
                 return (ErrorKind::Unavailable, format!("the server says: {text}; {advice}"));
             }
             let kind = match said.kind() {

@@ -455,6 +455,47 @@ async fn a_limit_of_connections_ends_no_subscription() {
     ctl(&["delete_vhost", &vhost]);
 }
 
+/// A user with all the channels it may have: who is there already comes back as soon as it may.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_limit_of_channels_ends_no_subscription() {
+    let _turn = TURN.lock().await;
+    if !ours() {
+        println!("no control: no user can be made that has a limit");
+        return;
+    }
+    let name = unique("limited");
+    ctl(&["add_user", &name, "secret"]);
+    ctl(&["set_permissions", &name, ".*", ".*", ".*"]);
+    let proxy = Proxy::start(address()).await.unwrap();
+    let limited = open(&at(&proxy.address().to_string(), Some(&format!("{name}:secret")))).unwrap();
+    let broker = open(server()).unwrap();
+    let (topic, group) = names("channels");
+    let mut member = join(limited.as_ref(), &group).await;
+    ctl(&["set_user_limits", &name, r#"{"max-channels": 0}"#]);
+    proxy.cut();
+    let refused = async {
+        loop {
+            // That the connection was cut may be what it hears of first.
+            let error = limited.subscribe(&group.filter, Subscribe::group(group.name.clone())).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+            if error.message().contains("set_user_limits") {
+                break;
+            }
+        }
+    };
+    within("being refused", refused).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    ctl(&["clear_user_limits", &name, "max-channels"]);
+    broker.publish(&topic, Message::new("x")).await.unwrap();
+    next(&mut member).await.ack().await.unwrap();
+    within("leaving", member.close()).await.unwrap();
+    assert!(broker.delete_group(&group).await.unwrap());
+    for broker in [broker, limited] {
+        broker.close(PATIENCE).await;
+    }
+    ctl(&["delete_user", &name]);
+}
+
 /// A virtual host with all the queues it may have.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_limit_of_queues_is_said() {
