@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
 use crate::error::from_lapin;
+use crate::intake::Take;
 use crate::link::Live;
 
 /// A channel of one's own; dropped, it is closed when the server has answered all that was asked on it.
@@ -30,7 +31,13 @@ impl OwnChannel {
         Self { channel, live, consumers: Mutex::new(Vec::new()) }
     }
 
-    /// Receives from a queue until it is cancelled, or the channel is closed.
+    /// Its deliveries go to `take` from now on, for whichever consumer they are.
+    pub(crate) fn deliver_to(&self, take: Take) {
+        self.live.intakes.add(self.channel.id(), take);
+    }
+
+    /// Consumes a queue until it is cancelled, or the channel is closed. What is told of it is when that is; its deliveries
+    /// are [`taken`](Self::deliver_to) before.
     pub(crate) async fn consume(&self, queue: &ShortString) -> Result<Consumer> {
         let (tag, none) = (ShortString::default(), FieldTable::default());
         let consuming = self.channel.basic_consume(queue.clone(), tag, BasicConsumeOptions::default(), none);

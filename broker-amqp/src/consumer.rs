@@ -8,9 +8,8 @@ use broker_core::{Consumer, Delivery, Error, Gap, Group, Result, Topic};
 use bytes::Bytes;
 use futures_util::future::join_all;
 use futures_util::{FutureExt, StreamExt};
-use lapin::Channel;
 use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicGetOptions, BasicNackOptions, BasicQosOptions};
-use lapin::types::ShortString;
+use lapin::{BasicProperties, Channel};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -18,6 +17,7 @@ use crate::QueueType;
 use crate::acks::Said;
 use crate::channel::OwnChannel;
 use crate::error::{from_lapin, is_final};
+use crate::intake::{Delivered, Take};
 use crate::link::{Wait, closed};
 use crate::member::{Member, Undecodable};
 use crate::naming::Made;
@@ -25,8 +25,6 @@ use crate::{groups, topology, wire};
 
 /// How long acks wait for more of them, so that one frame stands for many.
 const COALESCE: Duration = Duration::from_millis(1);
-/// Deliveries taken over from lapin in one go.
-const BATCH: usize = 256;
 
 /// The subscriber's end; dropping it ends the subscription.
 pub(crate) struct Receiver {
@@ -98,16 +96,15 @@ async fn keep(member: &Arc<Member>, ready: oneshot::Sender<Result<()>>) -> Resul
             return Ok(());
         }
         let error = match opened {
-            Ok((channel, mut consumer, queue)) => {
+            Ok((channel, mut consumer)) => {
                 wait.reset();
-                let epoch = member.begin(queue);
                 if let Some(ready) = ready.take()
                     && ready.send(Ok(())).is_err()
                 {
                     // Whoever subscribed has gone away.
                     member.stop.cancel();
                 }
-                match consume(member, epoch, &channel, &mut consumer).await {
+                match consume(member, &channel, &mut consumer).await {
                     Ended::Stopped => {
                         let _ = channel.close(200, "OK".into()).await;
                         return Ok(());
@@ -133,7 +130,10 @@ async fn keep(member: &Arc<Member>, ready: oneshot::Sender<Result<()>>) -> Resul
                     }
                 }
             }
-            Err(error) => error,
+            Err(error) => {
+                member.lost();
+                error
+            }
         };
         *member.known.last_error.lock() = Some(error.to_string());
         if let Some(ready) = ready.take() {
@@ -155,7 +155,7 @@ fn deleted(group: &Group) -> Error {
     Error::not_found(format!("group {group} was deleted: its subscriptions end"))
 }
 
-type Opened = (OwnChannel, lapin::Consumer, ShortString);
+type Opened = (OwnChannel, lapin::Consumer);
 
 async fn open(member: &Arc<Member>, patient: bool) -> Result<Opened> {
     let shared = &member.shared;
@@ -187,8 +187,11 @@ async fn open(member: &Arc<Member>, patient: bool) -> Result<Opened> {
             None => topology::declare_own(&channel, &member.filter, &shared.options).await?,
         };
         channel.basic_qos(member.prefetch, BasicQosOptions { global: false }).await.map_err(from_lapin)?;
+        // The first of them come with the answer.
+        let epoch = member.begin(queue.clone());
+        channel.deliver_to(to(member, epoch));
         let consumer = channel.consume(&queue).await?;
-        Ok((channel, consumer, queue))
+        Ok((channel, consumer))
     };
     match timeout(shared.options.connect_timeout, opening).await {
         Ok(opened) => opened,
@@ -222,17 +225,18 @@ enum Ended {
     Lost(Error),
 }
 
-async fn consume(member: &Arc<Member>, epoch: u64, channel: &OwnChannel, consumer: &mut lapin::Consumer) -> Ended {
+async fn consume(member: &Arc<Member>, channel: &OwnChannel, consumer: &mut lapin::Consumer) -> Ended {
     let telling = tell(member, channel);
     let receiving = async {
         tokio::select! {
             biased;
             () = member.stop.cancelled() => {}
-            ended = receive(member, epoch, consumer) => return match ended {
+            ended = ended(consumer) => return match ended {
                 Ended::Cancelled => cancelled(member).await,
                 ended => ended,
             },
             () = member.stepped_back() => {
+                member.leave();
                 told(member).await;
                 return match heard(member, channel).await {
                     Ok(()) => Ended::SteppedBack,
@@ -261,56 +265,59 @@ async fn cancelled(member: &Member) -> Ended {
     }
 }
 
-async fn receive(member: &Arc<Member>, epoch: u64, consumer: &mut lapin::Consumer) -> Ended {
-    let go_micro = member.shared.options.go_micro;
-    loop {
-        let mut batch = Vec::new();
-        let mut next = consumer.next().await;
-        let ended = loop {
-            match next {
-                Some(Ok(delivery)) => batch.push(read(delivery, go_micro)),
-                Some(Err(error)) => break Some(Ended::Lost(from_lapin(error))),
-                None => break Some(Ended::Cancelled),
-            }
-            if batch.len() >= BATCH {
-                break None;
-            }
-            match consumer.next().now_or_never() {
-                Some(more) => next = more,
-                None => break None,
-            }
-        };
-        member.arrived(epoch, batch);
-        if let Some(ended) = ended {
-            return ended;
-        }
+/// Waits until there are no more deliveries.
+async fn ended(consumer: &mut lapin::Consumer) -> Ended {
+    match consumer.next().await {
+        None => Ended::Cancelled,
+        Some(Err(error)) => Ended::Lost(from_lapin(error)),
+        Some(Ok(_)) => Ended::Lost(Error::unavailable("a delivery went astray; it comes back with the channel")),
     }
 }
 
-fn read(delivery: lapin::message::Delivery, go_micro: bool) -> (u64, Result<wire::Arrived, Undecodable>) {
-    let tag = delivery.delivery_tag;
-    let body = Bytes::from(delivery.data);
-    let mut arrived = wire::decode(delivery.routing_key.as_str(), &delivery.properties, Bytes::clone(&body), go_micro);
-    if let Ok(arrived) = &mut arrived
-        && !delivery.redelivered
-    {
-        // The count is none of this queue's, but came with the message: whoever moves one between queues may leave it.
-        arrived.redeliveries = 0;
-    }
-    let undecodable = |reason| {
-        let message = wire::salvage(&delivery.properties, body);
-        Undecodable { reason, message, topic: Topic::new(delivery.routing_key.as_str()).ok() }
+/// Takes the deliveries of a channel to its member.
+fn to(member: &Arc<Member>, epoch: u64) -> Take {
+    let go_micro = member.shared.options.go_micro;
+    let member = Arc::downgrade(member);
+    Box::new(move |batch| {
+        if let Some(member) = member.upgrade() {
+            member.arrived(epoch, batch.into_iter().map(|delivered| read(delivered, go_micro)).collect());
+        }
+    })
+}
+
+fn read(delivered: Delivered, go_micro: bool) -> (u64, Result<wire::Arrived, Undecodable>) {
+    let Delivered { tag, redelivered, routing_key, properties, body } = delivered;
+    let (properties, decoded) = match properties {
+        Some(properties) => {
+            let decoded = wire::decode(&routing_key, &properties, Bytes::clone(&body), go_micro);
+            (properties, decoded)
+        }
+        None => (BasicProperties::default(), Err("its properties cannot be read".to_owned())),
     };
-    (tag, arrived.map_err(undecodable))
+    let arrived = match decoded {
+        Ok(mut arrived) => {
+            if !redelivered {
+                // The count is none of this queue's, but came with the message: whoever moves one between queues may
+                // leave it.
+                arrived.redeliveries = 0;
+            }
+            Ok(arrived)
+        }
+        Err(reason) => {
+            let message = wire::salvage(&properties, body);
+            Err(Undecodable { reason, message, topic: Topic::new(&routing_key).ok() })
+        }
+    };
+    (tag, arrived)
 }
 
 /// Ends the subscription: hands out no more, and waits until what is in anybody's hands is settled.
-async fn leave(member: &Arc<Member>, channel: &OwnChannel, consumer: &mut lapin::Consumer) -> Result<()> {
+async fn leave(member: &Arc<Member>, channel: &OwnChannel, consumer: &lapin::Consumer) -> Result<()> {
     if member.is_one_at_a_time() {
         // The server lets the next member receive as soon as this one's consumer is cancelled, whatever this one still
         // holds. So the consumer stays, and ends with the channel: what was not handed out goes back then, in
         // its place, before anybody receives. (Cancelling can also end the process of a classic queue, RabbitMQ 3.10.)
-        member.pause();
+        member.leave();
     } else {
         give_back(member, channel, consumer).await?;
     }
@@ -329,18 +336,14 @@ async fn leave(member: &Arc<Member>, channel: &OwnChannel, consumer: &mut lapin:
 }
 
 /// Stops consuming, and gives back what was not handed out.
-async fn give_back(member: &Arc<Member>, channel: &Channel, consumer: &mut lapin::Consumer) -> Result<()> {
+async fn give_back(member: &Arc<Member>, channel: &Channel, consumer: &lapin::Consumer) -> Result<()> {
+    member.leave();
     channel.basic_cancel(consumer.tag(), BasicCancelOptions::default()).await.map_err(from_lapin)?;
-    // What was on its way when the server heard of it; then the stream ends.
-    let options = &member.shared.options;
-    let mut renewed = Vec::new();
-    while let Some(delivery) = consumer.next().await {
-        let (tag, arrived) = read(delivery.map_err(from_lapin)?, options.go_micro);
-        renewed.extend(member.refuse(tag, arrived));
-    }
-    renewed.extend(member.give_back_waiting());
+    // What was on its way when the server heard of it has come before its answer.
+    let renewed = member.give_back_waiting();
+    let publish_timeout = member.shared.options.publish_timeout;
     // What is not sent anew by then goes back with the channel.
-    let _ = timeout(options.publish_timeout, join_all(renewed)).await;
+    let _ = timeout(publish_timeout, join_all(renewed)).await;
     Ok(())
 }
 

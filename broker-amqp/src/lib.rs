@@ -29,6 +29,7 @@ mod cancels;
 mod channel;
 mod error;
 mod foreign;
+mod intake;
 mod link;
 mod reactor;
 mod sieve;

@@ -25,6 +25,7 @@ use crate::AmqpOptions;
 use crate::advice::advised;
 use crate::channel::OwnChannel;
 use crate::error::{from_lapin, is_final};
+use crate::intake::Intakes;
 use crate::reactor::{runtimes, sifted};
 
 /// Channels that the server closed on a connection after which it is replaced: lapin (4.12) gives the number of such a
@@ -36,6 +37,8 @@ const WORN: usize = 1_000;
 pub(crate) struct Live {
     pub(crate) connection: Arc<Connection>,
     socket: Socket,
+    /// Who takes the deliveries of its channels.
+    pub(crate) intakes: Intakes,
     /// Channels that the server has closed.
     closed: Arc<AtomicUsize>,
 }
@@ -231,10 +234,9 @@ impl Link {
         let mut worn: Option<Live> = None;
         while !self.closed.is_cancelled() {
             match self.connect_any(made).await {
-                Ok((connection, socket)) => {
+                Ok(live) => {
                     made += 1;
                     wait.reset();
-                    let live = Live { connection: Arc::new(connection), socket, closed: Arc::default() };
                     let events = live.connection.events_listener();
                     self.state.send_modify(|state| {
                         state.live = Some(live.clone());
@@ -316,7 +318,7 @@ impl Link {
     }
 
     /// Tries the hosts in turn, another one first each time.
-    async fn connect_any(&self, first: usize) -> Result<(Connection, Socket)> {
+    async fn connect_any(&self, first: usize) -> Result<Live> {
         let hosts = &self.options.hosts;
         let mut last = None;
         for (host, port) in hosts.iter().cycle().skip(first % hosts.len().max(1)).take(hosts.len()) {
@@ -327,7 +329,7 @@ impl Link {
                 connected = connecting => connected,
             };
             let error = match connected {
-                Ok(Ok(connection)) => return Ok((connection, socket)),
+                Ok(Ok(live)) => return Ok(live),
                 Ok(Err(error)) => error,
                 Err(_) => Error::timeout(format!("no answer within {:?}", self.options.connect_timeout)),
             };
@@ -342,7 +344,7 @@ impl Link {
         Err(last.unwrap_or_else(|| Error::unavailable("no host is given")))
     }
 
-    async fn connect(&self, host: &str, port: u16, socket: Socket) -> Result<Connection> {
+    async fn connect(&self, host: &str, port: u16, socket: Socket) -> Result<Live> {
         let options = &self.options;
         let uri = AMQPUri {
             scheme: if options.tls { AMQPScheme::AMQPS } else { AMQPScheme::AMQP },
@@ -365,6 +367,8 @@ impl Link {
             .with_client_property("version".into(), env!("CARGO_PKG_VERSION").into());
         let secure = options.tls;
         let (runtime, bare_runtime) = runtimes();
+        let intakes = Intakes::default();
+        let live = (socket.clone(), intakes.clone());
         let connect = async move |uri: AMQPUri, _| -> lapin::Result<_> {
             // The bare connection first, since encryption hides the socket.
             let bare = AMQPUri { scheme: AMQPScheme::AMQP, ..uri };
@@ -373,9 +377,12 @@ impl Link {
                 *socket.0.lock() = Some(duplicate(plain.get_ref())?);
             }
             let host = &bare.authority.host;
-            Ok(sifted(if secure { stream.into_tls(host, tls.as_ref()).await? } else { stream }))
+            let stream = if secure { stream.into_tls(host, tls.as_ref()).await? } else { stream };
+            Ok(sifted(stream, intakes.clone()))
         };
-        Connection::connector(uri, runtime, connect, properties).await.map_err(from_lapin)
+        let connection = Connection::connector(uri, runtime, connect, properties).await.map_err(from_lapin)?;
+        let (socket, intakes) = live;
+        Ok(Live { connection: Arc::new(connection), socket, intakes, closed: Arc::default() })
     }
 
     /// Says goodbye, for `patience` at most.

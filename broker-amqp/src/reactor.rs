@@ -12,6 +12,7 @@ use futures_io::{AsyncRead, AsyncWrite};
 use futures_util::Stream;
 use lapin::tcp::AsyncTcpStream;
 
+use crate::intake::Intakes;
 use crate::sieve::Sieve;
 
 /// A connection with TLS or without, as it is before the sieve.
@@ -24,9 +25,9 @@ pub(crate) fn runtimes() -> (Runtime<RuntimeParts<Tokio, Sifting>>, TokioRuntime
     (Runtime::new(sifting), Runtime::new(tokio))
 }
 
-/// Hands a connection over to lapin.
-pub(crate) fn sifted(stream: Bare) -> AsyncTcpStream<Sieve<Bare>> {
-    AsyncTcpStream::Plain(Sieve::new(stream))
+/// Hands a connection over to lapin, its deliveries to `intakes`.
+pub(crate) fn sifted(stream: Bare, intakes: Intakes) -> AsyncTcpStream<Sieve<Bare>> {
+    AsyncTcpStream::Plain(Sieve::new(stream, intakes))
 }
 
 #[derive(Clone, Debug)]

@@ -7,14 +7,18 @@
 //! lapin, and both can be mended in place, since the replacement has the length of what it replaces: a table
 //! or an array too deep becomes a string of its bytes, a byte that is not UTF-8 the control character
 //! "substitute", which no name or topic of ours has in it.
+//!
+//! Deliveries do not come to lapin at all where somebody takes them (see [`intake`](crate::intake)).
 
 use std::io;
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use futures_io::{AsyncRead, AsyncWrite};
 
 use crate::cancels::Cancels;
+use crate::intake::{Intake, Intakes};
 
 /// Tables and arrays within one another that are passed on; more than are read (see [`foreign`](crate::foreign)).
 const MAX_DEPTH: usize = 32;
@@ -31,10 +35,21 @@ const MAX_FRAME: usize = 16 << 20;
 /// Type, channel and size come before a frame's payload, an end mark after it (AMQP 0-9-1, 4.2.3).
 const FRAME_HEAD: usize = 7;
 const FRAME_END: usize = 1;
+const END_MARK: u8 = 0xCE;
 const METHOD: u8 = 1;
 pub(crate) const HEADER: u8 = 2;
+const BODY: u8 = 3;
 /// A server that speaks another protocol says so: `AMQP` and four bytes.
 const PROTOCOL: u8 = b'A';
+
+/// A sign of life (4.2.7). lapin gives a connection up on which it reads nothing for twice the heartbeat, which is a
+/// second at least.
+const HEARTBEAT: [u8; 8] = [8, 0, 0, 0, 0, 0, 0, 0xCE];
+/// How often it is given one where it is left nothing else to read.
+const BEAT: Duration = Duration::from_millis(250);
+
+/// So many bytes of deliveries are taken before lapin has a turn, which may have to write.
+const TURN: usize = 1 << 20;
 
 /// A connection's stream, sifted as it is read.
 #[derive(Debug)]
@@ -54,30 +69,54 @@ struct Sifted {
     /// What is left of a frame that is passed on as it is.
     skip: usize,
     cancels: Cancels,
+    intake: Intake,
+    /// What is left of a heartbeat of ours, and when the last was due.
+    heartbeat: &'static [u8],
+    beaten: Instant,
 }
 
 impl<S> Sieve<S> {
-    pub(crate) fn new(stream: S) -> Self {
-        Self {
-            stream,
-            sifted: Sifted { bytes: vec![0; READ], start: 0, clean: 0, end: 0, skip: 0, cancels: Cancels::default() },
-        }
+    pub(crate) fn new(stream: S, intakes: Intakes) -> Self {
+        let sifted = Sifted {
+            bytes: vec![0; READ],
+            start: 0,
+            clean: 0,
+            end: 0,
+            skip: 0,
+            cancels: Cancels::default(),
+            intake: Intake::new(intakes),
+            heartbeat: &[],
+            beaten: Instant::now(),
+        };
+        Self { stream, sifted }
     }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Sieve<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
         let Self { stream, sifted } = self.get_mut();
+        let mut taken = 0;
         loop {
+            let sift = sifted.sift();
+            // What came before a mistake counts.
+            sifted.intake.hand_over();
+            sift?;
             let count = sifted.pass_on(buffer);
             if count > 0 || buffer.is_empty() {
                 return Poll::Ready(Ok(count));
             }
-            let read = ready!(Pin::new(&mut *stream).poll_read(cx, sifted.room()))?;
-            if read == 0 {
-                return Poll::Ready(Ok(0));
+            if taken >= TURN {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
             }
-            sifted.came(read)?;
+            match Pin::new(&mut *stream).poll_read(cx, sifted.room()) {
+                Poll::Ready(Ok(read)) if read > 0 => {
+                    sifted.end += read;
+                    taken += read;
+                }
+                Poll::Pending if taken > 0 && sifted.beat() => {}
+                over => return over,
+            }
         }
     }
 }
@@ -106,10 +145,23 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Sieve<S> {
 
 impl Sifted {
     fn pass_on(&mut self, buffer: &mut [u8]) -> usize {
+        if !self.heartbeat.is_empty() {
+            return io::Read::read(&mut self.heartbeat, buffer).unwrap_or_default();
+        }
         let mut clean = self.bytes.get(self.start..self.clean).unwrap_or_default();
         let count = io::Read::read(&mut clean, buffer).unwrap_or_default();
         self.start += count;
         count
+    }
+
+    /// Has a heartbeat passed on, if it is time for one and no frame is under way.
+    fn beat(&mut self) -> bool {
+        let now = Instant::now();
+        let due = self.skip == 0 && now.duration_since(self.beaten) >= BEAT;
+        if due {
+            (self.heartbeat, self.beaten) = (&HEARTBEAT, now);
+        }
+        due
     }
 
     /// Where more can be read to; never empty.
@@ -125,37 +177,61 @@ impl Sifted {
         self.bytes.get_mut(self.end..).unwrap_or_default()
     }
 
-    /// So many bytes more are there: whole frames are sifted.
-    fn came(&mut self, count: usize) -> io::Result<()> {
-        self.end += count;
+    /// Sifts what has come in whole frames, up to a delivery before which there is something to pass on.
+    fn sift(&mut self) -> io::Result<()> {
         loop {
             let skipped = self.skip.min(self.end - self.clean);
             self.clean += skipped;
             self.skip -= skipped;
             let frame = self.bytes.get_mut(self.clean..self.end).unwrap_or_default();
-            match frame {
+            let (kind, channel, size, rest) = match frame {
                 [] => return Ok(()),
-                [PROTOCOL, ..] => self.skip = 8,
-                [kind, channel, of_channel, a, b, c, d, rest @ ..] => {
-                    let size = usize::try_from(u32::from_be_bytes([*a, *b, *c, *d])).unwrap_or(usize::MAX);
-                    if !matches!(*kind, METHOD | HEADER) {
-                        self.skip = size.saturating_add(FRAME_HEAD + FRAME_END);
-                        continue;
-                    }
-                    if size > MAX_FRAME {
-                        return Err(io::Error::new(io::ErrorKind::InvalidData, "a frame of properties is too large"));
-                    }
-                    let Some((payload, [_, ..])) = rest.split_at_mut_checked(size) else { return Ok(()) };
-                    sift(*kind, payload);
-                    if *kind == METHOD {
-                        self.cancels.sift([*channel, *of_channel], payload);
-                    }
-                    self.clean += FRAME_HEAD + size + FRAME_END;
+                [PROTOCOL, ..] => {
+                    self.skip = 8;
+                    continue;
+                }
+                [kind, c, d, s, i, z, e, rest @ ..] => {
+                    (*kind, u16::from_be_bytes([*c, *d]), u32::from_be_bytes([*s, *i, *z, *e]) as usize, rest)
                 }
                 _ => return Ok(()),
+            };
+            let of_delivery = matches!(kind, HEADER | BODY) && self.intake.has_begun(channel);
+            if !of_delivery && !matches!(kind, METHOD | HEADER) {
+                self.skip = size.saturating_add(FRAME_HEAD + FRAME_END);
+                continue;
+            }
+            if size > MAX_FRAME {
+                return Err(invalid("a frame is too large"));
+            }
+            let Some((payload, [end, ..])) = rest.split_at_mut_checked(size) else { return Ok(()) };
+            let is_taken = of_delivery || kind == METHOD && self.intake.takes(channel, payload);
+            if is_taken && self.start < self.clean {
+                return Ok(());
+            }
+            if is_taken && *end != END_MARK {
+                return Err(invalid("a frame does not end where it should"));
+            }
+            sift(kind, payload);
+            match kind {
+                METHOD if is_taken => self.intake.begin(channel, payload)?,
+                HEADER if is_taken => self.intake.header(channel, payload)?,
+                BODY => self.intake.body(channel, payload)?,
+                METHOD => {
+                    self.cancels.sift(channel.to_be_bytes(), payload);
+                    self.intake.watch(channel, payload);
+                }
+                _ => {}
+            }
+            self.clean += FRAME_HEAD + size + FRAME_END;
+            if is_taken {
+                self.start = self.clean;
             }
         }
     }
+}
+
+fn invalid(what: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
 /// Makes a frame's payload harmless. What is no grammar is left as it is: lapin then says so, and reads no
@@ -164,7 +240,8 @@ pub(crate) fn sift(kind: u8, payload: &mut [u8]) {
     let mut payload = Payload { bytes: payload, at: 0 };
     let _ = match kind {
         HEADER => payload.properties(),
-        _ => payload.method(),
+        METHOD => payload.method(),
+        _ => None,
     };
 }
 
@@ -295,10 +372,14 @@ impl Payload<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::intake::Delivered;
     use futures_util::{AsyncReadExt, TryStreamExt};
     use lapin::protocol::basic::parse_properties;
     use lapin::types::{AMQPValue, parsing::parse_field_table};
+    use parking_lot::Mutex;
     use proptest::prelude::*;
 
     fn block(bytes: &[u8]) -> Vec<u8> {
@@ -371,9 +452,151 @@ mod tests {
             let pieces = stream.chunks(piece.min(stream.len())).map(Ok::<_, io::Error>);
             let reader = futures_util::stream::iter(pieces).into_async_read();
             let mut out = Vec::new();
-            pollster(Sieve::new(reader).read_to_end(&mut out));
+            pollster(Sieve::new(reader, Intakes::default()).read_to_end(&mut out));
             assert!(out == expected, "in pieces of {piece}");
         }
+    }
+
+    /// A delivery of `tag` on a channel: its method, its header, and its body in frames.
+    fn delivery(channel: u8, tag: u8, body: &[&[u8]]) -> Vec<Vec<u8>> {
+        let on = |kind, payload: &[u8]| [&[kind, 0, channel], block(payload).as_slice(), &[END_MARK]].concat();
+        let size: usize = body.iter().map(|part| part.len()).sum();
+        let method = [b"\0\x3c\0\x3c\x01c\0\0\0\0\0\0\0".as_slice(), &[tag, 1], b"\x01e\x03a.b"].concat();
+        let header = [b"\0\x3c\0\0".as_slice(), &(size as u64).to_be_bytes(), b"\x80\0\x04text"].concat();
+        let body = body.iter().map(|part| on(BODY, part));
+        [on(METHOD, &method), on(HEADER, &header)].into_iter().chain(body).collect()
+    }
+
+    /// What is passed on of a stream that comes in such pieces, and what of its channels 1 and 2 is delivered.
+    fn read(stream: &[u8], piece: usize) -> (io::Result<Vec<u8>>, Vec<(u16, Delivered)>) {
+        let intakes = Intakes::default();
+        let taken = Arc::new(Mutex::new(Vec::new()));
+        for channel in [1, 2] {
+            let taken = Arc::clone(&taken);
+            let take = move |batch: Vec<Delivered>| taken.lock().extend(batch.into_iter().map(|one| (channel, one)));
+            intakes.add(channel, Box::new(take));
+        }
+        let pieces = stream.chunks(piece.clamp(1, stream.len().max(1))).map(Ok::<_, io::Error>);
+        let mut sieve = Sieve::new(futures_util::stream::iter(pieces).into_async_read(), intakes);
+        let mut out = Vec::new();
+        let read = pollster(async { Ok(sieve.read_to_end(&mut out).await) });
+        drop(sieve);
+        (read.map(|_| out), Arc::into_inner(taken).unwrap().into_inner())
+    }
+
+    #[test]
+    fn deliveries_are_taken_in_whatever_pieces_they_come() {
+        let heartbeat = HEARTBEAT.to_vec();
+        let long = vec![b'l'; 2 * READ];
+        let (first, second) = (delivery(1, 1, &[b"one", &long]), delivery(2, 1, &[b"other"]));
+        let (empty, left) = (delivery(1, 2, &[]), delivery(3, 1, &[b"nobody takes it"]).concat());
+        // Two channels' frames alternate.
+        let stream = [
+            &heartbeat,
+            &first[0],
+            &second[0],
+            &first[1],
+            &left,
+            &first[2],
+            &second[1],
+            &second[2],
+            &heartbeat,
+            &first[3],
+            &empty.concat(),
+        ];
+        let stream: Vec<u8> = stream.into_iter().flatten().copied().collect();
+        for piece in [1, 7, 100, 65_536, usize::MAX] {
+            let (passed_on, taken) = read(&stream, piece);
+            assert_eq!(passed_on.unwrap(), [heartbeat.as_slice(), &left, &heartbeat].concat(), "in pieces of {piece}");
+            let told: Vec<_> = taken.iter().map(|(channel, one)| (*channel, one.tag, one.body.len())).collect();
+            assert_eq!(told, [(2, 1, 5), (1, 1, 3 + long.len()), (1, 2, 0)], "in pieces of {piece}");
+            for (_, one) in taken {
+                assert!(one.redelivered && one.routing_key == "a.b", "{one:?}");
+                assert_eq!(one.properties.unwrap().content_type().as_ref().unwrap().as_str(), "text");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_grammar_is_delivered_without_properties_and_ends_nothing() {
+        let mut broken = delivery(1, 1, &[b"body"]);
+        let at = broken[1].len() - 1 - b"\x04text".len();
+        broken[1][at] = 200;
+        let (passed_on, taken) = read(&[broken.concat(), HEARTBEAT.to_vec()].concat(), usize::MAX);
+        assert_eq!(passed_on.unwrap(), HEARTBEAT);
+        assert_eq!(taken.len(), 1);
+        assert_eq!((&taken[0].1.properties, taken[0].1.body.as_ref()), (&None, b"body".as_slice()));
+    }
+
+    #[test]
+    fn what_no_server_sends_ends_the_connection_after_what_came_before() {
+        let (good, [method, header, body]) =
+            (delivery(1, 1, &[b"x"]).concat(), { <[Vec<u8>; 3]>::try_from(delivery(1, 2, &[b"xyz"])).unwrap() });
+        let open_ended = [&body[..body.len() - 1], b"?"].concat();
+        for (what, wrong) in [
+            ("a delivery within another", vec![&method, &method]),
+            ("a second header", vec![&method, &header, &header]),
+            ("a body before its header", vec![&method, &body]),
+            ("too much of a body", vec![&method, &header, &body, &body, &method, &header, &body]),
+            ("a frame without end", vec![&method, &header, &open_ended]),
+        ] {
+            let wrong: Vec<u8> = wrong.into_iter().flatten().copied().collect();
+            let (passed_on, taken) = read(&[good.clone(), wrong].concat(), usize::MAX);
+            match what {
+                // It is whole before: what comes then belongs to no delivery here, and is lapin's to refuse.
+                "too much of a body" => assert_eq!((passed_on.unwrap(), taken.len()), (body.clone(), 3), "{what}"),
+                _ => {
+                    assert_eq!((passed_on.unwrap_err().kind(), taken.len()), (io::ErrorKind::InvalidData, 1), "{what}")
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_channel_that_is_closed_is_delivered_nothing() {
+        for closed in [b"\0\x14\0\x0b".as_slice(), b"\0\x14\0\x28", b"\0\x14\0\x29"] {
+            let after = [frame(METHOD, closed), delivery(1, 2, &[b"late"]).concat()].concat();
+            let stream = [delivery(1, 1, &[b"x"]).concat(), after.clone(), delivery(2, 1, &[b"x"]).concat()].concat();
+            let (passed_on, taken) = read(&stream, usize::MAX);
+            assert_eq!(passed_on.unwrap(), after);
+            assert_eq!(taken.iter().map(|(channel, _)| *channel).collect::<Vec<_>>(), [1, 2]);
+        }
+    }
+
+    /// A stream that has so much and then no more, as a socket.
+    struct Once(Vec<u8>);
+
+    impl AsyncRead for Once {
+        fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+            let count = self.0.len().min(buffer.len());
+            buffer[..count].copy_from_slice(&self.0[..count]);
+            self.0.drain(..count);
+            if count == 0 { Poll::Pending } else { Poll::Ready(Ok(count)) }
+        }
+    }
+
+    #[test]
+    fn where_only_deliveries_come_lapin_has_its_turn_and_hears_a_heartbeat() {
+        let intakes = Intakes::default();
+        intakes.add(1, Box::new(drop));
+        let many = TURN / delivery(1, 1, &[&[0; 1000]]).concat().len() + 1;
+        let mut sieve = Sieve::new(Once(delivery(1, 1, &[&[0; 1000]]).concat().repeat(many)), intakes);
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        let mut read = |sieve: &mut Sieve<Once>, room| {
+            let mut buffer = vec![0; room];
+            match Pin::new(sieve).poll_read(&mut cx, &mut buffer) {
+                Poll::Ready(count) => Some(buffer[..count.unwrap()].to_vec()),
+                Poll::Pending => None,
+            }
+        };
+        assert_eq!(read(&mut sieve, 100), None);
+        assert_eq!(sieve.stream.0, b"", "it has had a turn, and all was taken");
+        sieve.stream.0 = delivery(1, 1, &[b"x"]).concat();
+        sieve.sifted.beaten = Instant::now().checked_sub(BEAT).unwrap();
+        assert_eq!(read(&mut sieve, 5).unwrap(), HEARTBEAT[..5]);
+        assert_eq!(read(&mut sieve, 100).unwrap(), HEARTBEAT[5..]);
+        sieve.stream.0 = delivery(1, 1, &[b"x"]).concat();
+        assert_eq!(read(&mut sieve, 100), None, "one is enough for a while");
     }
 
     fn pollster<T>(future: impl Future<Output = io::Result<T>>) -> T {
@@ -398,6 +621,23 @@ mod tests {
                 let depth = table.inner().values().map(depth).max().unwrap_or(0);
                 prop_assert!(depth < MAX_DEPTH);
             }
+        }
+
+        /// What no server sends too; `piece` cuts nothing else.
+        #[test]
+        fn whatever_comes_is_the_same_in_pieces(
+            changes in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 0..4),
+            piece in 1_usize..50,
+        ) {
+            let streams = [delivery(1, 1, &[b"one", b"two"]), vec![HEARTBEAT.to_vec()], delivery(2, 1, &[b"x"]), delivery(3, 1, &[b"y"])];
+            let mut stream = streams.concat().concat();
+            for (index, byte) in changes {
+                let at = index.index(stream.len());
+                stream[at] = byte;
+            }
+            let ((whole, taken), (pieces, taken_too)) = (read(&stream, usize::MAX), read(&stream, piece));
+            prop_assert_eq!(taken, taken_too);
+            prop_assert_eq!(whole.map_err(|error| error.to_string()), pieces.map_err(|error| error.to_string()));
         }
 
         #[test]

@@ -287,6 +287,30 @@ async fn a_silent_connection_is_given_up() {
     broker.close(PATIENCE).await;
 }
 
+/// Deliveries are a sign of life as good as any other: where nothing else comes, the connection is not given up.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_on_which_only_deliveries_come_stands() {
+    let _turn = TURN.lock().await;
+    let proxy = Proxy::start(address()).await.unwrap();
+    let broker = open(&format!("{}?heartbeat=1s", at(&proxy.address().to_string(), None))).unwrap();
+    let elsewhere = open(server()).unwrap();
+    let topic = topic("lively");
+    let group = group("lively", &topic);
+    let mut member = broker.subscribe(&group.filter, Subscribe::group(group.name.clone())).await.unwrap();
+    let before = proxy.accepted();
+    let until = tokio::time::Instant::now() + Duration::from_secs(5);
+    while tokio::time::Instant::now() < until {
+        within("publishing", elsewhere.publish(&topic, Message::new("x"))).await.unwrap();
+        within("receiving", member.next()).await.unwrap().unwrap().ack().await.unwrap();
+        // The server sends a heartbeat where it has sent nothing for half a second.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(proxy.accepted(), before);
+    assert!(broker.delete_group(&group).await.unwrap());
+    elsewhere.close(PATIENCE).await;
+    broker.close(PATIENCE).await;
+}
+
 /// What is unconfirmed when connections are cut is sent again, in order: seen by their first arrival,
 /// messages are in the order of the calls.
 #[tokio::test(flavor = "multi_thread")]

@@ -86,6 +86,9 @@ pub(crate) struct State {
     active: bool,
     /// Nothing is handed out.
     paused: bool,
+    /// Nothing is taken any more, and what was is sent anew where it has to be: that is under way.
+    leaving: bool,
+    renewed: Vec<Settle>,
     /// Handed out and unsettled, on this channel.
     pub(crate) handed: usize,
     remembered: HashMap<MessageId, Remembered>,
@@ -137,6 +140,8 @@ impl Member {
                 lanes: Lanes::new(ordered),
                 active: false,
                 paused: false,
+                leaving: false,
+                renewed: Vec::new(),
                 handed: 0,
                 remembered: HashMap::new(),
                 kept: false,
@@ -155,7 +160,7 @@ impl Member {
         }
     }
 
-    /// A channel stands, and consumes `queue`.
+    /// A channel stands, and is about to consume `queue`.
     pub(crate) fn begin(&self, queue: ShortString) -> u64 {
         let mut state = self.state.lock();
         state.epoch += 1;
@@ -167,11 +172,15 @@ impl Member {
     /// The channel is gone: the server gives what was unsettled to others, or to us again.
     pub(crate) fn lost(&self) {
         let mut state = self.state.lock();
-        state.up = false;
+        if !std::mem::take(&mut state.up) {
+            return;
+        }
         state.acks = Acks::new();
         state.lanes = Lanes::new(self.known.settings.ordered);
         state.active = false;
         state.paused = false;
+        state.leaving = false;
+        state.renewed.clear();
         state.handed = 0;
         state.kept = false;
         state.telling = false;
@@ -215,9 +224,11 @@ impl Member {
         self.group.is_some() && self.known.settings.ordered
     }
 
-    /// Hands out nothing more on this channel.
-    pub(crate) fn pause(&self) {
-        self.state.lock().paused = true;
+    /// Hands out nothing more on this channel. What comes from now on goes back; where order is kept it does so with the
+    /// channel, in its place.
+    pub(crate) fn leave(&self) {
+        let mut state = self.state.lock();
+        (state.paused, state.leaving) = (true, true);
     }
 
     /// Whether it is the one that receives from its queue, as far as it can know.
@@ -264,6 +275,13 @@ impl Member {
         let mut aside = Vec::new();
         {
             let mut state = self.state.lock();
+            if !state.is(epoch) {
+                return;
+            }
+            if state.leaving {
+                drop(state);
+                return self.refuse(epoch, batch);
+            }
             state.active |= !batch.is_empty();
             for (tag, arrived) in batch {
                 state.acks.delivered(tag);
@@ -415,36 +433,44 @@ impl Member {
 
     /// Gives back what was not handed out. What is returned is to be awaited: some of it is sent anew.
     pub(crate) fn give_back_waiting(self: &Arc<Self>) -> Vec<Settle> {
-        let (epoch, worn) = {
+        let (epoch, worn, mut renewed) = {
             let mut state = self.state.lock();
             let (worn, fresh): (Vec<_>, Vec<_>) =
                 state.lanes.drain().into_iter().partition(|item| self.is_worn(item.redeliveries));
             for item in fresh {
                 state.acks.give_back(item.tag);
             }
-            (state.epoch, worn)
+            (state.epoch, worn, std::mem::take(&mut state.renewed))
         };
         self.wire.notify_one();
-        worn.into_iter().map(|item| self.renew(epoch, item, Timestamp::from_millis(0))).collect()
+        renewed.extend(worn.into_iter().map(|item| self.renew(epoch, item, Timestamp::from_millis(0))));
+        renewed
     }
 
-    /// Gives back what came after the end, likewise.
-    pub(crate) fn refuse(self: &Arc<Self>, tag: u64, arrived: Result<Arrived, Undecodable>) -> Option<Settle> {
-        let (epoch, item, due) = {
+    /// Gives back what comes while this member leaves, likewise.
+    fn refuse(self: &Arc<Self>, epoch: u64, batch: Vec<(u64, Result<Arrived, Undecodable>)>) {
+        if self.is_one_at_a_time() {
+            return;
+        }
+        let mut worn = Vec::new();
+        {
             let mut state = self.state.lock();
-            state.acks.delivered(tag);
-            match arrived {
-                Ok(arrived) if self.is_worn(arrived.redeliveries) => {
-                    let item = self.inbound(&mut state, tag, &arrived, Timestamp::now());
-                    (state.epoch, item, arrived.due.unwrap_or(Timestamp::from_millis(0)))
-                }
-                _ => {
-                    state.acks.give_back(tag);
-                    return None;
+            for (tag, arrived) in batch {
+                state.acks.delivered(tag);
+                match arrived {
+                    Ok(arrived) if self.is_worn(arrived.redeliveries) => {
+                        let item = self.inbound(&mut state, tag, &arrived, Timestamp::now());
+                        worn.push((item, arrived.due.unwrap_or(Timestamp::from_millis(0))));
+                    }
+                    _ => {
+                        state.acks.give_back(tag);
+                    }
                 }
             }
-        };
-        Some(self.renew(epoch, item, due))
+        }
+        self.wire.notify_one();
+        let renewed: Vec<_> = worn.into_iter().map(|(item, due)| self.renew(epoch, item, due)).collect();
+        self.state.lock().renewed.extend(renewed);
     }
 
     fn renew(self: &Arc<Self>, epoch: u64, item: Inbound, due: Timestamp) -> Settle {
