@@ -93,7 +93,8 @@ pub(crate) struct Arrived {
 pub(crate) fn header_bytes(message: &Message) -> usize {
     // Names are written once more where their order is kept.
     let headers: usize = message.headers().iter().map(|(name, value)| 2 * name.as_str().len() + value.len() + 24).sum();
-    headers + message.key().map_or(0, Bytes::len) + 1024
+    // Go Micro has the content type twice.
+    headers + message.key().map_or(0, Bytes::len) + 2 * message.content_type().map_or(0, str::len) + 1024
 }
 
 /// Checks that AMQP can carry the message.
@@ -399,6 +400,32 @@ mod tests {
         let arrived = decode("a.b", &properties, message.payload().clone(), false).unwrap();
         assert_eq!((arrived.topic.as_str(), arrived.attempts), ("a.b", 0));
         arrived.message
+    }
+
+    /// A frame that is too long would end the connection, whenever the message is sent again.
+    #[test]
+    fn no_header_is_longer_than_it_is_taken_for() {
+        let time = Timestamp::from_millis(1 << 50);
+        let mut message = Message::tombstone()
+            .with_id("i".repeat(255).parse().unwrap())
+            .with_content_type(format!("a/{}", "b".repeat(253)))
+            .unwrap()
+            .with_key("k")
+            .with_expires_at(time)
+            .with_deliver_at(time);
+        for name in ["x-death", "CC", "b", "a", "a"] {
+            message = message.with_header(name, "").unwrap();
+        }
+        let topic = Topic::new("t".repeat(249)).unwrap();
+        let travel = Travel { attempts: 1, first: Some(time), topic: Some(topic), due: Some(time), kept: true };
+        for style in [STYLE, Style { persistent: true, go_micro: true }] {
+            let properties = encode(&message, &travel, style).unwrap();
+            let written =
+                lapin::protocol::basic::gen_properties(&properties)(Vec::new().into()).unwrap().into_inner().0;
+            // Beside them there are the 8 bytes of the frame, and 12 of the content header.
+            let (bytes, taken_for) = (written.len() + 20, header_bytes(&message));
+            assert!(bytes <= taken_for, "{bytes} bytes, taken for {taken_for}: {style:?}");
+        }
     }
 
     proptest! {
