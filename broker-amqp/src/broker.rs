@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use broker_core::{
@@ -33,7 +34,8 @@ const MAX_IN_FLIGHT: usize = u16::MAX as usize;
 
 /// A broker on RabbitMQ; see the [crate documentation](crate).
 ///
-/// *Dropping* the last handle breaks the connections; the server gives what was unsettled to others.
+/// It runs on the tokio runtime that it is first used on, and serves any other as long as that one lives; when that one ends, it is
+/// closed. *Dropping* the last handle breaks the connections; the server gives what was unsettled to others.
 ///
 /// ```
 /// use broker_amqp::{AmqpBroker, AmqpOptions};
@@ -45,7 +47,7 @@ const MAX_IN_FLIGHT: usize = u16::MAX as usize;
 /// # Ok::<(), broker_core::Error>(())
 /// ```
 pub struct AmqpBroker {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
 }
 
 /// What every part of a broker has.
@@ -61,6 +63,8 @@ pub(crate) struct Shared {
     members: Mutex<Vec<Arc<Member>>>,
     groups: Mutex<BTreeMap<Group, Arc<Known>>>,
     started: Mutex<Option<Handle>>,
+    /// Whether its runtime has ended under it.
+    is_orphan: Arc<AtomicBool>,
     /// Intake is over.
     pub(crate) closing: CancellationToken,
     /// Everything is.
@@ -69,11 +73,17 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    fn check_open(&self) -> Result<()> {
+        match () {
+            () if self.is_orphan.load(Ordering::Acquire) => Err(orphaned()),
+            () if self.closing.is_cancelled() => Err(closed()),
+            () => Ok(()),
+        }
+    }
+
     /// Starts the tasks, on the runtime of whoever first needs them.
     pub(crate) fn start(&self) -> Result<()> {
-        if self.closing.is_cancelled() {
-            return Err(closed());
-        }
+        self.check_open()?;
         let mut started = self.started.lock();
         if started.is_none() {
             let handle = Handle::try_current()
@@ -81,6 +91,8 @@ impl Shared {
             handle.spawn(Arc::clone(&self.publishing).run());
             handle.spawn(Arc::clone(&self.consuming).run());
             handle.spawn(Arc::clone(&self.writer).run());
+            let (closing, closed) = (self.closing.clone(), self.closed.clone());
+            handle.spawn(Running { closing, closed, is_orphan: Arc::clone(&self.is_orphan) }.run());
             *started = Some(handle);
         }
         Ok(())
@@ -246,6 +258,7 @@ impl AmqpBroker {
             members: Mutex::default(),
             groups: Mutex::default(),
             started: Mutex::default(),
+            is_orphan: Arc::default(),
             closing: CancellationToken::new(),
             closed,
             report: Mutex::default(),
@@ -335,9 +348,7 @@ impl Broker for AmqpBroker {
     }
 
     fn publisher(&self, topic: &Topic, options: PublisherOptions) -> Result<Publisher> {
-        if self.shared.closing.is_cancelled() {
-            return Err(closed());
-        }
+        self.shared.check_open()?;
         short("topic", topic.as_str())?;
         let producer = TopicProducer {
             shared: Arc::clone(&self.shared),
@@ -436,6 +447,36 @@ impl Broker for AmqpBroker {
                 report
             })
         })
+    }
+}
+
+pub(crate) fn orphaned() -> Error {
+    Error::closed("the runtime that the broker was first used on has ended, and the broker with it: open another")
+}
+
+/// What goes with the runtime that a broker runs on.
+struct Running {
+    closing: CancellationToken,
+    closed: CancellationToken,
+    is_orphan: Arc<AtomicBool>,
+}
+
+impl Running {
+    async fn run(self) {
+        self.closed.cancelled().await;
+    }
+}
+
+/// The connections are gone, and the tasks that made them again: nobody is to wait for any.
+impl Drop for Running {
+    fn drop(&mut self) {
+        if self.closed.is_cancelled() {
+            return;
+        }
+        tracing::warn!("the runtime that a RabbitMQ broker ran on has ended: the broker is closed");
+        self.is_orphan.store(true, Ordering::Release);
+        self.closing.cancel();
+        self.closed.cancel();
     }
 }
 

@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::QueueType;
 use crate::acks::Said;
+use crate::broker::orphaned;
 use crate::channel::OwnChannel;
 use crate::error::{from_lapin, is_final};
 use crate::intake::{Delivered, Take};
@@ -71,14 +72,26 @@ impl Drop for Receiver {
 
 /// Runs a subscription until it is stopped; tells `ready` when it first stands, or why it does not.
 pub(crate) async fn run(member: Arc<Member>, ready: oneshot::Sender<Result<()>>) {
-    let shared = Arc::clone(&member.shared);
+    let running = Running(member);
+    let Running(member) = &running;
     let ended = tokio::select! {
-        () = shared.closed.cancelled() => Ok(()),
-        ended = keep(&member, ready) => ended,
+        () = member.shared.closed.cancelled() => Ok(()),
+        ended = keep(member, ready) => ended,
     };
     member.lost();
     member.end(ended);
-    shared.leave(&member);
+}
+
+/// A subscription that runs, and ends when its task does: with its runtime at the latest.
+struct Running(Arc<Member>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let Self(member) = self;
+        member.lost();
+        member.end(Err(orphaned()));
+        member.shared.leave(member);
+    }
 }
 
 async fn keep(member: &Arc<Member>, ready: oneshot::Sender<Result<()>>) -> Result<()> {

@@ -617,3 +617,48 @@ async fn the_status_tells_that_the_server_is_away() {
     assert!(other.delete_group(&group).await.unwrap());
     other.close(PATIENCE).await;
 }
+
+/// Its connections go with the runtime that it was first used on: whoever waits is told, and so is who comes later.
+#[test]
+fn nobody_waits_for_a_broker_whose_runtime_has_ended() {
+    let _turn = TURN.blocking_lock();
+    let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let (topic, group) = names("orphan");
+    let proxy_runtime = runtime();
+    let proxy = proxy_runtime.block_on(Proxy::start(address())).unwrap();
+    let broker = open(&at(&proxy.address().to_string(), None)).unwrap();
+    let first = runtime();
+    let (mut member, held) = first.block_on(async {
+        let mut member = join(broker.as_ref(), &group).await;
+        broker.publish(&topic, Message::new("held")).await.unwrap();
+        let held = next(&mut member).await;
+        (member, held)
+    });
+    proxy.set(Fault::Stall);
+    let under_way = {
+        let _entered = first.enter();
+        broker.publish(&topic, Message::new("under way"))
+    };
+    drop(first);
+    runtime().block_on(async {
+        let outcomes = [
+            ("under way", within("a publish under way", under_way).await.map(drop)),
+            ("a publish", within("a publish", broker.publish(&topic, Message::new("late"))).await.map(drop)),
+            ("receiving", within("receiving", member.next()).await.map(drop)),
+            ("settling", within("settling", held.ack()).await),
+            ("joining", within("joining", broker.create_group(&group, GroupOptions::new())).await.map(drop)),
+        ];
+        for (what, outcome) in outcomes {
+            let error = outcome.expect_err(what);
+            assert_eq!(error.kind(), ErrorKind::Closed, "{what}: {error}");
+        }
+        let error = broker.publish(&topic, Message::new("late")).await.unwrap_err();
+        assert!(error.message().contains("runtime"), "{error}");
+        within("leaving", member.close()).await.unwrap();
+        assert_eq!(within("asking", broker.status()).await.unwrap().state, State::Closed);
+        assert!(!within("closing", broker.close(PATIENCE)).await.complete);
+        let other = open(server()).unwrap();
+        assert!(other.delete_group(&group).await.unwrap());
+        other.close(PATIENCE).await;
+    });
+}

@@ -266,16 +266,19 @@ impl Writer {
             () = self.stop.cancelled() => {}
             () = task.run() => {}
         }
+    }
+
+    /// The end: of `left`, which the task had, and of all that it had not come to.
+    fn end(&self, left: Vec<Entry>) {
         self.queue.lock().ended = true;
-        let (left, mut beyond) = self.take_waiting();
-        for entry in task.unconfirmed().into_iter().chain(left) {
-            self.finish(
-                &entry,
-                Err(Error::closed("the broker closed before RabbitMQ confirmed: the outcome is unknown")),
-            );
+        let (waiting, mut beyond) = self.take_waiting();
+        let why = if self.stop.is_cancelled() { "the broker closed" } else { "the broker's runtime ended" };
+        for entry in left.into_iter().chain(waiting) {
+            let unknown = Error::closed(format!("{why} before RabbitMQ confirmed: the outcome is unknown"));
+            self.finish(&entry, Err(unknown));
         }
         while let Some(entry) = beyond.pop() {
-            self.turn_away(&entry, Error::closed("the broker closed before there was room for this: it was not sent"));
+            self.turn_away(&entry, Error::closed(format!("{why} before there was room for this: it was not sent")));
         }
     }
 }

@@ -61,11 +61,6 @@ impl Task {
         }
     }
 
-    /// What is left of it, in order.
-    pub(super) fn unconfirmed(mut self) -> Vec<Entry> {
-        self.sent.into_values().chain(self.rungs.take_waiting()).chain(self.unsent).collect()
-    }
-
     pub(super) async fn run(&mut self) {
         let mut wait = Wait::new(self.writer.options.max_reconnect_wait);
         loop {
@@ -398,6 +393,15 @@ impl Task {
             }
         };
         self.writer.finish(&entry, result);
+    }
+}
+
+/// However it ends, with the broker or with its runtime: nobody waits any longer.
+impl Drop for Task {
+    fn drop(&mut self) {
+        let sent = std::mem::take(&mut self.sent).into_values();
+        let left = sent.chain(self.rungs.take_waiting()).chain(self.unsent.drain(..)).collect();
+        self.writer.end(left);
     }
 }
 
