@@ -92,6 +92,9 @@ pub(crate) struct State {
     /// Handed out and unsettled, on this channel.
     pub(crate) handed: usize,
     remembered: HashMap<MessageId, Remembered>,
+    /// How often this member gave messages of an ordered group back that nobody was to have yet: the server counts it as it counts a
+    /// lost connection.
+    returned: HashMap<MessageId, u64>,
     /// Whether the keeping queue is known to stand.
     kept: bool,
     /// Acks and nacks taken for the wire and not written yet.
@@ -104,6 +107,9 @@ pub(crate) struct State {
     /// Nothing is delivered any more: the end, or the error that ended it.
     pub(crate) ended: Option<Result<()>>,
 }
+
+/// Attempts of held messages that are remembered at most, and returns.
+const MAX_REMEMBERED: usize = 65_536;
 
 #[derive(Clone, Copy)]
 struct Remembered {
@@ -144,6 +150,7 @@ impl Member {
                 renewed: Vec::new(),
                 handed: 0,
                 remembered: HashMap::new(),
+                returned: HashMap::new(),
                 kept: false,
                 telling: false,
                 has_told: false,
@@ -289,14 +296,14 @@ impl Member {
                     Ok(arrived) => {
                         let inbound = self.inbound(&mut state, tag, &arrived, now);
                         let due = self.due(&state, &arrived);
-                        if self.group.is_some() && arrived.redeliveries >= self.shared.options.max_redeliveries {
-                            aside.push((inbound, Aside::Redelivered));
-                        } else if let Some(due) = due.filter(|due| *due > now) {
+                        if let Some(due) = due.filter(|due| *due > now) {
                             // A retry that was here before comes back: what is behind it must not overtake it now.
                             let holds = self.held_here
                                 && state.remembered.contains_key(inbound.message.id())
                                 && state.lanes.hold(inbound.message.key());
                             aside.push((inbound, Aside::NotDue { due, holds }));
+                        } else if self.group.is_some() && inbound.redeliveries >= self.shared.options.max_redeliveries {
+                            aside.push((inbound, Aside::Redelivered));
                         } else {
                             state.lanes.push(inbound.message.key().cloned().as_ref(), inbound);
                         }
@@ -346,12 +353,13 @@ impl Member {
 
     fn inbound(&self, state: &mut State, tag: u64, arrived: &Arrived, now: Timestamp) -> Inbound {
         let remembered = state.remembered.get(arrived.message.id()).filter(|_| self.held_here);
+        let returned = state.returned.get(arrived.message.id()).copied().unwrap_or(0);
         Inbound {
             message: arrived.message.clone(),
             topic: arrived.topic.clone(),
             attempt: arrived.attempts.max(remembered.map_or(0, |one| one.attempts)).saturating_add(1),
             first: remembered.map(|one| one.first).or(arrived.first).unwrap_or(now),
-            redeliveries: arrived.redeliveries,
+            redeliveries: arrived.redeliveries.saturating_sub(returned),
             tag,
             since: Instant::now(),
         }
@@ -495,9 +503,19 @@ impl State {
     /// A delivery goes back to the queue, and with it what waits here behind it, of this key, and would overtake it.
     fn give_back(&mut self, tag: u64, key: Option<&Bytes>) {
         let behind = self.lanes.give_back(key);
-        for tag in std::iter::once(tag).chain(behind.into_iter().map(|one| one.tag)) {
-            self.acks.give_back(tag);
+        self.acks.give_back(tag);
+        for item in behind {
+            self.acks.give_back(item.tag);
+            self.gave_back(item.message.id());
         }
+    }
+
+    /// A message of an ordered group goes back unread.
+    fn gave_back(&mut self, id: &MessageId) {
+        if self.returned.len() >= MAX_REMEMBERED {
+            self.returned.clear();
+        }
+        *self.returned.entry(id.clone()).or_insert(0) += 1;
     }
 
     /// A delivery that was handed out is. Whom to wake, if the next of its key may go now.
@@ -511,6 +529,7 @@ impl State {
     #[must_use]
     fn over(&mut self, item: &Inbound) -> Option<Waker> {
         self.remembered.remove(item.message.id());
+        self.returned.remove(item.message.id());
         self.lanes.done(item.message.key());
         if self.lanes.is_ready() { self.waker.take() } else { None }
     }
@@ -537,4 +556,66 @@ pub(crate) struct Undecodable {
 fn unknown_topic() -> Topic {
     // Its grammar is right.
     "unknown".parse().unwrap_or_else(|_| unreachable!("a plain word is a topic"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use broker_core::{BrokerUrl, GroupOptions};
+
+    use super::*;
+    use crate::{AmqpBroker, AmqpOptions};
+
+    fn arrived(message: &Message, redeliveries: u64) -> Arrived {
+        let topic = "t".parse().unwrap();
+        Arrived { message: message.clone(), topic, attempts: 0, first: None, due: None, redeliveries }
+    }
+
+    /// What waits for hours is held a quarter of an hour at a time, and what is behind it as well. The server counts each.
+    #[tokio::test]
+    async fn what_waits_for_long_in_an_ordered_group_is_not_taken_for_what_breaks_its_readers() {
+        let url = BrokerUrl::parse("amqp://127.0.0.1:1").unwrap();
+        let broker = AmqpBroker::new(AmqpOptions::from_url(url).unwrap());
+        let shared = Arc::clone(&broker.shared);
+        shared.start().unwrap();
+        let group: Group = "g@t".parse().unwrap();
+        let known = Known {
+            names: GroupNames::of(&group, &shared.options).unwrap(),
+            queues: Vec::new(),
+            settings: GroupOptions::new().with_ordered(true).resolve(Some(&group.name)).unwrap(),
+            counts: Mutex::default(),
+            last_error: Mutex::default(),
+        };
+        let filter = group.filter.clone();
+        let member = Arc::new(Member::new(shared, Some(group), Arc::new(known), filter, "q".into(), 10));
+        let first = member.begin("q".into());
+        let messages = [Message::new("retried"), Message::new("behind")].map(|message| message.with_key("k"));
+        let arrive = |epoch, tag: u64, redeliveries| {
+            let batch = messages.iter().zip(tag..).map(|(message, tag)| (tag, Ok(arrived(message, redeliveries))));
+            member.arrived(epoch, batch.collect());
+        };
+        let receive = || {
+            let mut batch = Vec::new();
+            member.hand_out(&mut member.state.lock(), &mut batch, 10);
+            assert_eq!(batch.len(), 1);
+            batch.pop().unwrap()
+        };
+        arrive(first, 1, 0);
+        receive().retry_after(Duration::from_secs(24 * 3600)).await.unwrap();
+        for round in 1..60 {
+            let tag = 2 * round - 1;
+            let arrived = arrived(&messages[0], round - 1);
+            let item = member.inbound(&mut member.state.lock(), tag, &arrived, Timestamp::now());
+            member.held(first, item, true, false);
+            assert_eq!(member.to_tell(), [Said::Nack(tag), Said::Nack(tag + 1)], "round {round}");
+            arrive(first, tag + 2, round);
+        }
+        // Somebody else had them as well, and lost its connection.
+        member.state.lock().remembered.clear();
+        member.lost();
+        let second = member.begin("q".into());
+        arrive(second, 1, 59 + 19);
+        assert_eq!(receive().message().payload(), "retried");
+    }
 }

@@ -11,7 +11,7 @@ use parking_lot::MutexGuard;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout_at};
 
-use super::{Inbound, Member, Remembered, State};
+use super::{Inbound, MAX_REMEMBERED, Member, Remembered, State};
 use crate::error::is_final;
 use crate::link::{Wait, closed};
 use crate::topology;
@@ -32,8 +32,6 @@ const REFUSED: Duration = Duration::from_secs(1);
 const MAX_REFUSED: Duration = Duration::from_secs(60);
 /// The writer knows better why a message was not confirmed, and may be late by that much.
 const GRACE: Duration = Duration::from_millis(250);
-/// Attempts of held messages that are remembered at most.
-const MAX_REMEMBERED: usize = 65_536;
 
 /// How long a delivery may be held from now on.
 fn longest_hold(item: &Inbound) -> Duration {
@@ -171,25 +169,31 @@ impl Member {
                 () = member.stop.cancelled() => return,
                 () = tokio::time::sleep(wait.min(longest)) => {}
             }
-            let waker = {
-                let mut state = member.state.lock();
-                if !state.is(epoch) {
-                    return;
-                }
-                if wait > longest {
-                    state.give_back(item.tag, item.message.key().filter(|_| holds));
-                } else if holds {
-                    state.lanes.again(item);
-                } else {
-                    state.lanes.push(item.message.key().cloned().as_ref(), item);
-                }
-                state.waker.take()
-            };
-            member.wire.notify_one();
-            if let Some(waker) = waker {
-                waker.wake();
-            }
+            member.held(epoch, item, holds, wait <= longest);
         });
+    }
+
+    /// What was held is due, or has been held for as long as it may: then it goes back.
+    pub(super) fn held(&self, epoch: u64, item: Inbound, holds: bool, is_due: bool) {
+        let waker = {
+            let mut state = self.state.lock();
+            if !state.is(epoch) {
+                return;
+            }
+            if !is_due {
+                state.give_back(item.tag, item.message.key().filter(|_| holds));
+                state.gave_back(item.message.id());
+            } else if holds {
+                state.lanes.again(item);
+            } else {
+                state.lanes.push(item.message.key().cloned().as_ref(), item);
+            }
+            state.waker.take()
+        };
+        self.wire.notify_one();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
     }
 
     /// Done with, at once.
