@@ -48,6 +48,17 @@ impl Rung {
         Self { leads, index }
     }
 
+    /// The same, for what is of no use any more when `left` is over: where rounding up would take so long, the highest below the
+    /// wait, of which the rest is waited afterwards.
+    pub(crate) fn before(leads: Leads, wait: Duration, left: Duration) -> Self {
+        let up = Self::of(leads, wait);
+        if up.ttl() < left {
+            return up;
+        }
+        let below = RUNGS.iter().rposition(|rung| *rung <= wait);
+        Self { leads, index: below.unwrap_or(up.index) }
+    }
+
     /// All of a ladder, from the lowest.
     pub(crate) fn all(leads: Leads) -> impl Iterator<Item = Self> {
         (0..RUNGS.len()).map(move |index| Self { leads, index })
@@ -82,6 +93,17 @@ mod tests {
             let rung = Rung::of(Leads::ToQueue, wait);
             prop_assert!(rung.ttl() >= wait.min(Duration::from_secs(3600)));
         }
+    }
+
+    #[test]
+    fn no_wait_is_rounded_up_beyond_an_expiry() {
+        let rung = |wait, left| {
+            Rung::before(Leads::ToQueue, Duration::from_secs(wait), Duration::from_secs(left)).ttl().as_secs()
+        };
+        assert_eq!(rung(31, 121), 120);
+        assert_eq!(rung(31, 120), 30);
+        assert_eq!(rung(30, 31), 30);
+        assert_eq!(rung(5000, 5001), 3600);
     }
 
     #[test]

@@ -109,6 +109,30 @@ async fn what_is_to_wait_is_not_lost_though_its_delay_queue_was_deleted() {
     clean(broker, &group).await;
 }
 
+/// A wait is rounded up, and not for so long that nothing comes of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_due_before_it_expires_is_delivered() {
+    let _turn = TURN.lock().await;
+    let (topic, group) = names("in-time");
+    let broker = open(server()).unwrap();
+    let mut member = join(broker.as_ref(), &group).await;
+    let now = Timestamp::now();
+    let (due, expires) = (now.after(Duration::from_millis(2100)), now.after(Duration::from_secs(9)));
+    let message = Message::new("x").with_deliver_at(due).with_expires_at(expires);
+    broker.publish(&topic, message).await.unwrap();
+    let delivery = next(&mut member).await;
+    assert!(Timestamp::now() >= due);
+    assert_eq!(delivery.attempt(), 1);
+    let due = Timestamp::now().after(Duration::from_millis(2100));
+    delivery.retry_after(Duration::from_millis(2100)).await.unwrap();
+    let delivery = next(&mut member).await;
+    assert!(Timestamp::now() >= due);
+    assert_eq!(delivery.attempt(), 2);
+    delivery.ack().await.unwrap();
+    drop(member);
+    clean(broker, &group).await;
+}
+
 /// Whoever may publish can put anything into a queue.
 #[tokio::test(flavor = "multi_thread")]
 async fn redrive_passes_by_what_is_no_dead_letter() {

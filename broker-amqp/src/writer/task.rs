@@ -279,7 +279,8 @@ impl Task {
         let options = &self.writer.options;
         let Envelope { route, message, travel, .. } = &entry.envelope;
         let due = travel.due.or(message.deliver_at());
-        let wait = due.map(|due| due.since(Timestamp::now())).filter(|wait| !wait.is_zero());
+        let now = Timestamp::now();
+        let wait = due.map(|due| due.since(now)).filter(|wait| !wait.is_zero());
         let (exchange, key, leads) = match route {
             Route::Topic(topic) => {
                 (short("exchange", &options.exchange)?, short("topic", topic.as_str())?, Leads::ToTopic)
@@ -291,7 +292,8 @@ impl Task {
         // No delay queue leads to several.
         let wait = wait.filter(|_| matches!(route, Route::Topic(_) | Route::Queue(_)));
         // A millisecond more: times are cut to whole ones.
-        let rung = wait.map(|wait| Rung::of(leads, wait + Duration::from_millis(1)));
+        let left = message.expires_at().map_or(Duration::MAX, |time| time.since(now));
+        let rung = wait.map(|wait| Rung::before(leads, wait + Duration::from_millis(1), left));
         let exchange = match rung {
             Some(rung) => rung.name(&options.exchange)?,
             None => exchange,
