@@ -5,7 +5,7 @@
 //! once (`benches/README.md` has what that gains). What lapin is left with is what it waits for: answers,
 //! cancellations, the end.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::{fmt, io};
 
@@ -40,7 +40,7 @@ pub(crate) type Take = Box<dyn FnMut(Vec<Delivered>) + Send>;
 
 /// Who takes the deliveries of which channel of a connection.
 #[derive(Clone, Default)]
-pub(crate) struct Intakes(Arc<Mutex<HashMap<u16, Take>>>);
+pub(crate) struct Intakes(Arc<Mutex<BTreeMap<u16, Take>>>);
 
 impl Intakes {
     /// The channel's deliveries go to `take`, and not to lapin, until it is closed.
@@ -166,13 +166,20 @@ impl Intake {
             return;
         }
         let mut intakes = self.intakes.0.lock();
-        let mut whole = self.whole.drain(..).peekable();
-        while let Some((channel, first)) = whole.next() {
-            let mut batch = vec![first];
-            while let Some((_, next)) = whole.next_if(|(of, _)| *of == channel) {
-                batch.push(next);
-            }
-            if let Some(take) = intakes.get_mut(&channel) {
+        // A batch is as large as the channel's part, so that nothing moves once it is in it.
+        let lengths: Vec<_> = self.whole.chunk_by(|(one, _), (next, _)| one == next).map(<[_]>::len).collect();
+        let mut whole = self.whole.drain(..);
+        for length in lengths {
+            let mut channel = None;
+            let batch: Vec<_> = whole
+                .by_ref()
+                .take(length)
+                .map(|(of, delivered)| {
+                    channel = Some(of);
+                    delivered
+                })
+                .collect();
+            if let Some(take) = channel.and_then(|channel| intakes.get_mut(&channel)) {
                 take(batch);
             }
         }

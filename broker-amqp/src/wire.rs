@@ -223,37 +223,40 @@ pub(crate) fn decode(
 ) -> Result<Arrived, String> {
     let empty = FieldTable::default();
     let table = properties.headers().as_ref().unwrap_or(&empty).inner();
-    let topic = match table.get(TOPIC) {
+    let ours = Ours::of(table);
+    let topic = match ours.topic {
         Some(value) => text(TOPIC, value)?,
         None => routing_key,
     };
     let topic = Topic::new(topic).map_err(|error| error.message().to_owned())?;
-    let time = |name: &str| table.get(name).map(|value| integer(name, value).map(Timestamp::from_millis)).transpose();
+    let time = |name: &str, value: Option<&AMQPValue>| {
+        value.map(|value| integer(name, value).map(Timestamp::from_millis)).transpose()
+    };
 
-    let tombstone = matches!(table.get(TOMBSTONE), Some(AMQPValue::Boolean(true)));
+    let tombstone = matches!(ours.tombstone, Some(AMQPValue::Boolean(true)));
     let message = if tombstone { Message::tombstone() } else { Message::new(body) };
     let (mut message, besides) = described(message, properties);
     let seconds = properties.timestamp().and_then(|seconds| i64::try_from(seconds).ok()?.checked_mul(1000));
-    if let Some(timestamp) = time(TIMESTAMP)?.or(seconds.map(Timestamp::from_millis)) {
+    if let Some(timestamp) = time(TIMESTAMP, ours.timestamp)?.or(seconds.map(Timestamp::from_millis)) {
         message = message.with_timestamp(timestamp);
     }
-    if let Some(value) = table.get(KEY) {
+    if let Some(value) = ours.key {
         message = message.with_key(Bytes::copy_from_slice(raw(KEY, value)?));
     }
-    if let Some(expires) = time(EXPIRES)? {
+    if let Some(expires) = time(EXPIRES, ours.expires)? {
         message = message.with_expires_at(expires);
     }
-    let (due, first) = (time(DUE)?, time(FIRST)?);
+    let (due, first) = (time(DUE, ours.due)?, time(FIRST, ours.first)?);
     // Of what is sent round after it was delivered, it is our own affair when it is due.
-    let deliver_at = time(DELIVER_AT)?.or(due.filter(|_| first.is_none()));
+    let deliver_at = time(DELIVER_AT, ours.deliver_at)?.or(due.filter(|_| first.is_none()));
     if let Some(deliver_at) = deliver_at {
         message = message.with_deliver_at(deliver_at);
     }
-    let attempts = match table.get(ATTEMPT) {
+    let attempts = match ours.attempt {
         Some(value) => u32::try_from(integer(ATTEMPT, value)?).map_err(|_| format!("header {ATTEMPT} is no count"))?,
         None => 0,
     };
-    let redeliveries = table.get(DELIVERY_COUNT).and_then(foreign::integer).and_then(|count| u64::try_from(count).ok());
+    let redeliveries = ours.delivery_count.and_then(foreign::integer).and_then(|count| u64::try_from(count).ok());
     *message.headers_mut() = headers(table)?;
     add(message.headers_mut(), besides);
     if go_micro
@@ -265,6 +268,45 @@ pub(crate) fn decode(
     }
     let due = due.or(deliver_at);
     Ok(Arrived { message, topic, attempts, first, due, redeliveries: redeliveries.unwrap_or(0) })
+}
+
+/// Our own headers of a message, and the server's.
+#[derive(Default)]
+struct Ours<'a> {
+    key: Option<&'a AMQPValue>,
+    timestamp: Option<&'a AMQPValue>,
+    expires: Option<&'a AMQPValue>,
+    due: Option<&'a AMQPValue>,
+    deliver_at: Option<&'a AMQPValue>,
+    tombstone: Option<&'a AMQPValue>,
+    attempt: Option<&'a AMQPValue>,
+    first: Option<&'a AMQPValue>,
+    topic: Option<&'a AMQPValue>,
+    delivery_count: Option<&'a AMQPValue>,
+}
+
+impl<'a> Ours<'a> {
+    /// In one pass: most messages have a header or two, and there are ten names to look for.
+    fn of(table: &'a BTreeMap<ShortString, AMQPValue>) -> Self {
+        let mut ours = Self::default();
+        for (name, value) in table {
+            let place = match name.as_str() {
+                KEY => &mut ours.key,
+                TIMESTAMP => &mut ours.timestamp,
+                EXPIRES => &mut ours.expires,
+                DUE => &mut ours.due,
+                DELIVER_AT => &mut ours.deliver_at,
+                TOMBSTONE => &mut ours.tombstone,
+                ATTEMPT => &mut ours.attempt,
+                FIRST => &mut ours.first,
+                TOPIC => &mut ours.topic,
+                DELIVERY_COUNT => &mut ours.delivery_count,
+                _ => continue,
+            };
+            *place = Some(value);
+        }
+        ours
+    }
 }
 
 /// What there is of a message that cannot be read: its body, what its properties say, and each header as text.
