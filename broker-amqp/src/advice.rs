@@ -47,6 +47,12 @@ fn advice(error: &Error, host: &str, options: &AmqpOptions) -> Option<String> {
             format!("the server's certificate is for another name than {host}: connect to one that it has")
         }
         () if says(&["KeyMismatch"]) => "the URL's key=FILE is not that of its cert=FILE".to_owned(),
+        () if options.tls && says(&["no items found"]) => {
+            "the URL's key=FILE has no private key that can be read: it is PEM, and not encrypted".to_owned()
+        }
+        () if options.tls && says(&["peer sent no certificates"]) => {
+            "the URL's cert=FILE has no certificate".to_owned()
+        }
         () if options.tls && says(&["InvalidContentType"]) => {
             "the port speaks no TLS: give the one that does (5671), or amqp:// for none".to_owned()
         }

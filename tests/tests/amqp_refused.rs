@@ -43,6 +43,17 @@ async fn a_refused_connection_says_what_to_do() {
             ErrorKind::Unavailable,
             "key=FILE",
         ),
+        // No key in the one, and no certificate in the other.
+        (
+            format!("amqps://{user}:sesame@{tls}?ca={folder}/ca.pem&cert={folder}/client.pem&key={folder}/client.pem"),
+            ErrorKind::Unavailable,
+            "no private key",
+        ),
+        (
+            format!("amqps://{user}:sesame@{tls}?ca={folder}/ca.pem&cert={folder}/client.key&key={folder}/client.key"),
+            ErrorKind::Unavailable,
+            "no certificate",
+        ),
     ]
     .map(async |(url, kind, advice)| {
         let broker = open(&url).unwrap();
