@@ -42,9 +42,9 @@ pub(crate) fn server() -> &'static str {
     SERVER.get_or_init(|| printed("AMQP_URL").unwrap_or_else(|| panic!("tests/servers up amqp printed no AMQP_URL")))
 }
 
-/// Whether the server can be stopped and started: it is ours.
+/// Whether the server can be stopped and started: it is ours, whoever started it.
 pub(crate) fn ours() -> bool {
-    std::env::var_os("AMQP_URL").is_none()
+    printed("AMQP_MANAGEMENT").is_some()
 }
 
 /// A broker at `url`, as it is.
