@@ -6,6 +6,9 @@
 
 use std::collections::VecDeque;
 
+/// Tags left out that are still counted one by one.
+const MAX_GAP: u64 = 65_536;
+
 /// A frame to send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Said {
@@ -44,13 +47,23 @@ impl Acks {
 
     /// The server delivered `tag`.
     pub(crate) fn delivered(&mut self, tag: u64) {
-        // The server counts without gaps; should it not, what is missing needs no ack.
-        while self.base + (self.slots.len() as u64) < tag {
+        // The server counts without gaps; should it not, what is missing needs no ack, and what it counts after is made anew where
+        // that is far.
+        if tag.saturating_sub(self.next()) > MAX_GAP {
+            self.slots.clear();
+            self.base = tag;
+        }
+        while self.next() < tag {
             self.slots.push_back(Slot::Told);
         }
-        if self.base + (self.slots.len() as u64) == tag {
+        if self.next() == tag {
             self.slots.push_back(Slot::Out);
         }
+    }
+
+    /// The tag that comes next.
+    fn next(&self) -> u64 {
+        self.base.saturating_add(self.slots.len() as u64)
     }
 
     /// The user acked `tag`. False if it is settled already.
@@ -108,7 +121,7 @@ impl Acks {
                 covered += 1;
             }
             self.slots.pop_front();
-            self.base += 1;
+            self.base = self.base.saturating_add(1);
         }
         if let Some(tag) = prefix {
             wire.push(Said::Ack { tag, multiple: covered > 1 });
@@ -127,7 +140,7 @@ impl Acks {
     fn shrink(&mut self) {
         while self.slots.front() == Some(&Slot::Told) {
             self.slots.pop_front();
-            self.base += 1;
+            self.base = self.base.saturating_add(1);
         }
     }
 }
@@ -150,6 +163,17 @@ mod tests {
         assert!(acks.flush().is_empty());
         assert!(acks.ack(4));
         assert_eq!(acks.flush(), [one(4)]);
+    }
+
+    #[test]
+    fn a_tag_from_far_away_costs_nothing() {
+        let mut acks = Acks::new();
+        for tag in [1, u64::MAX / 2, u64::MAX] {
+            acks.delivered(tag);
+            assert!(acks.ack(tag));
+            assert_eq!(acks.slots.len(), 1);
+            assert_eq!(acks.flush().last(), Some(&Said::Ack { tag, multiple: false }));
+        }
     }
 
     /// What the server does: it knows the tags it has delivered, and refuses others.

@@ -71,15 +71,18 @@ impl Drop for Receiver {
 }
 
 /// Runs a subscription until it is stopped; tells `ready` when it first stands, or why it does not.
-pub(crate) async fn run(member: Arc<Member>, ready: oneshot::Sender<Result<()>>) {
+pub(crate) fn run(member: Arc<Member>, ready: oneshot::Sender<Result<()>>) -> impl Future<Output = ()> + Send {
+    // Also where the runtime ends before it has come to this.
     let running = Running(member);
-    let Running(member) = &running;
-    let ended = tokio::select! {
-        () = member.shared.closed.cancelled() => Ok(()),
-        ended = keep(member, ready) => ended,
-    };
-    member.lost();
-    member.end(ended);
+    async move {
+        let Running(member) = &running;
+        let ended = tokio::select! {
+            () = member.shared.closed.cancelled() => Ok(()),
+            ended = keep(member, ready) => ended,
+        };
+        member.lost();
+        member.end(ended);
+    }
 }
 
 /// A subscription that runs, and ends when its task does: with its runtime at the latest.
@@ -239,6 +242,7 @@ enum Ended {
 }
 
 async fn consume(member: &Arc<Member>, channel: &OwnChannel, consumer: &mut lapin::Consumer) -> Ended {
+    member.resume();
     let telling = tell(member, channel);
     let receiving = async {
         tokio::select! {
@@ -291,7 +295,7 @@ async fn ended(consumer: &mut lapin::Consumer) -> Ended {
 fn to(member: &Arc<Member>, epoch: u64) -> Take {
     let go_micro = member.shared.options.go_micro;
     let member = Arc::downgrade(member);
-    Box::new(move |batch| {
+    Arc::new(move |batch: Vec<Delivered>| {
         if let Some(member) = member.upgrade() {
             member.arrived(epoch, batch.into_iter().map(|delivered| read(delivered, go_micro)).collect());
         }

@@ -53,7 +53,7 @@ fn sifted(bytes: &[u8], piece: usize) -> Sifted {
     for channel in 0..4 {
         let taken = Arc::clone(&taken);
         let take = move |batch: Vec<Delivered>| taken.lock().extend(batch.into_iter().map(|one| (channel, one)));
-        intakes.add(channel, Box::new(take));
+        intakes.add(channel, Arc::new(take));
     }
     let mut sieve = Sieve::new(Pieces(bytes, piece.max(1)), intakes);
     let (mut passed_on, mut buffer) = (Vec::new(), vec![0; 1 << 16]);

@@ -36,7 +36,7 @@ pub(crate) struct Delivered {
 }
 
 /// Takes a channel's deliveries, in their order. It is called on the connection's thread, which waits for it.
-pub(crate) type Take = Box<dyn FnMut(Vec<Delivered>) + Send>;
+pub(crate) type Take = Arc<dyn Fn(Vec<Delivered>) + Send + Sync>;
 
 /// Who takes the deliveries of which channel of a connection.
 #[derive(Clone, Default)]
@@ -121,7 +121,7 @@ impl Intake {
         }
         begun.delivered.properties = parse_properties(properties).ok().map(|(_, properties)| properties);
         begun.body.reserve_exact(size.min(ROOM) as usize);
-        self.is_whole(channel);
+        self.finish_if_whole(channel);
         Ok(())
     }
 
@@ -136,11 +136,11 @@ impl Intake {
         if begun.size.is_none_or(|size| begun.body.len() as u64 > size) {
             return Err(violation("more of a body than its header tells of"));
         }
-        self.is_whole(channel);
+        self.finish_if_whole(channel);
         Ok(())
     }
 
-    fn is_whole(&mut self, channel: u16) {
+    fn finish_if_whole(&mut self, channel: u16) {
         let is = |begun: &Begun| begun.channel == channel && begun.size == Some(begun.body.len() as u64);
         if let Some(at) = self.begun.iter().position(is) {
             let Begun { mut delivered, body, .. } = self.begun.swap_remove(at);
@@ -154,9 +154,7 @@ impl Intake {
         if [OPEN_OK, CLOSE, CLOSE_OK].iter().any(|kind| method.starts_with(kind)) {
             self.hand_over();
             self.begun.retain(|begun| begun.channel != channel);
-            let ended = self.intakes.0.lock().remove(&channel);
-            // What it holds may be the last of its kind.
-            drop(ended);
+            self.intakes.0.lock().remove(&channel);
         }
     }
 
@@ -165,21 +163,15 @@ impl Intake {
         if self.whole.is_empty() {
             return;
         }
-        let mut intakes = self.intakes.0.lock();
         // A batch is as large as the channel's part, so that nothing moves once it is in it.
-        let lengths: Vec<_> = self.whole.chunk_by(|(one, _), (next, _)| one == next).map(<[_]>::len).collect();
-        let mut whole = self.whole.drain(..);
-        for length in lengths {
-            let mut channel = None;
-            let batch: Vec<_> = whole
-                .by_ref()
-                .take(length)
-                .map(|(of, delivered)| {
-                    channel = Some(of);
-                    delivered
-                })
-                .collect();
-            if let Some(take) = channel.and_then(|channel| intakes.get_mut(&channel)) {
+        let runs = self.whole.chunk_by(|(one, _), (next, _)| one == next);
+        let runs: Vec<_> = runs.filter_map(|run| Some((run.first()?.0, run.len()))).collect();
+        let mut whole = self.whole.drain(..).map(|(_, delivered)| delivered);
+        for (channel, length) in runs {
+            let batch = whole.by_ref().take(length).collect();
+            // It runs without the lock, which others wait for.
+            let take = self.intakes.0.lock().get(&channel).cloned();
+            if let Some(take) = take {
                 take(batch);
             }
         }
@@ -207,6 +199,6 @@ fn short_string(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
     rest.split_at_checked(usize::from(*length))
 }
 
-fn violation(what: &'static str) -> io::Error {
+pub(crate) fn violation(what: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("the server sent {what}"))
 }

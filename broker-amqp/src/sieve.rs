@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use futures_io::{AsyncRead, AsyncWrite};
 
 use crate::cancels::Cancels;
-use crate::intake::{Intake, Intakes};
+use crate::intake::{Intake, Intakes, violation};
 
 /// Tables and arrays within one another that are passed on; more than are read (see [`foreign`](crate::foreign)).
 const MAX_DEPTH: usize = 32;
@@ -29,7 +29,7 @@ const SUBSTITUTE: u8 = 0x1A;
 /// Read from the socket in one go, about.
 const READ: usize = 128 << 10;
 
-/// A frame of a method or of properties is this long at most. RabbitMQ's own bound (`frame_max`) is 128 KiB.
+/// A frame that is read as a whole is this long at most. RabbitMQ's own bound (`frame_max`) is 128 KiB.
 const MAX_FRAME: usize = 16 << 20;
 
 /// Type, channel and size come before a frame's payload, an end mark after it (AMQP 0-9-1, 4.2.3).
@@ -106,6 +106,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for Sieve<S> {
                 return Poll::Ready(Ok(count));
             }
             if taken >= TURN {
+                if sifted.beat() {
+                    continue;
+                }
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
@@ -201,7 +204,7 @@ impl Sifted {
                 continue;
             }
             if size > MAX_FRAME {
-                return Err(invalid("a frame is too large"));
+                return Err(violation("a frame that is too large"));
             }
             let Some((payload, [end, ..])) = rest.split_at_mut_checked(size) else { return Ok(()) };
             let is_taken = of_delivery || kind == METHOD && self.intake.takes(channel, payload);
@@ -209,7 +212,7 @@ impl Sifted {
                 return Ok(());
             }
             if is_taken && *end != END_MARK {
-                return Err(invalid("a frame does not end where it should"));
+                return Err(violation("a frame that does not end where it should"));
             }
             sift(kind, payload);
             match kind {
@@ -228,10 +231,6 @@ impl Sifted {
             }
         }
     }
-}
-
-fn invalid(what: &'static str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
 /// Makes a frame's payload harmless. What is no grammar is left as it is: lapin then says so, and reads no
@@ -474,7 +473,7 @@ mod tests {
         for channel in [1, 2] {
             let taken = Arc::clone(&taken);
             let take = move |batch: Vec<Delivered>| taken.lock().extend(batch.into_iter().map(|one| (channel, one)));
-            intakes.add(channel, Box::new(take));
+            intakes.add(channel, Arc::new(take));
         }
         let pieces = stream.chunks(piece.clamp(1, stream.len().max(1))).map(Ok::<_, io::Error>);
         let mut sieve = Sieve::new(futures_util::stream::iter(pieces).into_async_read(), intakes);
@@ -578,7 +577,7 @@ mod tests {
     #[test]
     fn where_only_deliveries_come_lapin_has_its_turn_and_hears_a_heartbeat() {
         let intakes = Intakes::default();
-        intakes.add(1, Box::new(drop));
+        intakes.add(1, Arc::new(drop));
         let many = TURN / delivery(1, 1, &[&[0; 1000]]).concat().len() + 1;
         let mut sieve = Sieve::new(Once(delivery(1, 1, &[&[0; 1000]]).concat().repeat(many)), intakes);
         let mut cx = Context::from_waker(std::task::Waker::noop());
@@ -597,6 +596,10 @@ mod tests {
         assert_eq!(read(&mut sieve, 100).unwrap(), HEARTBEAT[5..]);
         sieve.stream.0 = delivery(1, 1, &[b"x"]).concat();
         assert_eq!(read(&mut sieve, 100), None, "one is enough for a while");
+        // It has its turn with one, too, where there is always more.
+        sieve.stream.0 = delivery(1, 1, &[&[0; 1000]]).concat().repeat(many);
+        sieve.sifted.beaten = Instant::now().checked_sub(BEAT).unwrap();
+        assert_eq!(read(&mut sieve, 100).unwrap(), HEARTBEAT);
     }
 
     fn pollster<T>(future: impl Future<Output = io::Result<T>>) -> T {

@@ -618,6 +618,25 @@ async fn the_status_tells_that_the_server_is_away() {
     other.close(PATIENCE).await;
 }
 
+/// A runtime that ends before it has come to the tasks of a broker.
+#[test]
+fn nobody_waits_for_what_a_runtime_never_came_to() {
+    let (topic, group) = names("unborn");
+    let broker = open(server()).unwrap();
+    let single = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let first = single();
+    // The tasks that this starts have no turn.
+    let under_way = first.block_on(async { broker.publish(&topic, Message::new("under way")) });
+    drop(first);
+    single().block_on(async {
+        let error = within("a publish under way", under_way).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Closed, "{error}");
+        let error = within("joining", broker.create_group(&group, GroupOptions::new())).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Closed, "{error}");
+        within("closing", broker.close(PATIENCE)).await;
+    });
+}
+
 /// Its connections go with the runtime that it was first used on: whoever waits is told, and so is who comes later.
 #[test]
 fn nobody_waits_for_a_broker_whose_runtime_has_ended() {

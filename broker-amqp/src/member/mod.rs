@@ -167,13 +167,27 @@ impl Member {
         }
     }
 
-    /// A channel stands, and is about to consume `queue`.
+    /// A channel stands, and is about to consume `queue`. Nothing is handed out until it [does](Self::resume): its acks would be told to
+    /// nobody.
     pub(crate) fn begin(&self, queue: ShortString) -> u64 {
         let mut state = self.state.lock();
         state.epoch += 1;
         state.up = true;
+        state.paused = true;
         state.queue = queue;
         state.epoch
+    }
+
+    /// Hands out what comes on this channel.
+    pub(crate) fn resume(&self) {
+        let waker = {
+            let mut state = self.state.lock();
+            state.paused = false;
+            state.waker.take()
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
     }
 
     /// The channel is gone: the server gives what was unsettled to others, or to us again.
@@ -257,17 +271,10 @@ impl Member {
                 }
                 settled.await;
             }
-            let waker = {
-                let mut state = self.state.lock();
-                if state.remembered.is_empty() {
-                    return;
-                }
-                state.paused = false;
-                state.waker.take()
-            };
-            if let Some(waker) = waker {
-                waker.wake();
+            if self.state.lock().remembered.is_empty() {
+                return;
             }
+            self.resume();
         }
     }
 
@@ -295,7 +302,7 @@ impl Member {
                 match arrived {
                     Ok(arrived) => {
                         let due = self.due(&state, &arrived);
-                        let inbound = self.inbound(&mut state, tag, arrived, now);
+                        let inbound = self.inbound(&state, tag, arrived, now);
                         if let Some(due) = due.filter(|due| *due > now) {
                             // A retry that was here before comes back: what is behind it must not overtake it now.
                             let holds = self.held_here
@@ -351,7 +358,7 @@ impl Member {
         }
     }
 
-    fn inbound(&self, state: &mut State, tag: u64, arrived: Arrived, now: Timestamp) -> Inbound {
+    fn inbound(&self, state: &State, tag: u64, arrived: Arrived, now: Timestamp) -> Inbound {
         let Arrived { message, topic, attempts, first, redeliveries, due: _ } = arrived;
         let remembered = state.remembered.get(message.id()).filter(|_| self.held_here);
         let returned = state.returned.get(message.id()).copied().unwrap_or(0);
@@ -464,12 +471,15 @@ impl Member {
         let mut worn = Vec::new();
         {
             let mut state = self.state.lock();
+            if !state.is(epoch) {
+                return;
+            }
             for (tag, arrived) in batch {
                 state.acks.delivered(tag);
                 match arrived {
                     Ok(arrived) if self.is_worn(arrived.redeliveries) => {
                         let due = arrived.due.unwrap_or(Timestamp::from_millis(0));
-                        worn.push((self.inbound(&mut state, tag, arrived, Timestamp::now()), due));
+                        worn.push((self.inbound(&state, tag, arrived, Timestamp::now()), due));
                     }
                     _ => {
                         state.acks.give_back(tag);
@@ -596,6 +606,7 @@ mod tests {
         let filter = group.filter.clone();
         let member = Arc::new(Member::new(shared, Some(group), Arc::new(known), filter, "q".into(), 10));
         let first = member.begin("q".into());
+        member.resume();
         let messages = [Message::new("retried"), Message::new("behind")].map(|message| message.with_key("k"));
         let arrive = |epoch, tag: u64, redeliveries| {
             let batch = messages.iter().zip(tag..).map(|(message, tag)| (tag, Ok(arrived(message, redeliveries))));
@@ -612,7 +623,7 @@ mod tests {
         for round in 1..60 {
             let tag = 2 * round - 1;
             let arrived = arrived(&messages[0], round - 1);
-            let item = member.inbound(&mut member.state.lock(), tag, arrived, Timestamp::now());
+            let item = member.inbound(&member.state.lock(), tag, arrived, Timestamp::now());
             member.held(first, item, true, false);
             assert_eq!(member.to_tell(), [Said::Nack(tag), Said::Nack(tag + 1)], "round {round}");
             arrive(first, tag + 2, round);
@@ -621,6 +632,7 @@ mod tests {
         member.state.lock().remembered.clear();
         member.lost();
         let second = member.begin("q".into());
+        member.resume();
         arrive(second, 1, 59 + 19);
         assert_eq!(receive().message().payload(), "retried");
     }

@@ -259,12 +259,14 @@ impl Writer {
         (std::mem::take(&mut queue.waiting), queue.beyond.take())
     }
 
-    /// The task.
-    pub(crate) async fn run(self: Arc<Self>) {
+    /// The task. What waits for it is ended with it, also where the runtime ends before it has come to this.
+    pub(crate) fn run(self: Arc<Self>) -> impl Future<Output = ()> + Send {
         let mut task = Task::new(Arc::clone(&self));
-        tokio::select! {
-            () = self.stop.cancelled() => {}
-            () = task.run() => {}
+        async move {
+            tokio::select! {
+                () = self.stop.cancelled() => {}
+                () = task.run() => {}
+            }
         }
     }
 

@@ -21,7 +21,7 @@ use crate::topology;
 pub(super) struct Rungs {
     writer: Arc<Writer>,
     standing: HashSet<Rung>,
-    /// By what is being declared, the oldest first.
+    /// By what is being declared, in the order of their deadlines.
     waiting: HashMap<Rung, VecDeque<Entry>>,
     declaring: FuturesUnordered<BoxFuture<'static, (Rung, Result<()>)>>,
 }
@@ -62,7 +62,9 @@ impl Rungs {
             self.declaring.push(Box::pin(declare(Arc::clone(&self.writer), rung)));
             VecDeque::new()
         });
-        waiting.push_back(entry);
+        // One that was sent already, and came back, is older than those that wait.
+        let at = waiting.partition_point(|one| one.deadline <= entry.deadline);
+        waiting.insert(at, entry);
     }
 
     /// The next declaration to end; never, while there is none.
