@@ -625,8 +625,11 @@ fn nobody_waits_for_what_a_runtime_never_came_to() {
     let broker = open(server()).unwrap();
     let single = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let first = single();
-    // The tasks that this starts have no turn.
-    let under_way = first.block_on(async { broker.publish(&topic, Message::new("under way")) });
+    let under_way = {
+        // The tasks that this starts have no turn.
+        let _entered = first.enter();
+        broker.publish(&topic, Message::new("under way"))
+    };
     drop(first);
     single().block_on(async {
         let error = within("a publish under way", under_way).await.unwrap_err();

@@ -588,9 +588,8 @@ mod tests {
         Arrived { message: message.clone(), topic, attempts: 0, first: None, due: None, redeliveries }
     }
 
-    /// What waits for hours is held a quarter of an hour at a time, and what is behind it as well. The server counts each.
-    #[tokio::test]
-    async fn what_waits_for_long_in_an_ordered_group_is_not_taken_for_what_breaks_its_readers() {
+    /// Of a broker that closes when it is dropped.
+    fn member() -> (AmqpBroker, Arc<Member>) {
         let url = BrokerUrl::parse("amqp://127.0.0.1:1").unwrap();
         let broker = AmqpBroker::new(AmqpOptions::from_url(url).unwrap());
         let shared = Arc::clone(&broker.shared);
@@ -604,7 +603,30 @@ mod tests {
             last_error: Mutex::default(),
         };
         let filter = group.filter.clone();
-        let member = Arc::new(Member::new(shared, Some(group), Arc::new(known), filter, "q".into(), 10));
+        (broker, Arc::new(Member::new(shared, Some(group), Arc::new(known), filter, "q".into(), 10)))
+    }
+
+    #[tokio::test]
+    async fn nothing_is_handed_out_before_its_ack_can_be_told_nor_of_another_channel() {
+        let (_broker, member) = member();
+        let mut batch = Vec::new();
+        let mut handed = || member.hand_out(&mut member.state.lock(), &mut batch, 10);
+        let first = member.begin("q".into());
+        member.arrived(first, vec![(1, Ok(arrived(&Message::new("early"), 0)))]);
+        assert_eq!(handed(), 0);
+        member.lost();
+        let second = member.begin("q".into());
+        member.resume();
+        member.arrived(first, vec![(2, Ok(arrived(&Message::new("late"), 0)))]);
+        assert_eq!(handed(), 0);
+        member.arrived(second, vec![(1, Ok(arrived(&Message::new("now"), 0)))]);
+        assert_eq!(handed(), 1);
+    }
+
+    /// What waits for hours is held a quarter of an hour at a time, and what is behind it as well. The server counts each.
+    #[tokio::test]
+    async fn what_waits_for_long_in_an_ordered_group_is_not_taken_for_what_breaks_its_readers() {
+        let (_broker, member) = member();
         let first = member.begin("q".into());
         member.resume();
         let messages = [Message::new("retried"), Message::new("behind")].map(|message| message.with_key("k"));
