@@ -475,9 +475,9 @@ async fn a_limit_of_channels_ends_no_subscription() {
     proxy.cut();
     let refused = async {
         loop {
-            // That the connection was cut may be what it hears of first.
+            // That the connection was cut may be what it hears of first, or that it takes long to come back.
             let error = limited.subscribe(&group.filter, Subscribe::group(group.name.clone())).await.unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+            assert!(matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Timeout), "{error}");
             if error.message().contains("set_user_limits") {
                 break;
             }
