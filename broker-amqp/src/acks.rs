@@ -47,8 +47,8 @@ impl Acks {
 
     /// The server delivered `tag`.
     pub(crate) fn delivered(&mut self, tag: u64) {
-        // The server counts without gaps; should it not, what is missing needs no ack, and what it counts after is made anew where
-        // that is far.
+        // The server counts without gaps. Should it not, what is missing needs no ack; after a gap too long to fill, what was out before
+        // it is not acked any more, and comes again with the channel's end.
         if tag.saturating_sub(self.next()) > MAX_GAP {
             self.slots.clear();
             self.base = tag;

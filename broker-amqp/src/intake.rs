@@ -56,7 +56,7 @@ impl fmt::Debug for Intakes {
 }
 
 /// The deliveries in a connection's stream.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Intake {
     intakes: Intakes,
     /// Of these more is to come: one of a channel, and mostly one in all.
